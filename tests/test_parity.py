@@ -1,0 +1,123 @@
+"""The model computes what the reference computes: loss and every gradient norm of published configurations.
+
+GOLDEN names the file of golden numbers (default: the copy beside this file). Flags, dimensions and parameter
+shapes are read from it, so other cases can be tried by pointing the variable elsewhere. Its parameters are filled
+by name (`fill`), and `reference_names` says where each of them lives in our model.
+"""
+import json
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt as tg
+
+GOLDEN = json.loads(Path(os.environ.get("GOLDEN") or Path(__file__).with_name("golden_forward.json")).read_text())
+DIMS = GOLDEN["dims"]
+
+
+def fill(name: str, shape: list[int]) -> torch.Tensor:
+    """The value of a reference parameter: a formula of its name and shape, nothing is stored."""
+    noise = 0.15 * np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
+    leaf = name.rsplit(".", 1)[-1]
+    if "gamma" in name:
+        noise = 1 + 20 * noise
+    elif leaf in ("attn_scale", "mlp_scale", "skip_weights") or leaf.startswith("unique_") and leaf.endswith("gains"):
+        noise = 1 + noise
+    elif leaf == "resid_mix":
+        noise = np.array([[1.0], [0.0]]) + noise
+    elif leaf == "q_gain":
+        noise = 1.5 + noise
+    return torch.tensor(noise, dtype=torch.float32)
+
+
+def architecture(case: dict) -> tg.Architecture:
+    """The case's flags as ours. The shapes say what the reference built, where it ignored a flag in silence."""
+    flags, names = dict(case["flags"]), " ".join(case["params"])
+    looped = int(flags.get("NUM_SHARED", 0)) > 0
+    has = {"use_timestep_scale": "gamma" in names, "use_timestep_bias": "beta" in names,
+           "use_unique_norms": "unique_attn_gains" in names, "use_birkhoff_mix": "resid_mix_logit" in names}
+    depth = "learned" if "depth_embeddings" in names else "sinusoidal"
+    values = tg.PLAIN | has | dict(
+        dtype="float32", train_seq_len=DIMS["SEQ"], vocab_size=DIMS["VOCAB_SIZE"], model_dim=DIMS["MODEL_DIM"],
+        num_heads=DIMS["NUM_HEADS"], num_kv_heads=DIMS["NUM_KV_HEADS"], mlp_mult=float(DIMS["MLP_MULT"]),
+        depth_embed=depth if looped and int(flags.pop("USE_DEPTH_EMBED", 0)) else "none",
+    )
+    flags.pop("USE_DEPTH_EMBED", None)
+    for name in [n for n in flags if n.lower() in has]:
+        flags.pop(name)
+    for name, acts in dict(NUM_LAYERS=not looped, USE_PERI_NORM=looped, TIMESTEP_GAMMA_MAX=has["use_timestep_scale"],
+                           NUM_PRELUDE=looped, NUM_LOOPS=looped, NUM_CODA=looped, SHARE_ATTN_ONLY=looped).items():
+        if not acts:
+            flags.pop(name, None)
+    kinds = tg.get_type_hints(tg.Architecture)
+    for name, value in flags.items():
+        text = f"{value:g}" if isinstance(value, float) and kinds[name.lower()] is int else str(value)
+        values[name.lower()] = tg.parse(name, text, kinds[name.lower()])
+    both = values["use_unique_norms"] and values.get("use_peri_norm", False)
+    return tg.Architecture(**values, unique_norms_input_norm=both)
+
+
+def reference_names(model: tg.GPT, a: tg.Architecture) -> dict[str, list[tuple[torch.nn.Parameter, object]]]:
+    """Reference parameter name -> the parameters of ours (with an index into each) that hold it, in order."""
+    names = {"tok_emb.weight": [(model.tok_emb, ...)]}
+    if not a.tie_embeddings:
+        names["lm_head.weight"] = [(model.lm_head, ...)]
+    if len(model.skip):
+        names["skip_weights"] = [(p, ...) for p in model.skip]
+    cond = model.cond
+    for branch, which in ((0, "attn"), (1, "mlp")):
+        names[f"timestep_scale.{which}_gamma"] = [(cond.gamma, (slice(None), branch))]
+        names[f"timestep_scale.{which}_beta"] = [(cond.beta, (slice(None), branch))]
+        names[f"unique_{which}_gains"] = [(cond.gain, (slice(None), branch))]
+    names["depth_embeddings"] = [(cond.depth, ...)]
+    first, end = a.num_prelude, a.num_prelude + a.num_shared
+    for i, (attn, mix) in enumerate(zip(model.attn, model.mix)):
+        prefix = (f"blocks.{i}" if not a.num_shared else f"prelude_blocks.{i}" if i < first
+                  else f"shared_blocks.{i - first}" if i < end else f"coda_blocks.{i - end}")
+        if a.share_attn_only and first <= i < end:
+            prefix = f"shared_attn_layers.{i - first}"
+        names |= attention_names(prefix, attn, mix)
+    passes = a.num_shared * a.num_loops if a.share_attn_only else a.num_shared
+    for i, mlp in enumerate(model.mlp):
+        prefix = (f"blocks.{i}" if not a.num_shared else f"prelude_blocks.{i}" if i < first
+                  else f"coda_blocks.{i - first - passes}" if i >= first + passes
+                  else f"{'unique_mlps' if a.share_attn_only else 'shared_blocks'}.{i - first}")
+        names |= {f"{prefix}.mlp_scale": [(mlp.scale, ...)], f"{prefix}.mlp.fc.weight": [(mlp.fc, ...)],
+                  f"{prefix}.mlp.proj.weight": [(mlp.proj, ...)]}
+    return names
+
+
+def attention_names(prefix: str, attn: tg.Attention, mix: torch.nn.Module) -> dict:
+    d, kv = attn.qkv.parts[:2]
+    mixed = "resid_mix_logit" if mix.convex else "resid_mix"
+    rows = {"c_q": slice(0, d), "c_k": slice(d, d + kv), "c_v": slice(d + kv, d + 2 * kv)}
+    return {f"{prefix}.attn_scale": [(attn.scale, ...)], f"{prefix}.{mixed}": [(mix.weight, ...)],
+            f"{prefix}.attn.q_gain": [(attn.q_gain, ...)], f"{prefix}.attn.proj.weight": [(attn.proj, ...)],
+            **{f"{prefix}.attn.{n}.weight": [(attn.qkv, r)] for n, r in rows.items()}}
+
+
+@pytest.mark.parametrize("name", GOLDEN["cases"])
+def test_loss_and_gradients(name: str) -> None:
+    case = GOLDEN["cases"][name]
+    a = architecture(case)
+    model = tg.GPT(a)
+    homes = reference_names(model, a)
+    with torch.no_grad():
+        for key, shape in case["params"].items():
+            value = fill(key, shape)
+            places = homes[key]
+            for piece, (p, index) in zip([value] if len(places) == 1 else value, places):
+                p[index] = piece
+    held = sum(np.prod(shape, dtype=int) for shape in case["params"].values())
+    assert held == sum(p.numel() for p in model.parameters()), "the reference holds other parameters than ours"
+    ids = torch.tensor(np.random.default_rng(7).integers(0, DIMS["VOCAB_SIZE"], (2, DIMS["SEQ"] + 1)))
+    loss = model(ids[:, :-1], ids[:, 1:])
+    loss.backward()
+    assert loss.item() == pytest.approx(case["loss"], abs=1e-5)
+    for key, expected in case["grad_norm"].items():
+        norm = torch.cat([p.grad[index].flatten() for p, index in homes[key]]).norm().item()
+        assert norm == pytest.approx(expected, rel=1e-3), key
