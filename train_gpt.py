@@ -18,6 +18,7 @@ residual stream are DTYPE. There is no autocast.
 """
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -48,7 +49,7 @@ class InputError(ValueError):
     """A mistake in what the user gave (variables, files); `main` prints it as one line, exit code 2."""
 
 def opt(default: Any, low: float = 0, high: float = math.inf, *, needs: str = "") -> Any:
-    """An option with its bounds and the field it `needs` to be on in order to act ("!x": needs x off)."""
+    """An option with its bounds and the fields it `needs` to be on in order to act ("!x": needs x off)."""
     return field(default=default, metadata={"low": low, "high": high, "needs": needs})
 
 def parse(name: str, text: str, kind: Any) -> Any:
@@ -68,19 +69,21 @@ def show(value: Any) -> str:
     return str(int(value)) if isinstance(value, bool) else str(value)
 
 def edit_distance(a: str, b: str) -> int:
-    """Insertions, deletions and substitutions that turn a into b."""
-    row = list(range(len(b) + 1))
+    """Insertions, deletions, substitutions and swaps of neighbours that turn a into b."""
+    above, row = [], list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
-        corner, row[0] = row[0], i
+        over, above, row = above, row, [i]
         for j, y in enumerate(b, 1):
-            corner, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, corner + (x != y))
+            row.append(min(above[j] + 1, row[j - 1] + 1, above[j - 1] + (x != y)))
+            if i > 1 < j and (x, y) == (b[j - 2], a[i - 2]):
+                row[j] = min(row[j], over[j - 2] + 1)
     return row[-1]
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
     """The function a model computes and is scored with: what an artifact carries. Defaults: PR 855, run T."""
     vocab_size: int = opt(1024, 2, 65536)  # V, pieces; shards are uint16
-    model_dim: int = opt(512, 2, 65536)  # D
+    model_dim: int = opt(512, 2, 65536)  # D, width of the residual stream
     num_heads: int = opt(8, 1, 1024)  # H, query heads
     num_kv_heads: int = opt(4, 1, 1024)  # K, key/value heads, shared by H/K query heads each (GQA)
     mlp_mult: float = opt(2.0, 0.01, 64)  # hidden width of the MLP / D
@@ -96,28 +99,31 @@ class Architecture:
     timestep_gamma_max: float = opt(4.0, needs="use_timestep_scale")  # cap on |gamma|; 0: none
     use_timestep_bias: bool = opt(True)  # beta (FiLM): branch shift per effective layer
     use_unique_norms: bool = opt(False, needs="num_shared")  # norm gains per effective layer of the core
-    unique_norms_input_norm: bool = opt(False, needs="use_unique_norms")  # as PR 855: input norm comes back
-    depth_embed: Literal["none", "sinusoidal", "learned"] = opt("sinusoidal")  # added per effective layer
+    unique_norms_input_norm: bool = opt(False, needs="use_unique_norms use_peri_norm")  # as PR 855
+    depth_embed: Literal["none", "sinusoidal", "learned"] = opt("sinusoidal")  # code added per layer
     leaky_relu_slope: float = opt(0.5, 0, 1)  # MLP is W2 leaky_relu(W1 x)^2; 0: relu^2
     logit_softcap: float = opt(30.0, 1e-3)  # c in c tanh(logit / c)
-    rope_base: float = opt(10000.0, 1)  # of the rotary frequencies
+    rope_base: float = opt(10000.0, 1)  # base of the rotary frequencies
     qk_gain_init: float = opt(1.5)  # initial gain of the normalised queries, per head
     tie_embeddings: bool = opt(True)  # the output projection is the token embedding
-    train_seq_len: int = opt(1024, 2, 1 << 20)  # T, tokens; validation windows are as long
+    train_seq_len: int = opt(1024, 2, 1 << 17)  # T, tokens per sequence; validation windows are as long
     dtype: Literal["bfloat16", "float32"] = opt("bfloat16")  # matmul operands and residual stream
     reference_bf16: bool = opt(False)  # PR 855's accident: RoPE positions, tables, embedding in bfloat16
 
     def __post_init__(self) -> None:
         for f in fields(self):
             value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
-            if isinstance(value, (int, float)) and not (low <= value <= high and math.isfinite(value)):
+            if isinstance(value, (int, float)) and not low <= value <= min(high, sys.float_info.max):
                 raise InputError(f"{f.name.upper()}={value} is out of range: {low} to {high}")
         if self.num_heads % self.num_kv_heads:
             raise InputError(f"NUM_KV_HEADS={self.num_kv_heads} does not divide NUM_HEADS={self.num_heads}")
         if self.model_dim % (2 * self.num_heads):
             raise InputError(f"MODEL_DIM={self.model_dim} / NUM_HEADS={self.num_heads} is not an even number")
-        if self.unique_norms_input_norm and not self.use_peri_norm:
-            raise InputError("UNIQUE_NORMS_INPUT_NORM=1 cannot act here: USE_PERI_NORM=0 has it anyway")
+        if round(self.mlp_mult * self.model_dim) < 1:
+            raise InputError(f"MLP_MULT={self.mlp_mult} of MODEL_DIM={self.model_dim} is no hidden channel")
+        layers = self.num_prelude + self.num_shared * self.num_loops + self.num_coda
+        if layers > 1024 or self.train_seq_len * self.model_dim // self.num_heads > 1 << 27:
+            raise InputError(f"{layers} layers, TRAIN_SEQ_LEN={self.train_seq_len}: too large")
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Architecture:
@@ -136,7 +142,7 @@ class Config(Architecture):
     tokenizer_path: str = opt("./data/tokenizers/fineweb_1024_bpe.model")  # SentencePiece model of the shards
     log_dir: str = opt("./logs")  # a run writes into <log_dir>/<run_id>/
     run_id: str = opt("")  # name of the run; empty: date, time and a random suffix
-    seed: int = opt(1337)  # of the initial weights
+    seed: int = opt(1337, 0, 2**64 - 1)  # of the random generator that draws the weights
     compile: Literal["auto", "model", "off"] = opt("auto")  # torch.compile; auto: model on CUDA, off on CPU
     iterations: int = opt(20000)  # optimizer steps at most
     max_wallclock_seconds: float = opt(600.0)  # training stops before this; 0: no cap
@@ -145,21 +151,21 @@ class Config(Architecture):
     train_batch_tokens: int = opt(524288, 1)  # tokens per optimizer step, all ranks together
     micro_batch_tokens: int = opt(65536, 1)  # tokens per rank and forward pass at most
     val_batch_size: int = opt(524288, 1)  # tokens per validation batch, all ranks together
-    val_loss_every: int = opt(1000)  # steps; 0: only at the end
-    train_log_every: int = opt(200, 1)  # steps
+    val_loss_every: int = opt(1000)  # steps between validations; 0: only at the end
+    train_log_every: int = opt(200, 1)  # steps between log lines, after the first ten
     embed_lr: float = opt(0.6, needs="!tie_embeddings")  # Adam: token embedding
     head_lr: float = opt(0.008, needs="!tie_embeddings")  # Adam: output projection
     tied_embed_lr: float = opt(0.05, needs="tie_embeddings")  # Adam: tied embedding
-    tied_embed_init_std: float = opt(0.005, needs="tie_embeddings")  # its standard deviation at the start
+    tied_embed_init_std: float = opt(0.005, needs="tie_embeddings")  # its initial standard deviation
     matrix_lr: float = opt(0.04)  # Muon: matrices
     scalar_lr: float = opt(0.04)  # Adam: scales, gains, tables
-    muon_momentum: float = opt(0.95, 0, 1)  # after its warm-up
+    muon_momentum: float = opt(0.95, 0, 1)  # Nesterov momentum, after its warm-up
     muon_momentum_warmup_start: float = opt(0.85, 0, 1, needs="muon_momentum_warmup_steps")  # at step 0
-    muon_momentum_warmup_steps: int = opt(500)  # steps
+    muon_momentum_warmup_steps: int = opt(500)  # steps until it has risen
     muon_backend_steps: int = opt(5, 1)  # Newton-Schulz iterations
-    beta1: float = opt(0.9, 0, 1)  # Adam, first moment
-    beta2: float = opt(0.95, 0, 1)  # Adam, second moment
-    adam_eps: float = opt(1e-8)  # Adam
+    beta1: float = opt(0.9, 0, 1 - 1e-9)  # Adam: decay of the first moment
+    beta2: float = opt(0.95, 0, 1 - 1e-9)  # Adam: decay of the second moment
+    adam_eps: float = opt(1e-8)  # Adam: added to the root of the second moment
     grad_clip_norm: float = opt(0.0)  # L2 norm of the averaged gradient; 0: no clipping
     quant_clip_percentile: float = opt(99.99984, 50, 100)  # of |w| in a row; weights beyond it saturate
     quant_scale_floor: float = opt(0.0, 0, 1)  # smallest int8 step; PR 855: 1/127 = 0.00787
@@ -170,9 +176,10 @@ class Config(Architecture):
         """Defaults, presets, then explicit variables; InputError for what is unknown, malformed or inert."""
         kinds = {name.upper(): kind for name, kind in get_type_hints(cls).items()}
         for name in env.keys() - kinds.keys() - {"USE_DEPTH_EMBED"}:
-            for known in kinds:
-                if edit_distance(name, known) <= (2 if len(known) > 5 else 1):
-                    raise InputError(f"{name} is not an option; did you mean {known}? (unset it to go on)")
+            alike = [k for k in (*kinds, "USE_DEPTH_EMBED") if abs(len(k) - len(name)) <= 2]
+            known = min(alike, key=lambda k: edit_distance(name, k), default="")
+            if known and edit_distance(name, known) <= (2 if len(known) > 5 else 1):
+                raise InputError(f"{name} is not an option; did you mean {known}? (unset it to go on)")
         explicit = {n.lower(): parse(n, env[n], kind) for n, kind in kinds.items() if n in env}
         if "USE_DEPTH_EMBED" in env:  # the public name; learned in series 4 of PR 855, sinusoidal in series 5
             if "DEPTH_EMBED" in env:
@@ -181,17 +188,21 @@ class Config(Architecture):
             explicit["depth_embed"] = "sinusoidal" if on else "none"
         config = cls(**preset_values(explicit.get("preset", "")) | explicit)
         for name, value in explicit.items():
-            need = cls.__dataclass_fields__[name].metadata["needs"]
-            other = need.lstrip("!")
-            if value and need and bool(getattr(config, other)) == need.startswith("!"):
-                raise InputError(f"{name.upper()}={show(value)} cannot act here: "
-                                 f"{other.upper()}={show(getattr(config, other))}")
-            if config.eval_only and name in Architecture.__dataclass_fields__:
-                raise InputError(f"{name.upper()} cannot act here: EVAL_ONLY takes it from the artifact")
+            for need in cls.__dataclass_fields__[name].metadata["needs"].split():
+                other, off = need.lstrip("!"), need.startswith("!")
+                if value and bool(getattr(config, other)) == off:
+                    raise InputError(f"{name.upper()}={show(value)} cannot act here: {other.upper()}="
+                                     f"{show(getattr(config, other))}; switch that {'off' if off else 'on'}")
+            if config.eval_only and name not in EVAL_OPTIONS:
+                raise InputError(f"{name.upper()} cannot act here: EVAL_ONLY trains nothing and takes the "
+                                 "model from the artifact")
         return config
 
     def architecture(self) -> Architecture:
         return Architecture(**{f.name: getattr(self, f.name) for f in fields(Architecture)})
+
+EVAL_OPTIONS = {"eval_only", "preset", "data_path", "tokenizer_path", "log_dir", "run_id", "compile",
+                "val_batch_size", "micro_batch_tokens", "size_limit_bytes"}
 
 # ---- 2. Presets ------------------------------------------------------------------------------------------
 # The published systems: the 21 runs of the recurrence study (PR 855; A', B', C' are Ap, Bp, Cp), the naive
@@ -248,7 +259,7 @@ SCALES: dict[str, dict[str, Any]] = {
     "tiny": dict(
         data_path="./data/datasets/sample_sp1024", tokenizer_path="./data/tokenizers/sample_1024_bpe.model",
         train_seq_len=256, train_batch_tokens=8192, micro_batch_tokens=8192, val_batch_size=16384,
-        iterations=150, max_wallclock_seconds=110.0, warmup_steps=0, warmdown_iters=60, val_loss_every=0,
+        iterations=100, max_wallclock_seconds=110.0, warmup_steps=1, warmdown_iters=50, val_loss_every=0,
         train_log_every=25, muon_momentum_warmup_steps=50),
 }
 
@@ -272,20 +283,44 @@ class World:
     """The ranks of a run: NCCL on CUDA, gloo on CPU, and no process group at all for a single rank."""
 
     def __init__(self, env: Mapping[str, str]) -> None:
-        self.rank, self.size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
-        self.is_main, self.device = self.rank == 0, torch.device("cpu")
-        self.on_cuda = torch.cuda.is_available()
+        self.rank, self.size = (parse(n, env.get(n, d), int) for n, d in (("RANK", "0"), ("WORLD_SIZE", "1")))
+        self.is_main, self.on_cuda = self.rank == 0, torch.cuda.is_available()
+        self.device, group = torch.device("cpu"), dict(backend="gloo")
         if self.on_cuda:
             self.device = torch.device("cuda", int(env.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
+            group = dict(backend="nccl", device_id=self.device)
         if self.size > 1:
-            dist.init_process_group("nccl" if self.on_cuda else "gloo")
+            dist.init_process_group(**group)
 
     def sum_(self, x: Tensor) -> Tensor:
         """Sum over ranks, in place."""
         if self.size > 1:
             dist.all_reduce(x)
         return x
+
+    def broadcast_(self, x: Tensor) -> None:
+        """Rank 0's values, on all ranks, in place."""
+        if self.size > 1:
+            dist.broadcast(x, 0)
+
+    def on_all(self, job: Callable[[], Any], facts: Callable[[Any], Any]) -> Any:
+        """What `job` returns on each rank; InputError on all if it fails on one, or its `facts` differ."""
+        mine, value = None, None
+        try:
+            value = job()
+            mine = repr(facts(value))
+        except (InputError, OSError) as error:
+            mine = error
+        seen = [mine] * self.size
+        if self.size > 1:
+            dist.all_gather_object(seen, mine)
+        for error in seen:
+            if isinstance(error, Exception):
+                raise InputError(str(error))
+        if len(set(seen)) > 1:
+            raise InputError(f"ranks differ in their variables or data: {' / '.join(sorted(set(seen)))}")
+        return value
 
     def on_main(self, job: Callable[[], Any]) -> Any:
         """What `job` returns on rank 0, on all ranks; its InputError or OSError is raised on all, too."""
@@ -367,8 +402,8 @@ class Tokens:
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
         self.total = int(self.starts[-1])
         if self.total <= config.train_seq_len:
-            raise InputError(f"TRAIN_SEQ_LEN={config.train_seq_len} is too long: the {split} split of {folder} "
-                             f"has {self.total} tokens")
+            raise InputError(f"TRAIN_SEQ_LEN={config.train_seq_len}: the {split} split of {folder} has only "
+                             f"{self.total} tokens")
 
     def read(self, start: int, count: int) -> Tensor:
         """int32 tokens [count] from position `start`; ids beyond the vocabulary raise InputError."""
@@ -378,8 +413,8 @@ class Tokens:
             i = int(np.searchsorted(self.starts, start, side="right")) - 1
             first = start - int(self.starts[i])
             piece = self.shards[i][first : first + count]
-            if piece.max() >= self.vocab_size:
-                raise InputError(f"{self.paths[i]} holds token {piece.max()}, but VOCAB_SIZE={self.vocab_size}: "
+            if (largest := piece.max()) >= self.vocab_size:
+                raise InputError(f"{self.paths[i]} holds token {largest}, VOCAB_SIZE={self.vocab_size}: "
                                  "it is corrupt or of another tokenizer")
             pieces.append(piece)
             start, count = start + len(piece), count - len(piece)
@@ -402,7 +437,9 @@ class Batches:
             fits = ", ".join(str(n) for n in range(1, sequences + 1) if sequences % n == 0)
             raise InputError(f"WORLD_SIZE={world.size} does not divide the {sequences} sequences of a batch "
                              f"(TRAIN_BATCH_TOKENS / TRAIN_SEQ_LEN); these do: {fits}")
-        local, limit = sequences // world.size, max(config.micro_batch_tokens // self.length, 1)
+        local, limit = sequences // world.size, config.micro_batch_tokens // self.length
+        if not limit:
+            raise InputError(f"MICRO_BATCH_TOKENS={config.micro_batch_tokens} < TRAIN_SEQ_LEN={self.length}")
         self.accumulation = next(n for n in range(1, local + 1) if local % n == 0 and local // n <= limit)
         self.sequences = local // self.accumulation  # per rank and micro-batch
 
@@ -411,6 +448,8 @@ class Batches:
         for i in range(self.accumulation):
             first = (i * self.world.size + self.world.rank) * self.sequences * self.length
             span = self.tokens.read(step * self.batch + first, self.sequences * self.length + 1)
+            if self.world.on_cuda:  # from pageable memory, the copy would wait for the queue to drain
+                span = span.pin_memory()
             span = span.to(self.world.device, non_blocking=True).long()
             yield span[:-1].view(-1, self.length), span[1:].view(-1, self.length)
 
@@ -451,9 +490,6 @@ class ByteCounter(NamedTuple):
                 space[i] = piece.startswith(SPACE)
                 size[i] = len(piece.removeprefix(SPACE).replace(SPACE, " ").encode())
         return cls(torch.tensor(size), torch.tensor(space), torch.tensor(boundary))
-
-    def to(self, device: torch.device) -> ByteCounter:
-        return ByteCounter(*(table.to(device) for table in self))
 
     def count(self, previous: Tensor, token: Tensor) -> Tensor:
         """Bytes of each token, int64, given the one before it (same shape)."""
@@ -557,7 +593,7 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, block: int = 128) -> Te
 
 class Mod(NamedTuple):
     """What conditions one branch of one effective layer: [D] each, or a neutral [1] where switched off."""
-    gain: Tensor  # on the normalised input, float32
+    gain: Tensor  # on the input of the first matrix, float32
     gamma: Tensor  # on the output, float32
     beta: Tensor  # added to the output, DTYPE
 
@@ -630,20 +666,20 @@ class Conditioning(nn.Module):
         super().__init__()
         R, D, gains = len(plan), a.model_dim, max(layer.gain for layer in plan) + 1
         self.plan, self.cap = plan, a.timestep_gamma_max or math.inf
-        self.table("gamma", a.use_timestep_scale, torch.ones(R, 2, D))
-        self.table("beta", a.use_timestep_bias, torch.zeros(R, 2, D))
+        self.table("gamma", a.use_timestep_scale, torch.ones(R, 2, D if a.use_timestep_scale else 1))
+        self.table("beta", a.use_timestep_bias, torch.zeros(R, 2, D if a.use_timestep_bias else 1))
         self.table("gain", gains > 0, torch.ones(gains, 2, D))
-        self.table("depth", a.depth_embed == "learned", torch.zeros(R, D))
-        if a.depth_embed == "sinusoidal":
-            self.depth = torch.sin(torch.arange(R)[:, None] * 10000.0 ** (-torch.arange(D) / D))
+        code = torch.sin(torch.arange(R)[:, None] * 10000.0 ** (-torch.arange(D) / D))
+        code = {"none": torch.zeros(R, 1), "sinusoidal": code, "learned": torch.zeros(R, D)}[a.depth_embed]
+        self.table("depth", a.depth_embed == "learned", code)
         self.register_buffer("neutral_gain", torch.ones(2, 1), persistent=False)
 
-    def table(self, name: str, on: bool, value: Tensor) -> None:
-        """A parameter, or its neutral value as a buffer of width 1."""
-        if on:
+    def table(self, name: str, learned: bool, value: Tensor) -> None:
+        """A parameter, or a constant."""
+        if learned:
             self.register_parameter(name, parameter("table", value))
         else:
-            self.register_buffer(name, value[..., :1].clone(), persistent=False)
+            self.register_buffer(name, value, persistent=False)
 
     def rows(self, dtype: torch.dtype) -> list[tuple[Mod, Mod, Tensor]]:
         """For every effective layer: the Mod of attention, that of the MLP, the depth code."""
@@ -701,7 +737,7 @@ def head_loss(h: Tensor, head: Tensor, targets: Tensor, softcap: float) -> Tenso
     if h.is_cuda or torch.compiler.is_compiling():
         logits = F.linear(h, head.to(h.dtype)).float()
         return F.cross_entropy(softcap * torch.tanh(logits / softcap), targets)
-    return ChunkedHeadLoss.apply(h, head, targets, softcap)
+    return ChunkedHeadLoss.apply(h, head if torch.is_grad_enabled() else head.detach(), targets, softcap)
 
 class ChunkedHeadLoss(torch.autograd.Function):
     """`head_loss` for CPUs: loss and gradients of 512 rows at a time, so that the logits stay in the cache.
@@ -827,78 +863,65 @@ def muon_momentum(config: Config, step: int) -> float:
 class NonFiniteLoss(RuntimeError):
     """Training met a loss that is not finite; exit code 3."""
 
-class Gradients:
-    """All gradients in one flat float32 buffer that ends with the loss: one all-reduce a step for both."""
-
-    def __init__(self, params: list[nn.Parameter]) -> None:
-        sizes = [p.numel() for p in params]
-        self.flat = torch.zeros(sum(sizes) + 1, device=params[0].device)
-        self.loss = self.flat[-1]
-        for p, view in zip(params, self.flat[:-1].split(sizes)):
-            p.grad = view.view_as(p)
-
-    def clip_(self, limit: float) -> None:
-        """Scales the gradients down to an L2 norm of `limit`, without waiting for the device."""
-        gradients = self.flat[:-1]
-        gradients.mul_((limit / (gradients.norm() + 1e-6)).clamp(max=1.0))
-
 class Clock:
     """Seconds of training that all ranks agree on, without a synchronisation at every step.
 
-    Rank 0's time is shared every few steps, more often near the cap, and extrapolated in between. Training
-    stops before the step that would pass the cap.
+    Rank 0's time is shared every few steps, more often near the cap, and extrapolated in between.
     """
 
     def __init__(self, world: World, cap: float) -> None:
-        self.world, self.cap = world, cap or math.inf
-        self.spent, self.started = 0.0, time.perf_counter()
+        self.world, self.cap, self.started = world, cap or math.inf, time.perf_counter()
         self.step, self.seconds, self.per_step, self.due = 0, 0.0, 0.0, 1  # last shared reading, and the next
 
-    def pause(self) -> None:
-        self.world.synchronize()
-        self.spent += time.perf_counter() - self.started
-
-    def resume(self) -> None:
-        self.started = time.perf_counter()
-
-    def read(self, step: int) -> float:
-        """Seconds spent on the first `step` steps."""
-        if step >= self.due and step > self.step:
-            self.pause()
-            self.resume()
-            seconds = self.world.on_main(lambda: self.spent)
+    def read(self, step: int, now: bool = False) -> float:
+        """Seconds spent on the first `step` steps; a reading that is due, or `now`, waits for all ranks."""
+        if (now or step >= self.due) and step > self.step:
+            self.world.synchronize()
+            seconds = self.world.on_main(lambda: time.perf_counter() - self.started)
             self.per_step = (seconds - self.seconds) / (step - self.step)
             self.step, self.seconds = step, seconds
             self.due = step + int(min(max((self.cap - seconds) / self.per_step / 2, 1), 10))
         return self.seconds + (step - self.step) * self.per_step
 
     def out_of_time(self, step: int) -> bool:
-        return self.read(step) + self.per_step > self.cap
+        """Whether another step might pass the cap. One step is spare; the time of the first is no measure."""
+        return self.read(step) + 2 * self.per_step * (step > 1) > self.cap
+
+def compiled(model: GPT, config: Config, world: World) -> Callable[[Tensor, Tensor], Tensor]:
+    """The model as COMPILE says; one graph for training and one for scoring."""
+    on = config.compile == "model" or config.compile == "auto" and world.on_cuda
+    return torch.compile(model, dynamic=False, fullgraph=True) if on else model
 
 class Trainer:
-    """Model, optimizers and batches of a run."""
+    """Model, optimizers and batches of a run.
+
+    All gradients lie in one flat float32 buffer that ends with the loss: one all-reduce a step for both.
+    """
 
     def __init__(self, config: Config, world: World, model: GPT, batches: Batches) -> None:
         self.config, self.world, self.model, self.batches = config, world, model, batches
-        on = config.compile == "model" or config.compile == "auto" and world.on_cuda
-        self.compiled = torch.compile(model, dynamic=False, fullgraph=True) if on else model
-        self.params = list(model.parameters())
-        self.gradients, self.optimizers = Gradients(self.params), make_optimizers(model, config)
-        self.first_bad = torch.full((), -1, device=world.device)  # first step with a loss that is not finite
-        self.last_good = "none"  # the last one that was seen to be
+        self.forward, self.params = compiled(model, config, world), list(model.parameters())
+        sizes = [p.numel() for p in self.params]
+        self.flat = torch.zeros(sum(sizes) + 1, device=world.device)
+        for p, gradient in zip(self.params, self.flat[:-1].split(sizes)):
+            world.broadcast_(p.data)  # unlike processors may draw unlike weights
+            p.grad = gradient.view_as(p)
+        self.optimizers = make_optimizers(model, config)
+        self.first_bad = torch.full((), -1, device=world.device)  # first step that gave NaN or infinity
+        self.last_good = "none"  # the last step that was seen not to
 
     def train_step(self, step: int, seconds: float, micro: Iterable[tuple[Tensor, Tensor]]) -> None:
         """One optimizer step on this rank's micro-batches. Nothing here waits for the device."""
-        config, gradients = self.config, self.gradients
-        gradients.flat.zero_()
+        config, flat = self.config, self.flat
+        flat.zero_()
         for ids, targets in micro:
-            loss = self.compiled(ids, targets) / (self.batches.accumulation * self.world.size)
+            loss = self.forward(ids, targets) / (self.batches.accumulation * self.world.size)
             loss.backward()
-            gradients.loss.add_(loss.detach())
-        self.world.sum_(gradients.flat)
-        self.first_bad = torch.where((self.first_bad < 0) & ~gradients.loss.isfinite(), step, self.first_bad)
+            flat[-1] += loss.detach()
+        self.world.sum_(flat)
+        self.first_bad = torch.where((self.first_bad < 0) & ~flat.sum().isfinite(), step, self.first_bad)
         if config.grad_clip_norm:
-            gradients.clip_(config.grad_clip_norm)
+            nn.utils.clip_grad_norm_(self.params, config.grad_clip_norm)
         factor, momentum = lr_factor(config, step, seconds), muon_momentum(config, step)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -919,55 +942,53 @@ class Trainer:
                     t.copy_(t.bfloat16())
 
     def warm_up(self) -> None:
-        """WARMUP_STEPS steps on random tokens (kernels, graphs, allocator), then every state is restored."""
-        params, states = [p.detach().clone() for p in self.params], [o.state_dict() for o in self.optimizers]
-        shape = (self.batches.sequences, self.config.train_seq_len)
-        ids = torch.randint(self.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-        ids = ids.to(self.world.device)
+        """WARMUP_STEPS steps on random tokens (kernels, graphs, allocator), then every state is as before."""
+        before, length = [p.detach().clone() for p in self.params], self.config.train_seq_len
+        random, count = torch.Generator().manual_seed(0), self.batches.sequences * length + 1
+        span = torch.randint(self.config.vocab_size, (count,), generator=random).to(self.world.device)
+        micro = (span[:-1].view(-1, length), span[1:].view(-1, length))  # laid out as real ones: no new graph
         for _ in range(self.config.warmup_steps):
-            self.train_step(0, 0.0, [(ids, ids)] * self.batches.accumulation)
-        for p, value in zip(self.params, params):
+            self.train_step(0, 0.0, [micro] * self.batches.accumulation)
+        for p, value in zip(self.params, before):
             p.data.copy_(value)
-        for optimizer, state in zip(self.optimizers, states):
-            optimizer.load_state_dict(state)
+        self.optimizers = make_optimizers(self.model, self.config)
         self.first_bad.fill_(-1)
+        self.world.synchronize()
 
-    def check_finite(self, step: int) -> float:
-        """The last step's loss; NonFiniteLoss, on all ranks, if any since the last check was not finite."""
-        bad, loss = int(self.first_bad), self.gradients.loss.item()
-        if bad >= 0:
-            raise NonFiniteLoss(f"the loss of step {bad + 1} is not finite (last good: {self.last_good}). "
-                                "Nothing was exported. Lower the learning rates or set GRAD_CLIP_NORM.")
-        self.last_good = f"step {step}, train_loss {loss:.4f}"
+    def check_finite(self, step: int, score: Score | None = None) -> float:
+        """The last step's loss; NonFiniteLoss, on all ranks, for any since the last check, or the score."""
+        bad, loss = int(self.first_bad), self.flat[-1].item()
+        if bad >= 0 or score and not math.isfinite(score.val_loss):
+            what = f"step {bad + 1}" if bad >= 0 else f"the validation loss after step {step}"
+            raise NonFiniteLoss(f"{what} is not finite (last good: {self.last_good}). Nothing was exported. "
+                                "Lower the learning rates or set GRAD_CLIP_NORM.")
+        self.last_good = f"step {step}, train_loss {loss:.4f}" if step else "none"
         return loss
 
     def train(self, log: Log, validate: Callable[[int, float], Score]) -> tuple[int, float, Score]:
         """Trains until ITERATIONS or the cap; `validate` runs off the clock. Steps, seconds, last score."""
         config, step, clock = self.config, 0, Clock(self.world, self.config.max_wallclock_seconds)
         while True:
-            capped = clock.out_of_time(step)
+            capped = step < config.iterations and clock.out_of_time(step)
             last = capped or step == config.iterations
             if last or config.val_loss_every and step % config.val_loss_every == 0:
-                clock.due = step
-                seconds = clock.read(step)
-                clock.pause()
+                seconds, paused = clock.read(step, now=True), time.perf_counter()
                 if capped:
                     log(f"stopping_early: wallclock_cap train_time:{1e3 * seconds:.0f}ms "
                         f"step:{step}/{config.iterations}")
                 score = validate(step, seconds)
-                clock.resume()
+                clock.started += time.perf_counter() - paused
             if last:
                 return step, seconds, score
             self.train_step(step, clock.read(step), self.batches.micro(step))
             step += 1
             logged = step <= 10 or step % config.train_log_every == 0 or step == config.iterations
-            clock.due = step if logged else clock.due
-            if step >= clock.due:
+            if logged or step >= clock.due:
                 self.report(step, clock, log, logged)
 
     def report(self, step: int, clock: Clock, log: Log, logged: bool) -> None:
         """Upstream's training line with its metrics, and the progress line; waits for the device."""
-        config, seconds, loss = self.config, clock.read(step), self.check_finite(step)
+        config, seconds, loss = self.config, clock.read(step, now=True), self.check_finite(step)
         speed = step * config.train_batch_tokens / seconds
         if logged:
             log(f"step:{step}/{config.iterations} train_loss:{loss:.4f} train_time:{1e3 * seconds:.0f}ms "
@@ -991,28 +1012,28 @@ class Scorer:
     """The validation split in windows of T tokens, dealt out over the ranks."""
 
     def __init__(self, config: Config, world: World) -> None:
-        self.world, length = world, config.train_seq_len
         counter = ByteCounter.from_sentencepiece(Path(config.tokenizer_path), config.vocab_size)
-        self.counter = counter.to(world.device)
-        tokens = Tokens(config, "val")
-        span = tokens.read(0, tokens.total).long()
-        missing = -(tokens.total - 1) % length
-        self.ids = F.pad(span[:-1], (0, missing)).view(-1, length)
-        self.targets = F.pad(span[1:], (0, missing), value=-100).view(-1, length)  # -100: not a target
-        self.batch = max(config.val_batch_size // length // world.size, 1)
+        self.counter = ByteCounter(*(table.to(world.device) for table in counter))
+        self.world, self.tokens, self.length = world, Tokens(config, "val"), config.train_seq_len
+        self.tokens.read(0, self.tokens.total)  # token ids are checked before anything else starts
+        self.total = -(-(self.tokens.total - 1) // self.length)  # windows, the last one may be short
+        most = min(config.val_batch_size // world.size, config.micro_batch_tokens) // self.length
+        self.batch = min(max(most, 1), -(-self.total // world.size))
 
     def windows(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's ids and targets [batch, T]; the last batch is filled up so that all have one shape."""
-        first, end = (len(self.ids) * r // self.world.size for r in (self.world.rank, self.world.rank + 1))
+        """This rank's ids and targets [batch, T]; what fills up the last batch has targets of -100."""
+        first, end = (self.total * r // self.world.size for r in (self.world.rank, self.world.rank + 1))
         for start in range(first, end, self.batch):
-            rows = slice(start, min(start + self.batch, end))
-            fill = (0, 0, 0, self.batch - (rows.stop - start))
-            yield tuple(F.pad(t[rows], fill, value=v).to(self.world.device)
-                        for t, v in ((self.ids, 0), (self.targets, -100)))
+            count = min(self.batch, end - start) * self.length
+            count = min(count, self.tokens.total - 1 - start * self.length)
+            span = self.tokens.read(start * self.length, count + 1).to(self.world.device).long()
+            fill = (0, self.batch * self.length - count)
+            yield (F.pad(span[:-1], fill).view(-1, self.length),
+                   F.pad(span[1:], fill, value=-100).view(-1, self.length))
 
     @torch.inference_mode()
     def score(self, model: Callable[[Tensor, Tensor], Tensor]) -> Score:
-        """Scores a model that maps (ids, targets) to their mean loss, as GPT does. Sums are float64."""
+        """Scores a model that maps (ids, targets) to their mean loss, as GPT does; sums it in float64."""
         started = time.perf_counter()
         sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)  # nats, targets, bytes
         for ids, targets in self.windows():
@@ -1049,8 +1070,8 @@ def recurrence_health(model: GPT, ids: Tensor) -> list[dict[str, float]]:
 
 # ---- 11. Quantisation and artifact -----------------------------------------------------------------------
 # An artifact is magic and version, SHA-256 of the rest, decompressed length, and zlib of: length of the
-# header, the header (JSON: architecture; name, storage and shape of every parameter), their values in that
-# order. Nothing in it is ever executed or unpickled.
+# header, the header (JSON: architecture; name and storage of every parameter), their values in that order.
+# Shapes follow from the architecture. Nothing in it is ever executed or unpickled.
 
 ARTIFACT_MAGIC = b"GOLFGPT\x01"  # the last byte is the version
 ARTIFACT_HEAD = struct.Struct("<8s32sQ")
@@ -1086,18 +1107,18 @@ def pack(model: GPT, config: Config) -> bytes:
     entries, chunks = [], []
     for name, p in model.named_parameters():
         stored, tensors = store(p, config)
-        entries.append([name, stored, list(p.shape)])
+        entries.append([name, stored])
         chunks += [t.numpy().tobytes() for t in tensors]
     header = json.dumps(dict(architecture=asdict(config.architecture()), tensors=entries)).encode()
     raw = struct.pack("<I", len(header)) + header + b"".join(chunks)
     body = struct.pack("<Q", len(raw)) + zlib.compress(raw, 9)
     return ARTIFACT_MAGIC + hashlib.sha256(body).digest() + body
 
-def read_tensor(raw: bytes, offset: int, stored: str, shape: list[int]) -> tuple[Tensor, int]:
+def read_tensor(raw: bytes, offset: int, stored: str, shape: torch.Size) -> tuple[Tensor, int]:
     """The float32 tensor at `offset` and the offset behind it; ValueError if it does not fit."""
     kinds = {"int8": ("<i1", "<f2"), "float16": ("<f2",), "float32": ("<f4",)}[stored]
     values = []
-    for kind, count in zip(kinds, (math.prod(shape), shape[0])):
+    for kind, count in zip(kinds, (shape.numel(), shape[0])):
         values.append(torch.from_numpy(np.frombuffer(raw, kind, count, offset).copy()))
         offset += values[-1].nbytes
     values[0] = values[0].view(shape)
@@ -1113,28 +1134,40 @@ def load_model(data: bytes, source: str) -> tuple[GPT, Architecture]:
     if hashlib.sha256(data[40:]).digest() != checksum:
         raise InputError(f"{source} is damaged or truncated: its checksum does not match; copy it again")
     try:
-        raw = zlib.decompressobj().decompress(data[ARTIFACT_HEAD.size :], min(length, ARTIFACT_LIMIT))
+        if not 4 <= length <= ARTIFACT_LIMIT:
+            raise ValueError(f"impossible length {length}")
+        raw = zlib.decompressobj().decompress(data[ARTIFACT_HEAD.size :], length)
         (size,) = struct.unpack_from("<I", raw)
-        header, offset, tensors = json.loads(raw[4 : 4 + size]), 4 + size, {}
+        header, offset, tensors = json.loads(raw[4 : 4 + size]), 4 + size, []
         architecture = Architecture.from_json(header["architecture"])
-        for name, stored, shape in header["tensors"]:
-            tensors[name], offset = read_tensor(raw, offset, stored, shape)
-        with torch.device("meta"):  # shapes without memory
-            expected = {name: p.shape for name, p in GPT(architecture).named_parameters()}
-        if offset != length or expected != {name: t.shape for name, t in tensors.items()}:
-            raise ValueError("its tensors are not those of its architecture")
-    except (zlib.error, struct.error, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        with torch.device("meta"):  # names, roles and shapes without memory
+            expected = list(GPT(architecture).named_parameters())
+        for (name, p), (given, stored) in zip(expected, header["tensors"], strict=True):
+            if given != name or (stored == "int8") != (ROLES[p.role].stored == "int8"):
+                raise ValueError(f"{given} stored as {stored} where {name} is due")
+            tensor, offset = read_tensor(raw, offset, stored, p.shape)
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} is not finite")
+            tensors.append(tensor)
+        if offset != length:
+            raise ValueError(f"{length} bytes announced, {offset} described")
+    except (zlib.error, struct.error, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
+            ValueError) as error:
         raise InputError(f"{source} is not a valid artifact: {error}") from None
     model = GPT(architecture)
-    for name, p in model.named_parameters():
-        p.data.copy_(tensors[name])
+    for p, tensor in zip(model.parameters(), tensors):
+        p.data.copy_(tensor)
     return model, architecture
 
 # ---- 12. The run -----------------------------------------------------------------------------------------
 # Check everything, train, export, reload the artifact from disk, score what was reloaded.
 
 EXIT_INPUT, EXIT_NON_FINITE, EXIT_SIZE = 2, 3, 4
-SOURCE = Path(__file__)
+
+@functools.cache
+def source() -> bytes:
+    """This script as it is when the run begins; editing it meanwhile changes neither size nor hash."""
+    return Path(__file__).read_bytes()
 
 def versions(world: World) -> dict[str, str]:
     """What a result depends on besides the configuration."""
@@ -1143,7 +1176,7 @@ def versions(world: World) -> dict[str, str]:
         python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
         sentencepiece=spm.__version__, cuda=f"{torch.version.cuda}, cudnn {torch.backends.cudnn.version()}",
         device=torch.cuda.get_device_name() if world.on_cuda else cpu,
-        script_sha256=hashlib.sha256(SOURCE.read_bytes()).hexdigest())
+        script_sha256=hashlib.sha256(source()).hexdigest())
 
 def open_log(config: Config, world: World) -> Log:
     """Makes the run's folder, which must be new; the log opens with source, versions and configuration."""
@@ -1156,35 +1189,40 @@ def open_log(config: Config, world: World) -> Log:
         return folder
 
     log = Log(world.on_main(make), world.is_main)
-    log.to_file(SOURCE.read_text(encoding="utf-8") + "=" * 100)
+    log.to_file(source().decode() + "=" * 100)
     for name, value in versions(world).items():
         log(f"{name}:{value}")
     log("config:" + " ".join(f"{name.upper()}={show(value)}" for name, value in asdict(config).items()))
+    if config.warmdown_iters >= config.iterations and not config.eval_only:
+        log(f"warning: WARMDOWN_ITERS={config.warmdown_iters}: the learning rate falls from step 0 on")
     return log
 
-def round_trip(path: Path, config: Config, world: World, log: Log) -> dict[str, Any]:
-    """Reads the artifact from disk, says its size, and scores a fresh model made from it."""
+def reload(path: Path, config: Config, world: World) -> tuple[Config, bytes, GPT]:
+    """An artifact from disk: the configuration with its architecture, its bytes, a fresh model."""
     data = world.on_main(path.read_bytes)
     model, architecture = load_model(data, str(path))
-    code, digest = len(SOURCE.read_bytes()), hashlib.sha256(data).hexdigest()
+    return replace(config, **asdict(architecture)), data, model.to(world.device)
+
+def round_trip(data: bytes, model: GPT, scorer: Scorer, config: Config, log: Log) -> dict[str, Any]:
+    """Size and score of what was reloaded, scored as the trained model was."""
+    code, digest = len(source()), hashlib.sha256(data).hexdigest()
     total, raw = code + len(data), sum(4 * p.numel() for p in model.parameters())
     log(f"Code size: {code} bytes")
     log(f"Serialized model int8+zlib: {len(data)} bytes (float32:{raw} ratio:{raw / len(data):.2f}x)")
     log(f"Total submission size int8+zlib: {total} bytes")
-    score = Scorer(replace(config, **asdict(architecture)), world).score(model.to(world.device))
+    score, limit = scorer.score(compiled(model, config, scorer.world)), config.size_limit_bytes
     log(f"final_int8_zlib_roundtrip val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f} "
         f"eval_time:{1e3 * score.eval_seconds:.0f}ms")
     log(f"final_int8_zlib_roundtrip_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}")
     log(f"val_tokens:{score.val_tokens} val_bytes:{score.val_bytes} artifact_sha256:{digest}")
-    if total > config.size_limit_bytes:
-        log(f"not a submission: {total} bytes exceed SIZE_LIMIT_BYTES={config.size_limit_bytes} "
-            f"by {total - config.size_limit_bytes}")
+    if total > limit:
+        log(f"not a submission: {total} bytes exceed SIZE_LIMIT_BYTES={limit} by {total - limit}")
     return dict(roundtrip=score._asdict(), bytes_code=code, bytes_model=len(data), bytes_total=total,
-                fits=total <= config.size_limit_bytes, artifact_sha256=digest)
+                fits=total <= limit, artifact_sha256=digest)
 
-def train_and_export(config: Config, world: World) -> tuple[Log, dict[str, Any]]:
+def train_and_export(config: Config, world: World, scorer: Scorer) -> tuple[Log, dict[str, Any]]:
     """Trains a model and writes its artifact; log and figures of the run."""
-    scorer, batches = Scorer(config, world), Batches(Tokens(config, "train"), config, world)
+    batches = world.on_all(lambda: Batches(Tokens(config, "train"), config, world), lambda b: b.tokens.total)
     log = open_log(config, world)
     torch.manual_seed(config.seed)
     model = GPT(config.architecture(), config.tied_embed_init_std).to(world.device)
@@ -1193,22 +1231,25 @@ def train_and_export(config: Config, world: World) -> tuple[Log, dict[str, Any]]
     log(f"model_params:{parameters} effective_layers:{len(model.plan)}")
     log(f"world_size:{world.size} grad_accum_steps:{batches.accumulation}")
     log(f"train_loader:shards:{len(batches.tokens.paths)} tokens:{batches.tokens.total}")
+    watched = scorer.tokens.read(0, config.train_seq_len).to(world.device).long()[None]
 
     def validate(step: int, seconds: float) -> Score:
-        if step:
-            trainer.check_finite(step)
-        score, health = scorer.score(trainer.compiled), recurrence_health(model, next(scorer.windows())[0])
+        score = scorer.score(trainer.forward)
+        trainer.check_finite(step, score)  # the last update alone may have ruined the weights
         log(f"step:{step}/{config.iterations} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f} "
             f"train_time:{1e3 * seconds:.0f}ms step_avg:{1e3 * seconds / max(step, 1):.2f}ms")
-        log.metric(step=step, train_seconds=seconds, **score._asdict(), health=health)
-        for row in health:
-            log.to_file("health " + " ".join(f"{name}:{value:.4g}" for name, value in row.items()))
+        if world.is_main:
+            health = recurrence_health(model, watched)
+            log.metric(step=step, train_seconds=seconds, **score._asdict(), health=health)
+            for row in health:
+                log.to_file("health " + " ".join(f"{name}:{value:.4g}" for name, value in row.items()))
         return score
 
     trainer.warm_up()
     steps, seconds, score = trainer.train(log, validate)
     if world.on_cuda:
-        log(f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB")
+        log(f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB "
+            f"reserved: {torch.cuda.max_memory_reserved() >> 20} MiB")
     world.on_main(lambda: write_atomically(log.folder / "model.int8.ptz", pack(model, config)))
     return log, dict(model_params=parameters, steps=steps, train_seconds=seconds, pre_quant=score._asdict(),
                      tokens_per_second=steps * config.train_batch_tokens / max(seconds, 1e-9))
@@ -1216,11 +1257,15 @@ def train_and_export(config: Config, world: World) -> tuple[Log, dict[str, Any]]
 def run(config: Config, world: World) -> int:
     """One run as configured; result.json ends it. The exit code."""
     if config.eval_only:
-        log, figures, path = open_log(config, world), {}, Path(config.eval_only)
+        config, data, model = reload(Path(config.eval_only), config, world)
+    same = replace(config, data_path="", tokenizer_path="", log_dir="")  # paths may differ between nodes
+    scorer = world.on_all(lambda: Scorer(config, world), lambda scorer: (same, scorer.tokens.total))
+    if config.eval_only:
+        log, figures = open_log(config, world), {}
     else:
-        log, figures = train_and_export(config, world)
-        path = log.folder / "model.int8.ptz"
-    figures |= round_trip(path, config, world, log)
+        log, figures = train_and_export(config, world, scorer)
+        config, data, model = reload(log.folder / "model.int8.ptz", config, world)
+    figures |= round_trip(data, model, scorer, config, log)
     figures |= dict(config=asdict(config), versions=versions(world), world_size=world.size)
     text = json.dumps(figures, indent=1).encode()
     world.on_main(lambda: write_atomically(log.folder / "result.json", text))
@@ -1229,14 +1274,16 @@ def run(config: Config, world: World) -> int:
 def main() -> int:
     """Runs what the environment describes; what a user can mend is one line without a traceback."""
     try:
-        config = Config.from_env(os.environ)
-        return run(config, World(os.environ))
-    except (InputError, NonFiniteLoss) as error:
-        print(f"[rank {os.environ.get('RANK', 0)}] {error}", file=sys.stderr, flush=True)
-        return EXIT_INPUT if isinstance(error, InputError) else EXIT_NON_FINITE
-    finally:
+        code = run(Config.from_env(os.environ), World(os.environ))
         if dist.is_initialized():
             dist.destroy_process_group()
+        return code
+    except (InputError, NonFiniteLoss) as error:
+        print(f"[rank {os.environ.get('RANK', 0)}] {error}", file=sys.stderr, flush=True)
+        code = EXIT_INPUT if isinstance(error, InputError) else EXIT_NON_FINITE
+        if dist.is_initialized():  # other ranks may be in a collective: leave without waiting for them
+            os._exit(code)
+        return code
 
 if __name__ == "__main__":
     sys.exit(main())
