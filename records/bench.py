@@ -83,8 +83,9 @@ class PlainGPT(nn.Module):
 
     def __init__(self, a: tg.Architecture) -> None:
         super().__init__()
-        for name, refused in dict(num_shared=0, share_attn_only=True, use_unique_norms=True, reference_bf16=True,
-                                  depth_embed="learned", tie_embeddings=False).items():
+        for name, refused in dict(
+                num_shared=0, share_attn_only=True, use_unique_norms=True, depth_embed="learned",
+                tie_embeddings=False, reference_bf16=True).items():
             if getattr(a, name) == refused:
                 raise ValueError(f"the plain model does not implement {name.upper()}={tg.show(refused)}")
         coda, end = a.num_prelude + a.num_shared, a.num_prelude + a.num_shared + a.num_coda
@@ -198,9 +199,9 @@ def random_tokens(ours: tg.Trainer, sequences: int, length: int) -> Micro:
 def gate(config: tg.Config) -> dict[str, float]:
     """The largest relative differences after a step of both in float32; Mismatch if beyond rounding.
 
-    Noise, because parameters that start at zero hide what is behind them; more than one block of our attention
-    and one chunk of our head, both ragged; Newton-Schulz in float32, too, because rounding to bfloat16 moves
-    an update by a tenth and more.
+    Noise, because parameters that start at zero hide what is behind them; more than one block of our
+    attention and one chunk of our head, both ragged; Newton-Schulz in float32, too, because rounding to
+    bfloat16 moves an update by a tenth and more.
     """
     ours, plain = make_pair(replace(config, dtype="float32"), noise=0.3)
     ours.optimizers[1].dtype = plain.optimizers[1].dtype = torch.float32
@@ -256,9 +257,9 @@ def measure(config: tg.Config, steps: int, warmup: int) -> dict[str, Any]:
     losses = ours.flat[-1].item(), plain.loss
     for name, (total, optimizer), loss in zip(("ours", "plain"), times, losses):
         result[name] = dict(
-            tokens_per_second=round(1e3 * config.train_batch_tokens / np.median(total)), step_ms=spread(total),
-            forward_backward_ms=spread(total - optimizer), optimizer_ms=spread(optimizer),
-            every_step_ms=total.round(1).tolist(), last_loss=loss)
+            tokens_per_second=round(1e3 * config.train_batch_tokens / np.median(total)), last_loss=loss,
+            step_ms=spread(total), forward_backward_ms=spread(total - optimizer),
+            optimizer_ms=spread(optimizer), every_step_ms=total.round(1).tolist())
     info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     cpu = next((x.split(":")[1].strip() for x in info if "model name" in x), platform.processor())
     return result | dict(
@@ -269,16 +270,17 @@ def measure(config: tg.Config, steps: int, warmup: int) -> dict[str, Any]:
 def show(result: dict[str, Any]) -> None:
     """The table on the terminal."""
     text, kinds = "{median:.2f} ({p10:.2f}-{p90:.2f})", ("step_ms", "forward_backward_ms", "optimizer_ms")
-    print(f"{'median (p10-p90)':18}{'tokens/s':>10}" + "".join(f"{kind:>24}" for kind in kinds))
+    print(f"{'median (p10-p90)':18}{'tokens/s':>10}" + "".join(f"{kind:>27}" for kind in kinds))
     for name in ("ours", "plain"):
         cells = (text.format(**result[name][kind]) for kind in kinds)
-        print(f"{name:18}{result[name]['tokens_per_second']:>10,}" + "".join(f"{cell:>24}" for cell in cells))
+        print(f"{name:18}{result[name]['tokens_per_second']:>10,}" + "".join(f"{cell:>27}" for cell in cells))
     print("plain / ours, step by step: " + text.format(**result["plain_over_ours"]))
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="F,tiny", help="PRESET of train_gpt.py")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="its options")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each")
     parser.add_argument("--warmup", type=int, default=3, help="steps of each before them")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
