@@ -98,8 +98,8 @@ class Architecture:
     use_timestep_scale: bool = opt(True)  # gamma: branch scale per effective layer
     timestep_gamma_max: float = opt(4.0, needs="use_timestep_scale")  # cap on |gamma|; 0: none
     use_timestep_bias: bool = opt(True)  # beta (FiLM): branch shift per effective layer
-    use_unique_norms: bool = opt(False, needs="num_shared")  # norm gains per effective layer of the core
-    unique_norms_input_norm: bool = opt(False, needs="use_unique_norms use_peri_norm")  # as PR 855
+    use_unique_norms: bool = opt(False, needs="num_shared")  # gains on branch inputs, per layer of the core
+    unique_norms_input_norm: bool = opt(False, needs="use_unique_norms use_peri_norm")  # PR 855: keep it
     depth_embed: Literal["none", "sinusoidal", "learned"] = opt("sinusoidal")  # code added per layer
     leaky_relu_slope: float = opt(0.5, 0, 1)  # MLP is W2 leaky_relu(W1 x)^2; 0: relu^2
     logit_softcap: float = opt(30.0, 1e-3)  # c in c tanh(logit / c)
@@ -759,7 +759,7 @@ def head_loss(h: Tensor, head: Tensor, targets: Tensor, softcap: float) -> Tenso
     return ChunkedHeadLoss.apply(h, head if torch.is_grad_enabled() else head.detach(), targets, softcap)
 
 class ChunkedHeadLoss(torch.autograd.Function):
-    """`head_loss` for CPUs: loss and gradients of 512 rows at a time, so that the logits stay in the cache."""
+    """`head_loss` for CPUs: loss and gradients of 512 rows at a time, so that logits stay in the cache."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, head: Tensor, targets: Tensor, softcap: float) -> Tensor:

@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT))
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Variables that point a run at a cut of the sample corpus: 60,000 training and 5,001 validation tokens."""
+    """Variables that point a run at 60,000 training and 5,001 validation tokens of the sample corpus."""
     spec = importlib.util.spec_from_file_location("sample", ROOT / "data" / "sample.py")
     sample = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sample)

@@ -70,7 +70,8 @@ def test_other_architectures_are_refused(preset: str) -> None:
 
 def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     variables = [f"{name}={value}" for name, value in SMALL.items()]
-    monkeypatch.setattr(sys, "argv", ["bench.py", "--set", *variables, "--steps", "2", "--warmup", "1", *words])
+    argv = ["bench.py", "--set", *variables, "--steps", "2", "--warmup", "1", *words]
+    monkeypatch.setattr(sys, "argv", argv)
     return bench.main()
 
 
@@ -94,7 +95,8 @@ def test_command_prints_and_writes_the_figures(
     (["--preset", "naive,tiny"], "NUM_SHARED"),
 ])
 def test_command_times_nothing_it_was_not_asked_for(
-        words: list[str], reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        words: list[str], reason: str, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, *words) == 2
     out, error = capsys.readouterr()
     assert "plain / ours" not in out

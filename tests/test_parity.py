@@ -1,8 +1,8 @@
 """The model computes what the reference computes: loss and every gradient norm of published configurations.
 
 GOLDEN names the file of golden numbers (default: the copy beside this file). Flags, dimensions and parameter
-shapes are read from it, so other cases can be tried by pointing the variable elsewhere. Its parameters are filled
-by name (`fill`), and `reference_names` says where each of them lives in our model.
+shapes are read from it, so other cases can be tried by pointing the variable elsewhere. Its parameters are
+filled by name (`fill`), and `reference_names` says where each of them lives in our model.
 """
 import json
 import os
@@ -15,7 +15,8 @@ import torch
 
 import train_gpt as tg
 
-GOLDEN = json.loads(Path(os.environ.get("GOLDEN") or Path(__file__).with_name("golden_forward.json")).read_text())
+FILE = os.environ.get("GOLDEN") or Path(__file__).with_name("golden_forward.json")
+GOLDEN = json.loads(Path(FILE).read_text())
 DIMS = GOLDEN["dims"]
 
 
@@ -25,7 +26,7 @@ def fill(name: str, shape: list[int]) -> torch.Tensor:
     leaf = name.rsplit(".", 1)[-1]
     if "gamma" in name:
         noise = 1 + 20 * noise
-    elif leaf in ("attn_scale", "mlp_scale", "skip_weights") or leaf.startswith("unique_") and leaf.endswith("gains"):
+    elif leaf in ("attn_scale", "mlp_scale", "skip_weights", "unique_attn_gains", "unique_mlp_gains"):
         noise = 1 + noise
     elif leaf == "resid_mix":
         noise = np.array([[1.0], [0.0]]) + noise
@@ -35,27 +36,28 @@ def fill(name: str, shape: list[int]) -> torch.Tensor:
 
 
 def architecture(case: dict) -> tg.Architecture:
-    """The case's flags as ours. The shapes say what the reference built, where it ignored a flag in silence."""
+    """The case's flags as ours. Where the reference ignored one in silence, the shapes say what it built."""
     flags, names = dict(case["flags"]), " ".join(case["params"])
     looped = int(flags.get("NUM_SHARED", 0)) > 0
     has = {"use_timestep_scale": "gamma" in names, "use_timestep_bias": "beta" in names,
            "use_unique_norms": "unique_attn_gains" in names, "use_birkhoff_mix": "resid_mix_logit" in names}
     depth = "learned" if "depth_embeddings" in names else "sinusoidal"
     values = tg.PLAIN | has | dict(
-        dtype="float32", train_seq_len=DIMS["SEQ"], vocab_size=DIMS["VOCAB_SIZE"], model_dim=DIMS["MODEL_DIM"],
-        num_heads=DIMS["NUM_HEADS"], num_kv_heads=DIMS["NUM_KV_HEADS"], mlp_mult=float(DIMS["MLP_MULT"]),
+        dtype="float32", train_seq_len=DIMS["SEQ"], vocab_size=DIMS["VOCAB_SIZE"],
+        model_dim=DIMS["MODEL_DIM"], num_heads=DIMS["NUM_HEADS"], num_kv_heads=DIMS["NUM_KV_HEADS"],
+        mlp_mult=float(DIMS["MLP_MULT"]),
         depth_embed=depth if looped and int(flags.pop("USE_DEPTH_EMBED", 0)) else "none",
     )
     flags.pop("USE_DEPTH_EMBED", None)
     for name in [n for n in flags if n.lower() in has]:
         flags.pop(name)
-    for name, acts in dict(NUM_LAYERS=not looped, USE_PERI_NORM=looped, TIMESTEP_GAMMA_MAX=has["use_timestep_scale"],
-                           NUM_PRELUDE=looped, NUM_LOOPS=looped, NUM_CODA=looped, SHARE_ATTN_ONLY=looped).items():
-        if not acts:
-            flags.pop(name, None)
+    core_only = ["USE_PERI_NORM", "NUM_PRELUDE", "NUM_LOOPS", "NUM_CODA", "SHARE_ATTN_ONLY"]
+    inert = ["NUM_LAYERS"] if looped else core_only
+    for name in inert + ([] if has["use_timestep_scale"] else ["TIMESTEP_GAMMA_MAX"]):
+        flags.pop(name, None)
     kinds = tg.get_type_hints(tg.Architecture)
     for name, value in flags.items():
-        text = f"{value:g}" if isinstance(value, float) and kinds[name.lower()] is int else str(value)
+        text = f"{value:g}" if isinstance(value, float) and kinds[name.lower()] is int else tg.show(value)
         values[name.lower()] = tg.parse(name, text, kinds[name.lower()])
     both = values["use_unique_norms"] and values.get("use_peri_norm", False)
     return tg.Architecture(**values, unique_norms_input_norm=both)
@@ -113,7 +115,7 @@ def test_loss_and_gradients(name: str) -> None:
             for piece, (p, index) in zip([value] if len(places) == 1 else value, places):
                 p[index] = piece
     held = sum(np.prod(shape, dtype=int) for shape in case["params"].values())
-    assert held == sum(p.numel() for p in model.parameters()), "the reference holds other parameters than ours"
+    assert held == sum(p.numel() for p in model.parameters()), "the reference holds other parameters"
     ids = torch.tensor(np.random.default_rng(7).integers(0, DIMS["VOCAB_SIZE"], (2, DIMS["SEQ"] + 1)))
     loss = model(ids[:, :-1], ids[:, 1:])
     loss.backward()

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,11 +24,14 @@ def run(env: dict[str, str], folder: Path) -> dict:
     assert tg.run(config, tg.World({})) == 0
     return json.loads((folder / config.run_id / "result.json").read_text())
 
-def launch(env: dict[str, str], ranks: int = 1) -> None:
+def start(env: dict[str, str], ranks: int = 1) -> subprocess.CompletedProcess:
     """A run in processes of its own, as a user starts it."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command = [sys.executable, *(torchrun if ranks > 1 else []), str(Path(tg.__file__))]
-    done = subprocess.run(command, env=CLEAN | env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=CLEAN | env, capture_output=True, text=True, timeout=300)
+
+def launch(env: dict[str, str], ranks: int = 1) -> None:
+    done = start(env, ranks)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 def metrics(folder: Path) -> list[dict]:
@@ -95,6 +99,22 @@ def test_one_rank_and_two_ranks_agree(corpus: dict, tmp_path: Path) -> None:
         scored = json.loads((tmp_path / f"eval{ranks}" / "result.json").read_text())
         assert scored["roundtrip"]["val_bpb"] == pytest.approx(results[0]["roundtrip"]["val_bpb"], abs=1e-6)
         assert scored["artifact_sha256"] == results[0]["artifact_sha256"]
+
+def test_ranks_fail_together(corpus: dict, tmp_path: Path) -> None:
+    """Ranks that cannot share a batch; and a token id, in the middle of a run, that only the second meets."""
+    env = corpus | SMALL | dict(PRESET="T,tiny", LOG_DIR=str(tmp_path), OMP_NUM_THREADS="1", RUN_ID="run")
+    done = start(env | {"TRAIN_BATCH_TOKENS": "192"}, ranks=2)
+    assert done.returncode != 0 and not (tmp_path / "run").exists()
+    assert all(f"[rank {i}] WORLD_SIZE=2 does not divide the 3 sequences" in done.stderr for i in (0, 1))
+    folder = tmp_path / "bad"
+    shutil.copytree(corpus["DATA_PATH"], folder)
+    path = folder / "fineweb_train_000000.bin"
+    data = bytearray(path.read_bytes())
+    data[1024 + 2 * 400 : 1024 + 2 * 401] = (2000).to_bytes(2, "little")  # step 0, second half: rank 1's
+    path.write_bytes(data)
+    done = start(env | {"DATA_PATH": str(folder)}, ranks=2)
+    assert done.returncode != 0 and not (tmp_path / "run" / "model.int8.ptz").exists()
+    assert f"[rank 1] {path} holds token 2000" in done.stderr and "[rank 0]" not in done.stderr
 
 def test_same_seed_same_losses_to_the_last_bit(corpus: dict, tmp_path: Path) -> None:
     env = corpus | SMALL | {"PRESET": "T,tiny", "ITERATIONS": "4"}
