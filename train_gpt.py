@@ -1292,6 +1292,7 @@ def main() -> int:
     try:
         code = run(Config.from_env(os.environ), World(os.environ))
         if dist.is_initialized():
+            dist.barrier()  # gloo aborts at exit where a rank leaves while another is still sending
             dist.destroy_process_group()
         return code
     except (InputError, NonFiniteLoss) as error:
