@@ -1292,15 +1292,15 @@ def main() -> int:
     try:
         code = run(Config.from_env(os.environ), World(os.environ))
         if dist.is_initialized():
-            dist.barrier()  # gloo aborts at exit where a rank leaves while another is still sending
-            dist.destroy_process_group()
-        return code
+            dist.barrier()
     except (InputError, NonFiniteLoss) as error:
-        print(f"[rank {os.environ.get('RANK', 0)}] {error}", file=sys.stderr, flush=True)
+        print(f"[rank {os.environ.get('RANK', 0)}] {error}", file=sys.stderr)
         code = EXIT_INPUT if isinstance(error, InputError) else EXIT_NON_FINITE
-        if dist.is_initialized():  # other ranks may be in a collective: leave without waiting for them
-            os._exit(code)
-        return code
+    if dist.is_initialized():  # no teardown: it waits for ranks that failed, and gloo's can abort a good run
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 if __name__ == "__main__":
     sys.exit(main())
