@@ -595,7 +595,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return blockwise_attention(q, k, v)
 
 def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, block: int = 128) -> Tensor:
-    """`attend` for CPUs by batched products, whose backward is faster than that of PyTorch's fused kernel.
+    """`attend` for CPUs, by batched products.
 
     A block of queries only meets the keys up to its own end; queries that share a key head are one product.
     """
