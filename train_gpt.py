@@ -2,38 +2,24 @@
 
     PRESET=tiny python train_gpt.py                               # laptop, sample corpus (data/sample.py)
     torchrun --standalone --nproc_per_node=8 train_gpt.py         # one 8-GPU node, FineWeb shards
-    EVAL_ONLY=logs/<run>/model.int8.ptz python train_gpt.py       # score an artifact again
+    EVAL_ONLY=logs/<run>/model.ptz python train_gpt.py            # score an artifact again
 
-One transformer in three parts: prelude layers, a shared core that is looped, coda layers. A plan (a tuple of
-`Layer`) says for every effective layer which weights and which conditioning it uses, and all code that walks
-the depth walks that plan. Every option is a field of `Config`, set by the environment variable of the same
-name in capitals; PRESET names a published system and a scale.
-
-Sections: 1 configuration, 2 presets, 3 ranks and logs, 4 data, 5 byte accounting, 6 plan, 7 model,
-8 optimizers, 9 training, 10 scoring, 11 quantisation and artifact, 12 the run.
+Prelude layers, a shared core that is looped, coda layers. A plan (a tuple of `Layer`) says which weights and
+conditioning every effective layer uses, and all code that walks the depth walks that plan. Every option is a
+field of `Config`, set by the environment variable of its name in capitals.
 
 Shapes: B sequences, T tokens, D model width, H query heads, K key/value heads, E head width, V vocabulary,
 R effective layers. Parameters, tables and optimizer states are float32; matmul and attention operands and the
 residual stream are DTYPE. There is no autocast.
 """
 from __future__ import annotations
-
-import functools
-import hashlib
-import json
-import math
-import os
-import platform
-import struct
-import sys
-import time
-import uuid
-import zlib
+import ctypes, functools, hashlib, importlib, itertools, json, lzma, math, os, platform, re, struct  # noqa: E401
+import sys, time, uuid, zlib  # noqa: E401
+from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
-
 import numpy as np
 import sentencepiece as spm
 import torch
@@ -44,19 +30,21 @@ from torch import Tensor, nn
 # ---- 1. Configuration ------------------------------------------------------------------------------------
 # One line an option: type, default, unit. An option that cannot act is refused: a flag that was ignored in
 # silence looks exactly like a negative result (PR 855's rerun of SHARE_ATTN_ONLY).
-
 class InputError(ValueError):
     """A mistake in what the user gave (variables, files); `main` prints it as one line, exit code 2."""
 
+def require(met: Any, message: str) -> None:
+    if not met:
+        raise InputError(message)
+
 def opt(default: Any, low: float = 0, high: float = math.inf, *, needs: str = "") -> Any:
-    """An option with its bounds and the fields it `needs` to be on in order to act ("!x": needs x off)."""
+    """An option, its bounds, and what it `needs` in order to act: e.g. "x !y z>1 u=v"."""
     return field(default=default, metadata={"low": low, "high": high, "needs": needs})
 
 def parse(name: str, text: str, kind: Any) -> Any:
     """`text` as a value of type `kind`; InputError names the variable and what it takes."""
     choices = ("0", "1") if kind is bool else get_args(kind)
-    if choices and text not in choices:
-        raise InputError(f"{name}={text!r} is not one of {', '.join(choices)}")
+    require(not choices or text in choices, f"{name}={text!r} is not one of {', '.join(choices)}")
     if get_origin(kind) is Literal or kind is str:
         return text
     try:
@@ -65,7 +53,6 @@ def parse(name: str, text: str, kind: Any) -> Any:
         raise InputError(f"{name}={text!r} is not {'an integer' if kind is int else 'a number'}") from None
 
 def show(value: Any) -> str:
-    """A value as `parse` reads it."""
     return str(int(value)) if isinstance(value, bool) else str(value)
 
 def edit_distance(a: str, b: str) -> int:
@@ -74,9 +61,8 @@ def edit_distance(a: str, b: str) -> int:
     for i, x in enumerate(a, 1):
         over, above, row = above, row, [i]
         for j, y in enumerate(b, 1):
-            row.append(min(above[j] + 1, row[j - 1] + 1, above[j - 1] + (x != y)))
-            if i > 1 < j and (x, y) == (b[j - 2], a[i - 2]):
-                row[j] = min(row[j], over[j - 2] + 1)
+            swap = over[j - 2] + 1 if i > 1 < j and (x, y) == (b[j - 2], a[i - 2]) else math.inf
+            row.append(min(above[j] + 1, row[j - 1] + 1, above[j - 1] + (x != y), swap))
     return row[-1]
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +76,14 @@ class Architecture:
     num_layers: int = opt(9, 1, 256, needs="!num_shared")  # layers of the flat U-Net
     num_prelude: int = opt(1, 0, 256, needs="num_shared")  # layers before the core
     num_shared: int = opt(4, 0, 256)  # layers of the shared core; 0: flat U-Net
-    num_loops: int = opt(3, 1, 256, needs="num_shared")  # passes over the core
+    num_loops: int = opt(3, 1, 256, needs="num_shared")  # passes over the core, at most, in training
+    eval_passes: int = opt(0, 0, 256, needs="num_shared")  # passes over the core in scoring; 0: NUM_LOOPS
     num_coda: int = opt(1, 0, 256, needs="num_shared")  # layers after the core
-    share_attn_only: bool = opt(False, needs="num_shared")  # core: an MLP of its own for every pass
+    core_skips: Literal["none", "all", "published"] = opt("none", needs="num_prelude num_coda")  # U-Net skips
+    share_attn_only: bool = opt(False, needs="num_shared num_loops>1")  # core: an MLP for every pass
+    pass_scale_init: float = opt(1.0, -4, 4, needs="num_loops>1")  # alpha in x + alpha (core(x) - x); 1: none
+    feedback_rank: int = opt(0, 0, 4096, needs="num_loops>1")  # r in x + d * (x V) U^T before a pass; 0: none
+    interpass_norm: bool = opt(False, needs="num_loops>1")  # RMSNorm of the state before a further pass
     use_peri_norm: bool = opt(True)  # Output-LN: MLP branch normalised at its output, not its input
     use_birkhoff_mix: bool = opt(True)  # x <- a x + (1-a) x0 with a in (0, 1); off: two free weights
     use_timestep_scale: bool = opt(True)  # gamma: branch scale per effective layer
@@ -104,27 +95,35 @@ class Architecture:
     leaky_relu_slope: float = opt(0.5, 0, 1)  # MLP is W2 leaky_relu(W1 x)^2; 0: relu^2
     logit_softcap: float = opt(30.0, 1e-3)  # c in c tanh(logit / c)
     rope_base: float = opt(10000.0, 1)  # base of the rotary frequencies
+    rope_dims: int = opt(0, 0, 65536)  # channels of a head that are rotated; 0: all
+    ln_scale: bool = opt(False)  # the norms of layer i, from 0, are scaled by (i + 1)^-0.5
+    xsa_last_n: int = opt(0, 0, 256)  # exclusive self-attention in so many last layers, outside the core
+    smear_gate: Literal["none", "document", "published"] = opt("none")  # blends in the token before
+    bigram_vocab_size: int = opt(0, 0, 1 << 20)  # buckets of the hashed bigram embedding; 0: none
+    bigram_dim: int = opt(64, 1, 65536, needs="bigram_vocab_size")  # its width
+    ve_last_n: int = opt(0, 0, 256)  # so many last layers take the shared value embedding; 0: none
+    ve_dim: int = opt(128, 1, 65536, needs="ve_last_n")  # its width
     qk_gain_init: float = opt(1.5)  # initial gain of the normalised queries, per head
     tie_embeddings: bool = opt(True)  # the output projection is the token embedding
     train_seq_len: int = opt(1024, 2, 1 << 17)  # T, tokens per sequence; validation windows are as long
     dtype: Literal["bfloat16", "float32"] = opt("bfloat16")  # matmul operands and residual stream
     reference_bf16: bool = opt(False)  # PR 855's accident: RoPE positions, tables, embedding in bfloat16
-
     def __post_init__(self) -> None:
         for f in fields(self):
             value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
-            if isinstance(value, (int, float)) and not low <= value <= min(high, sys.float_info.max):
-                raise InputError(f"{f.name.upper()}={value} is out of range: {low} to {high}")
-        if self.num_heads % self.num_kv_heads:
-            raise InputError(f"NUM_KV_HEADS={self.num_kv_heads} does not divide NUM_HEADS={self.num_heads}")
-        if self.model_dim % (2 * self.num_heads):
-            raise InputError(f"MODEL_DIM={self.model_dim} / NUM_HEADS={self.num_heads} is not an even number")
-        if round(self.mlp_mult * self.model_dim) < 1:
-            raise InputError(f"MLP_MULT={self.mlp_mult} of MODEL_DIM={self.model_dim} is no hidden channel")
-        layers = self.num_prelude + self.num_shared * self.num_loops + self.num_coda
-        if layers > 1024 or self.train_seq_len * self.model_dim // self.num_heads > 1 << 27:
-            raise InputError(f"{layers} layers, TRAIN_SEQ_LEN={self.train_seq_len}: too large")
-
+            require(not isinstance(value, (int, float)) or low <= value <= min(high, sys.float_info.max),
+                    f"{f.name.upper()}={value} is out of range: {low} to {high}")
+        D, H, T = self.model_dim, self.num_heads, self.train_seq_len
+        require(H % self.num_kv_heads == 0, f"NUM_KV_HEADS={self.num_kv_heads} does not divide NUM_HEADS={H}")
+        require(D % (2 * H) == 0, f"MODEL_DIM={D} / NUM_HEADS={H} is not an even number")
+        require(round(self.mlp_mult * D) >= 1, f"MLP_MULT={self.mlp_mult} of MODEL_DIM={D} is no channel")
+        require(self.rope_dims % 2 == 0 and self.rope_dims <= D // H,
+                f"ROPE_DIMS={self.rope_dims} is odd or wider than a head, {D // H}")
+        require(self.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE=1: one bucket is for the first token")
+        layers = self.num_prelude + self.num_shared * max(self.num_loops, self.eval_passes) + self.num_coda
+        require(layers <= 1024 and T * D // H <= 1 << 27, f"{layers} layers, TRAIN_SEQ_LEN={T}: too large")
+        require(not self.xsa_last_n or any(layer.xsa for layer in make_plan(self)),
+                f"XSA_LAST_N={self.xsa_last_n} cannot act here: these last layers are all in the core")
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Architecture:
         """From an artifact's header; ValueError if a field is missing, unknown or malformed."""
@@ -146,6 +145,9 @@ class Config(Architecture):
     compile: Literal["auto", "model", "off"] = opt("auto")  # torch.compile; auto: model on CUDA, off on CPU
     iterations: int = opt(20000)  # optimizer steps at most
     max_wallclock_seconds: float = opt(600.0)  # training stops before this; 0: no cap
+    passes_schedule: str = opt("", needs="num_loops>1")  # "0:1,0.6:2"; "" is NUM_LOOPS at once
+    jacobian_weight: float = opt(0.0, needs="num_shared")  # of the penalty on growth of the state in the core
+    jacobian_per_pass: bool = opt(False, needs="jacobian_weight")  # of growth in each pass, not overall
     warmup_steps: int = opt(20)  # compile and warm-up steps outside the clock, undone afterwards
     warmdown_iters: int = opt(1200)  # steps over which the learning rate falls to 0 at the end
     train_batch_tokens: int = opt(524288, 1)  # tokens per optimizer step, all ranks together
@@ -158,7 +160,12 @@ class Config(Architecture):
     tied_embed_lr: float = opt(0.05, needs="tie_embeddings")  # Adam: tied embedding
     tied_embed_init_std: float = opt(0.005, needs="tie_embeddings")  # its initial standard deviation
     matrix_lr: float = opt(0.04)  # Muon: matrices
-    scalar_lr: float = opt(0.04)  # Adam: scales, gains, tables
+    side_embed_lr: float = opt(0.035)  # Adam: bigram and value embeddings
+    scalar_lr: float = opt(0.04)  # Adam: scales, gains, tables, their projections
+    muon_wd: float = opt(0.0)  # decoupled weight decay of matrices: W <- W (1 - lr wd)
+    adam_wd: float = opt(0.0)  # decoupled weight decay of embeddings and projections
+    decay_scalars: bool = opt(False, needs="adam_wd")  # PR 1230: of scales, gains and tables, too
+    matrix_init: Literal["uniform", "orthogonal"] = opt("uniform")  # of matrices that do not begin at 0
     muon_momentum: float = opt(0.95, 0, 1)  # Nesterov momentum, after its warm-up
     muon_momentum_warmup_start: float = opt(0.85, 0, 1, needs="muon_momentum_warmup_steps")  # at step 0
     muon_momentum_warmup_steps: int = opt(500)  # steps until it has risen
@@ -167,10 +174,30 @@ class Config(Architecture):
     beta2: float = opt(0.95, 0, 1 - 1e-9)  # Adam: decay of the second moment
     adam_eps: float = opt(1e-8)  # Adam: added to the root of the second moment
     grad_clip_norm: float = opt(0.0)  # L2 norm of the averaged gradient; 0: no clipping
+    average: Literal["none", "ema", "swa"] = opt("none")  # of the weights over steps; it is what is exported
+    ema_decay: float = opt(0.997, 0, 1 - 1e-9, needs="average=ema")  # of AVERAGE=ema, per step
+    swa_every: int = opt(50, 1, needs="average=swa")  # steps between the weights that AVERAGE=swa collects
+    swa_lr_factor: float = opt(0.2, 0, 1, needs="average=swa")  # once the learning rate is below this part
+    qat_fraction: float = opt(0.0, 0, 1)  # last part of the run that trains on rounded matrices (QAT)
+    qat_lr_factor: float = opt(0.0, 0, 1)  # or once the learning rate is below this fraction
+    qat_core_only: bool = opt(False, needs="num_shared")  # no other matrices
+    matrix_bits: int = opt(8, 0, 8)  # width of stored matrices; 0: the most that fits SIZE_LIMIT_BYTES
+    core_bits: int = opt(0, 0, 8, needs="num_shared")  # width of those of the core; 0: MATRIX_BITS
+    embed_bits: int = opt(8, 2, 8)  # width of stored embeddings
+    quant_clip: Literal["percentile", "matrix", "row"] = opt("percentile")  # or best error for matrix or row
     quant_clip_percentile: float = opt(99.99984, 50, 100)  # of |w| in a row; weights beyond it saturate
     quant_scale_floor: float = opt(0.0, 0, 1)  # smallest int8 step; PR 855: 1/127 = 0.00787
+    gptq_batches: int = opt(0)  # micro-batches per rank that calibrate GPTQ, in the training time; 0: no GPTQ
+    gptq_seconds: float = opt(10.0, needs="gptq_batches")  # part of MAX_WALLCLOCK_SECONDS kept for them
+    codec: Literal["zlib", "lzma", "brotli"] = opt("zlib")  # of the artifact; brotli is a package of its own
+    eval_stride: int = opt(0)  # tokens a sliding validation window advances; 0: no sliding score
+    eval_limit_seconds: float = opt(600.0)  # a slower evaluation is no submission
+    ttt_lr: float = opt(0.0)  # score-first test-time training: SGD; 0: none
+    ttt_epochs: int = opt(3, 1, needs="ttt_lr")  # passes over a chunk after it was scored
+    ttt_chunk_tokens: int = opt(32768, 1, needs="ttt_lr")  # tokens that are scored before they are trained on
+    ttt_momentum: float = opt(0.9, 0, 1, needs="ttt_lr")  # of SGD
+    ttt_grad_clip: float = opt(1.0, needs="ttt_lr")  # L2 norm of the averaged gradient; 0: no clipping
     size_limit_bytes: int = opt(16_000_000)  # script + artifact; beyond it the exit code is 4
-
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Config:
         """Defaults, presets, then explicit variables; InputError for what is unknown, malformed or inert."""
@@ -178,37 +205,69 @@ class Config(Architecture):
         for name in env.keys() - kinds.keys() - {"USE_DEPTH_EMBED"}:
             alike = [k for k in (*kinds, "USE_DEPTH_EMBED") if abs(len(k) - len(name)) <= 2]
             known = min(alike, key=lambda k: edit_distance(name, k), default="")
-            if known and edit_distance(name, known) <= (2 if len(known) > 5 else 1):
-                raise InputError(f"{name} is not an option; did you mean {known}? (unset it to go on)")
+            require(not known or edit_distance(name, known) > (2 if len(known) > 5 else 1),
+                    f"{name} is not an option; did you mean {known}? (unset it to go on)")
         explicit = {n.lower(): parse(n, env[n], kind) for n, kind in kinds.items() if n in env}
         if "USE_DEPTH_EMBED" in env:  # the public name; learned in series 4 of PR 855, sinusoidal in series 5
-            if "DEPTH_EMBED" in env:
-                raise InputError("USE_DEPTH_EMBED and DEPTH_EMBED are both set: drop USE_DEPTH_EMBED")
+            require("DEPTH_EMBED" not in env, "USE_DEPTH_EMBED and DEPTH_EMBED are both set; drop one")
             on = parse("USE_DEPTH_EMBED", env["USE_DEPTH_EMBED"], bool)
             explicit["depth_embed"] = "sinusoidal" if on else "none"
         config = cls(**preset_values(explicit.get("preset", "")) | explicit)
         for name, value in explicit.items():
             for need in cls.__dataclass_fields__[name].metadata["needs"].split():
-                other, off = need.lstrip("!"), need.startswith("!")
-                if value and bool(getattr(config, other)) == off:
-                    raise InputError(f"{name.upper()}={show(value)} cannot act here: {other.upper()}="
-                                     f"{show(getattr(config, other))}; switch that {'off' if off else 'on'}")
-            if config.eval_only and name not in EVAL_OPTIONS:
-                raise InputError(f"{name.upper()} cannot act here: EVAL_ONLY trains nothing and takes the "
-                                 "model from the artifact")
+                require(value in (0, "", "none") or not config.hindrance(need),
+                        f"{name.upper()}={show(value)} cannot act here: {config.hindrance(need)}")
+            require(not config.eval_only or name in EVAL_OPTIONS, f"{name.upper()} cannot act here: "
+                    "EVAL_ONLY trains nothing and takes the model from the artifact")
         return config
-
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        entries, T, cap = self.schedule(), self.train_seq_len, self.max_wallclock_seconds
+        require(entries[0][0] == 0 and all(a[0] < b[0] for a, b in zip(entries, entries[1:]))
+                and all(1 <= passes <= self.num_loops for _, passes in entries),
+                f"PASSES_SCHEDULE={self.passes_schedule} does not ascend from 0 with 1 to NUM_LOOPS="
+                f"{self.num_loops} passes, as 0:1,0.6:{self.num_loops} would")
+        require(self.matrix_bits or not (self.qat_fraction or self.qat_lr_factor),
+                "MATRIX_BITS=0 is chosen after training: QAT_FRACTION and QAT_LR_FACTOR cannot round to it")
+        require(not self.qat_core_only or self.qat_fraction or self.qat_lr_factor,
+                "QAT_CORE_ONLY=1 cannot act here: it needs QAT_FRACTION or QAT_LR_FACTOR")
+        require(1 not in (self.matrix_bits, self.core_bits), "MATRIX_BITS and CORE_BITS are 0 or 2 to 8")
+        require(not self.gptq_batches or not cap or cap > self.gptq_seconds,
+                f"GPTQ_SECONDS={self.gptq_seconds} leave nothing of MAX_WALLCLOCK_SECONDS={cap} to train")
+        require(not self.ttt_lr or self.ttt_chunk_tokens % T == 0,
+                f"TRAIN_SEQ_LEN={T} does not divide TTT_CHUNK_TOKENS={self.ttt_chunk_tokens}")
+        require(not self.eval_stride or T % self.eval_stride == 0,
+                f"EVAL_STRIDE={self.eval_stride} does not divide TRAIN_SEQ_LEN={T}")
+    @property
+    def training_seconds(self) -> float:
+        """When training ends: MAX_WALLCLOCK_SECONDS less what GPTQ takes of it; 0: no limit."""
+        return max(self.max_wallclock_seconds - self.gptq_seconds * (self.gptq_batches > 0), 0.0)
+    def schedule(self) -> list[tuple[float, int]]:
+        """(beginning, passes): from a step on, or from a fraction of the run on where that is below 1."""
+        entries = (self.passes_schedule or f"0:{self.num_loops}").split(",")
+        return [(parse("PASSES_SCHEDULE", when, float), parse("PASSES_SCHEDULE", passes, int))
+                for when, _, passes in (entry.partition(":") for entry in entries)]
+    def width(self, name: str) -> int:
+        """Bits of a stored weight, by the option that names them; 0: not rounded. CORE_BITS has a default."""
+        return getattr(self, name) or self.matrix_bits if name else 0
+    def hindrance(self, need: str) -> str:
+        """What stands against what an option `needs`, as in NUM_LOOPS=1; "" if nothing does."""
+        name, sign, value = re.fullmatch(r"!?(\w+)([>=]?)(\w*)", need).groups()
+        actual = getattr(self, name)
+        met = actual == value if sign == "=" else actual > int(value) if sign else bool(actual)
+        return "" if met != need.startswith("!") else f"{name.upper()}={show(actual)}"
     def architecture(self) -> Architecture:
         return Architecture(**{f.name: getattr(self, f.name) for f in fields(Architecture)})
 
-EVAL_OPTIONS = {"eval_only", "preset", "data_path", "tokenizer_path", "log_dir", "run_id", "compile",
-                "val_batch_size", "micro_batch_tokens", "size_limit_bytes"}
+EVAL_OPTIONS = set("""preset eval_only data_path tokenizer_path log_dir run_id compile val_batch_size
+    micro_batch_tokens size_limit_bytes eval_passes eval_stride eval_limit_seconds ttt_lr ttt_epochs
+    ttt_chunk_tokens ttt_momentum ttt_grad_clip""".split())
 
 # ---- 2. Presets ------------------------------------------------------------------------------------------
 # The published systems: the 21 runs of the recurrence study (PR 855; A', B', C' are Ap, Bp, Cp), the naive
-# baseline, and the "baseline wins" report, which gives width and depth only: the head counts here are those
-# that give its parameter counts. A scale keeps the shape of a system at another size.
-
+# baseline, the "baseline wins" report (it gives width and depth; the head counts fit its parameter counts),
+# and growing recurrence (PR 1230): `growing` is what it trained, less error feedback and bigrams, which could
+# not learn there, with its passes by time; `growing_live` has both, and all four skips.
 PLAIN: dict[str, Any] = dict(
     num_prelude=0, num_shared=0, num_loops=1, num_coda=0, use_peri_norm=False, use_birkhoff_mix=False,
     use_timestep_scale=False, timestep_gamma_max=0.0, use_timestep_bias=False, depth_embed="none")
@@ -218,70 +277,56 @@ def core(prelude: int, shared: int, loops: int, coda: int) -> dict[str, Any]:
 
 SCREEN = dict(iterations=2000, max_wallclock_seconds=0.0)  # series 1: 1xH100, 2000 steps
 REPORT = dict(leaky_relu_slope=0.0, max_wallclock_seconds=180.0)  # "baseline wins": 1xH100, 180 s
-WIDE_768 = REPORT | dict(model_dim=768, num_heads=12)
-WIDE_1024 = REPORT | dict(model_dim=1024, num_heads=16)
+AT_768, AT_1024 = (REPORT | dict(model_dim=d, num_heads=d // 64) for d in (768, 1024))
 MIX = dict(use_peri_norm=True, use_birkhoff_mix=True)
 SCALE = MIX | dict(use_timestep_scale=True)
 CAPPED = SCALE | dict(timestep_gamma_max=4.0)
 FILM = CAPPED | dict(use_timestep_bias=True)
 UNIQUE = FILM | dict(use_unique_norms=True, unique_norms_input_norm=True)
+GROWING = PLAIN | core(4, 3, 3, 4) | dict(
+    core_skips="published", pass_scale_init=0.5, passes_schedule="0:1,0.626:2,0.813:3", jacobian_weight=0.01,
+    mlp_mult=3.0, ln_scale=True, rope_dims=16, rope_base=10000 * 2 ** (16 / 14), xsa_last_n=4, ve_last_n=2,
+    smear_gate="published", train_seq_len=2048, train_batch_tokens=786432, matrix_init="orthogonal",
+    warmdown_iters=3500, matrix_lr=0.025, scalar_lr=0.025, tied_embed_lr=0.035, muon_momentum=0.99,
+    muon_momentum_warmup_start=0.92, muon_momentum_warmup_steps=1500, muon_wd=0.04, adam_wd=0.04,
+    decay_scalars=True, grad_clip_norm=0.3, average="ema", qat_lr_factor=0.15, qat_core_only=True,
+    matrix_bits=6, quant_clip="matrix", quant_scale_floor=1 / 127, codec="lzma", eval_stride=64, ttt_lr=0.002)
+LOOPED = (  # runs of equal techniques: name and layers (prelude, shared, passes, coda)
+    (SCREEN, "Bp:0420"), (SCREEN | MIX, "C:0420"), (SCREEN | dict(use_birkhoff_mix=True), "Cp:0420"),
+    (SCREEN | SCALE, "D:0420 E:1321 F:1231"), (MIX, "G:1321 H:1421 J:1431"), (CAPPED, "I:1421 K:1431"),
+    (CAPPED | dict(share_attn_only=True), "L:1421 M:1431"), (FILM, "N:1421 O:1431"), (UNIQUE, "S:1431"),
+    (UNIQUE | dict(depth_embed="learned"), "P:1421 Q:1431"), (FILM | dict(depth_embed="learned"), "R:1431"),
+    (FILM | dict(depth_embed="sinusoidal"), "T:1431"), (REPORT | dict(model_dim=640), "recur_3x3_640:0330"),
+    (AT_768, "recur_3x3_768:0330 recur_4x3_768:0430"), (AT_1024, "recur_3x3_1024:0330 recur_2x6_1024:0260"))
 SYSTEMS: dict[str, dict[str, Any]] = {
-    "Ap": SCREEN | dict(num_layers=8),
-    "Bp": SCREEN | core(0, 4, 2, 0),
-    "C": SCREEN | MIX | core(0, 4, 2, 0),
-    "Cp": SCREEN | dict(use_birkhoff_mix=True) | core(0, 4, 2, 0),
-    "D": SCREEN | SCALE | core(0, 4, 2, 0),
-    "E": SCREEN | SCALE | core(1, 3, 2, 1),
-    "F": SCREEN | SCALE | core(1, 2, 3, 1),
-    "G": MIX | core(1, 3, 2, 1),
-    "H": MIX | core(1, 4, 2, 1),
-    "I": CAPPED | core(1, 4, 2, 1),
-    "J": MIX | core(1, 4, 3, 1),
-    "K": CAPPED | core(1, 4, 3, 1),
-    "L": CAPPED | core(1, 4, 2, 1) | dict(share_attn_only=True),
-    "M": CAPPED | core(1, 4, 3, 1) | dict(share_attn_only=True),
-    "N": FILM | core(1, 4, 2, 1),
-    "O": FILM | core(1, 4, 3, 1),
-    "P": UNIQUE | core(1, 4, 2, 1) | dict(depth_embed="learned"),
-    "Q": UNIQUE | core(1, 4, 3, 1) | dict(depth_embed="learned"),
-    "R": FILM | core(1, 4, 3, 1) | dict(depth_embed="learned"),
-    "S": UNIQUE | core(1, 4, 3, 1),
-    "T": FILM | core(1, 4, 3, 1) | dict(depth_embed="sinusoidal"),
-    "naive": dict(num_layers=9, leaky_relu_slope=0.0),
-    "flat_9x1_512": REPORT | dict(num_layers=9),
-    "recur_3x3_640": REPORT | core(0, 3, 3, 0) | dict(model_dim=640),
-    "recur_3x3_768": WIDE_768 | core(0, 3, 3, 0),
-    "recur_4x3_768": WIDE_768 | core(0, 4, 3, 0),
-    "recur_3x3_1024": WIDE_1024 | core(0, 3, 3, 0),
-    "recur_2x6_1024": WIDE_1024 | core(0, 2, 6, 0),
-}
-SCALES: dict[str, dict[str, Any]] = {
-    "tiny": dict(
-        data_path="./data/datasets/sample_sp1024", tokenizer_path="./data/tokenizers/sample_1024_bpe.model",
-        train_seq_len=256, train_batch_tokens=8192, micro_batch_tokens=8192, val_batch_size=16384,
-        iterations=100, max_wallclock_seconds=110.0, warmup_steps=1, warmdown_iters=50, val_loss_every=0,
-        train_log_every=25, muon_momentum_warmup_steps=50),
-}
+    "Ap": SCREEN | dict(num_layers=8), "naive": dict(num_layers=9, leaky_relu_slope=0.0),
+    "flat_9x1_512": REPORT | dict(num_layers=9), "growing": GROWING,
+    "growing_live": GROWING | dict(core_skips="all", smear_gate="document", feedback_rank=2,
+                                   bigram_vocab_size=3072, bigram_dim=128),
+} | {name: base | core(*map(int, layers)) for base, runs in LOOPED
+     for name, layers in (run.split(":") for run in runs.split())}
+SCALES: dict[str, dict[str, Any]] = {"tiny": dict(
+    data_path="./data/datasets/sample_sp1024", tokenizer_path="./data/tokenizers/sample_1024_bpe.model",
+    train_seq_len=256, train_batch_tokens=8192, micro_batch_tokens=8192, val_batch_size=16384, iterations=100,
+    max_wallclock_seconds=110.0, warmup_steps=1, warmdown_iters=50, val_loss_every=0, train_log_every=25,
+    muon_momentum_warmup_steps=50, ema_decay=0.9)}
 
 def preset_values(preset: str) -> dict[str, Any]:
     """Field values of "", "SYSTEM", "SCALE" or "SYSTEM,SCALE"."""
     names = preset.split(",") if preset else []
     systems, scales = [n for n in names if n in SYSTEMS], [n for n in names if n in SCALES]
-    if len(systems) > 1 or len(scales) > 1 or len(systems) + len(scales) < len(names):
-        raise InputError(f"PRESET={preset}: one system of {', '.join(SYSTEMS)} and/or one scale of "
-                         f"{', '.join(SCALES)}, comma-separated")
+    require(len(systems) <= 1 and len(scales) <= 1 and len(systems) + len(scales) == len(names),
+            f"PRESET={preset}: one system of {', '.join(SYSTEMS)} and/or one scale of {', '.join(SCALES)}")
     values = PLAIN | SYSTEMS[systems[0]] if systems else {}
     for scale in scales:  # a quarter of the width in half as many heads
         full = {f.name: values.get(f.name, f.default) for f in fields(Architecture)}
-        heads = {name: full[name] // 2 for name in ("num_heads", "num_kv_heads")}
-        values = values | dict(model_dim=full["model_dim"] // 4, **heads) | SCALES[scale]
+        parts = dict(model_dim=4, num_heads=2, num_kv_heads=2).items()
+        values = values | {name: full[name] // part for name, part in parts} | SCALES[scale]
     return values
 
 # ---- 3. Ranks and logs -----------------------------------------------------------------------------------
-
 class World:
     """The ranks of a run: NCCL on CUDA, gloo on CPU, and no process group at all for a single rank."""
-
     def __init__(self, env: Mapping[str, str]) -> None:
         self.rank, self.size = (parse(n, env.get(n, d), int) for n, d in (("RANK", "0"), ("WORLD_SIZE", "1")))
         self.is_main, self.on_cuda = self.rank == 0, torch.cuda.is_available()
@@ -290,82 +335,64 @@ class World:
             self.device = torch.device("cuda", int(env.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
             group = dict(backend="nccl", device_id=self.device)
+        elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+            libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD: keep freed memory instead of
+            libc.mallopt(-3, 1 << 30)  # faulting it in again at every step (half the page faults)
         if self.size > 1:
             dist.init_process_group(**group)
-
     def sum_(self, x: Tensor) -> Tensor:
-        """Sum over ranks, in place."""
         if self.size > 1:
             dist.all_reduce(x)
         return x
-
     def broadcast_(self, x: Tensor) -> None:
-        """Rank 0's values, on all ranks, in place."""
         if self.size > 1:
             dist.broadcast(x, 0)
-
-    def on_all(self, job: Callable[[], Any], facts: Callable[[Any], Any]) -> Any:
-        """What `job` returns on each rank; InputError on all if it fails on one, or its `facts` differ."""
-        mine, value = None, None
+    def gather(self, job: Callable[[], Any]) -> list[Any]:
+        """What `job` returns on every rank, on all of them, or the InputError or OSError it raises on one."""
         try:
-            value = job()
-            mine = repr(facts(value))
+            mine = job()
         except (InputError, OSError) as error:
-            mine = error
+            mine = InputError(str(error))
         seen = [mine] * self.size
         if self.size > 1:
             dist.all_gather_object(seen, mine)
         for error in seen:
-            if isinstance(error, Exception):
-                raise InputError(str(error))
-        if len(set(seen)) > 1:
-            raise InputError(f"ranks differ in their variables or data: {' / '.join(sorted(set(seen)))}")
-        return value
-
+            if isinstance(error, InputError):
+                raise error
+        return seen
+    def on_all(self, job: Callable[[], Any], facts: Callable[[Any], Any]) -> Any:
+        """What `job` returns on each rank; InputError on all if it fails on one, or its `facts` differ."""
+        value: list[Any] = []
+        seen = set(self.gather(lambda: value.append(job()) or repr(facts(value[0]))))
+        require(len(seen) == 1, f"ranks differ in their variables or data: {' / '.join(sorted(seen))}")
+        return value[0]
     def on_main(self, job: Callable[[], Any]) -> Any:
         """What `job` returns on rank 0, on all ranks; its InputError or OSError is raised on all, too."""
-        box = [None]
-        if self.is_main:
-            try:
-                box = [job()]
-            except (InputError, OSError) as error:
-                box = [InputError(str(error))]
-        if self.size > 1:
-            dist.broadcast_object_list(box, device=self.device)
-        if isinstance(box[0], InputError):
-            raise box[0]
-        return box[0]
-
+        return self.gather(lambda: job() if self.is_main else None)[0]
     def synchronize(self) -> None:
         if self.on_cuda:
             torch.cuda.synchronize(self.device)
 
 class Log:
     """Rank 0's records: train.log for people, metrics.jsonl for programs, a progress line on a terminal."""
-
     def __init__(self, folder: Path, is_main: bool) -> None:
         self.folder, self.is_main, self.watched = folder, is_main, is_main and sys.stderr.isatty()
-
     def to_file(self, text: str, name: str = "train.log") -> None:
         if self.is_main:
             with open(self.folder / name, "a", encoding="utf-8") as file:
                 file.write(text + "\n")
-
     def __call__(self, text: str) -> None:
         self.progress("")
         if self.is_main:
             print(text, flush=True)
         self.to_file(text)
-
     def metric(self, **values: Any) -> None:
         self.to_file(json.dumps(values), "metrics.jsonl")
-
     def progress(self, text: str) -> None:
         if self.watched:
             print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """The file is there whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
         file.write(data)
@@ -374,75 +401,60 @@ def write_atomically(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 # ---- 4. Data ---------------------------------------------------------------------------------------------
-# Shards are read as one long sequence of tokens. A batch is a function of the step alone: it is the same for
-# any number of ranks.
-
-SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
+# Shards are one long sequence of tokens; a batch is a function of the step alone, for any number of ranks.
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS, BOS = 20240520, 1, 256, 1  # BOS begins every document
 
 def open_shard(path: Path) -> np.ndarray:
     """Memory-mapped uint16 tokens of a shard (data/README.md) whose header and size fit; else InputError."""
     header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
-    if len(header) < SHARD_HEADER_INTS or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        raise InputError(f"{path} is not a token shard (begins with {header[:2].tolist()}): fetch it again")
+    require(len(header) == SHARD_HEADER_INTS and (header[0], header[1]) == (SHARD_MAGIC, SHARD_VERSION),
+            f"{path} is not a token shard (begins with {header[:2].tolist()}): fetch it again")
     count, size = int(header[2]), path.stat().st_size
-    if count < 1 or size != 4 * SHARD_HEADER_INTS + 2 * count:
-        raise InputError(f"{path} has {size} bytes but its header says {count} tokens: fetch it again")
+    require(count > 0 and size == 4 * SHARD_HEADER_INTS + 2 * count,
+            f"{path} has {size} bytes but its header says {count} tokens: fetch it again")
     return np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER_INTS, shape=(count,))
 
 class Tokens:
     """The shards of one split as one sequence of token ids that starts again at its end."""
-
     def __init__(self, config: Config, split: Literal["train", "val"]) -> None:
         folder, self.vocab_size = Path(config.data_path), config.vocab_size
         self.paths = sorted(folder.glob(f"fineweb_{split}_*.bin"))
-        if not self.paths:
-            raise InputError(f"DATA_PATH={folder} holds no fineweb_{split}_*.bin: see data/README.md, or run "
-                             "`python data/sample.py` and set PRESET=tiny for the sample corpus")
+        require(self.paths, f"DATA_PATH={folder} holds no fineweb_{split}_*.bin: see data/README.md, or run "
+                "`python data/sample.py` and set PRESET=tiny for the sample corpus")
         self.shards = [open_shard(path) for path in self.paths]
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
         self.total = int(self.starts[-1])
-        if self.total <= config.train_seq_len:
-            raise InputError(f"TRAIN_SEQ_LEN={config.train_seq_len}: the {split} split of {folder} has only "
-                             f"{self.total} tokens")
-
+        require(self.total > config.train_seq_len,
+                f"TRAIN_SEQ_LEN={config.train_seq_len}: {split} in {folder} has only {self.total} tokens")
     def read(self, start: int, count: int) -> Tensor:
         """int32 tokens [count] from position `start`; ids beyond the vocabulary raise InputError."""
         pieces = []
         while count:
             start %= self.total
             i = int(np.searchsorted(self.starts, start, side="right")) - 1
-            first = start - int(self.starts[i])
-            piece = self.shards[i][first : first + count]
-            if (largest := piece.max()) >= self.vocab_size:
-                raise InputError(f"{self.paths[i]} holds token {largest}, VOCAB_SIZE={self.vocab_size}: "
-                                 "it is corrupt or of another tokenizer")
+            piece = self.shards[i][start - self.starts[i] :][:count]
+            require(piece.max() < self.vocab_size, f"{self.paths[i]} holds token {piece.max()}, VOCAB_SIZE="
+                    f"{self.vocab_size}: it is corrupt or of another tokenizer")
             pieces.append(piece)
             start, count = start + len(piece), count - len(piece)
         return torch.from_numpy(np.concatenate(pieces).astype(np.int32))
 
 class Batches:
-    """Training batches: step s takes the s-th TRAIN_BATCH_TOKENS of the split, as sequences of T tokens.
-
-    Every rank reads its own sequences only. Gradient accumulation is derived: the fewest micro-batches that
-    stay within MICRO_BATCH_TOKENS.
-    """
-
+    """Step s takes the s-th TRAIN_BATCH_TOKENS of the split as sequences of T tokens, every rank its part, in
+    the fewest micro-batches that stay within MICRO_BATCH_TOKENS."""
     def __init__(self, tokens: Tokens, config: Config, world: World) -> None:
-        self.tokens, self.world = tokens, world
-        self.batch, self.length = config.train_batch_tokens, config.train_seq_len
+        self.tokens, self.world, self.length = tokens, world, config.train_seq_len
+        self.batch = config.train_batch_tokens
         sequences, ragged = divmod(self.batch, self.length)
-        if ragged or not sequences:
-            raise InputError(f"TRAIN_SEQ_LEN={self.length} does not divide TRAIN_BATCH_TOKENS={self.batch}")
-        if sequences % world.size:
-            fits = ", ".join(str(n) for n in range(1, sequences + 1) if sequences % n == 0)
-            raise InputError(f"WORLD_SIZE={world.size} does not divide the {sequences} sequences of a batch "
-                             f"(TRAIN_BATCH_TOKENS / TRAIN_SEQ_LEN); these do: {fits}")
+        require(sequences and not ragged,
+                f"TRAIN_SEQ_LEN={self.length} does not divide TRAIN_BATCH_TOKENS={self.batch}")
+        fits = [n for n in range(1, sequences + 1) if sequences % n == 0]
+        require(world.size in fits, f"WORLD_SIZE={world.size} does not divide the {sequences} sequences of a "
+                f"batch (TRAIN_BATCH_TOKENS / TRAIN_SEQ_LEN); these do: {', '.join(map(str, fits))}")
         local, limit = sequences // world.size, config.micro_batch_tokens // self.length
-        if not limit:
-            raise InputError(f"MICRO_BATCH_TOKENS={config.micro_batch_tokens} < TRAIN_SEQ_LEN={self.length}")
+        require(limit, f"MICRO_BATCH_TOKENS={config.micro_batch_tokens} < TRAIN_SEQ_LEN={self.length}")
         self.accumulation = next(n for n in range(1, local + 1) if local % n == 0 and local // n <= limit)
         self.sequences = local // self.accumulation  # per rank and micro-batch
-
     def micro(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Inputs and targets, int64 [B, T] each on the rank's device, for every micro-batch of a step."""
         for i in range(self.accumulation):
@@ -455,7 +467,6 @@ class Batches:
 
 # ---- 5. Byte accounting ----------------------------------------------------------------------------------
 # Bits per byte compares models across tokenizers, so the denominator must be the bytes of the text itself.
-
 SPACE = "\u2581"  # how SentencePiece writes a space
 
 class ByteCounter(NamedTuple):
@@ -463,80 +474,83 @@ class ByteCounter(NamedTuple):
     size: Tensor  # int64, without a leading space
     space: Tensor  # bool, the piece begins with a space
     boundary: Tensor  # bool, the space of a piece that follows was put there by the tokenizer, not the text
-
     @classmethod
     def from_sentencepiece(cls, path: Path, vocab_size: int) -> ByteCounter:
-        """Tables for a tokenizer; InputError if it cannot be read or has another size.
-
-        A byte-fallback piece is one byte, control and unknown pieces (BOS) are none. A leading space counts,
-        except behind one of those if the tokenizer adds a space of its own to the start of a text.
-        """
+        """Tables for a tokenizer. A byte piece is a byte, control and unknown pieces none. A leading space is
+        one, save behind one of those if the tokenizer begins texts with a space of its own."""
         tokenizer = spm.SentencePieceProcessor()
         try:
             tokenizer.load(str(path))
         except (OSError, RuntimeError) as error:
             raise InputError(f"TOKENIZER_PATH={path} is not a SentencePiece model: {error}") from None
-        if tokenizer.vocab_size() != vocab_size:
-            raise InputError(f"TOKENIZER_PATH={path} has {len(tokenizer)} pieces, VOCAB_SIZE={vocab_size}")
-        added = tokenizer.decode_pieces([SPACE]) == ""
-        size, space, boundary = [0] * vocab_size, [False] * vocab_size, [False] * vocab_size
-        for i in range(vocab_size):
-            piece = tokenizer.id_to_piece(i)
-            if tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i):
-                boundary[i] = added
-            elif tokenizer.is_byte(i):
-                size[i] = 1
-            else:
-                space[i] = piece.startswith(SPACE)
-                size[i] = len(piece.removeprefix(SPACE).replace(SPACE, " ").encode())
-        return cls(torch.tensor(size), torch.tensor(space), torch.tensor(boundary))
-
+        require(len(tokenizer) == vocab_size,
+                f"TOKENIZER_PATH={path} has {len(tokenizer)} pieces, VOCAB_SIZE={vocab_size}")
+        added, ids = tokenizer.decode_pieces([SPACE]) == "", range(vocab_size)
+        none = [tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i) for i in ids]
+        text = [not none[i] and not tokenizer.is_byte(i) and tokenizer.id_to_piece(i) for i in ids]
+        size = [len(piece.removeprefix(SPACE).replace(SPACE, " ").encode()) if piece else int(not none[i])
+                for i, piece in enumerate(text)]
+        space = [bool(piece) and piece.startswith(SPACE) for piece in text]
+        return cls(torch.tensor(size), torch.tensor(space), torch.tensor(none) & added)
     def count(self, previous: Tensor, token: Tensor) -> Tensor:
         """Bytes of each token, int64, given the one before it (same shape)."""
         return self.size[token] + (self.space[token] & ~self.boundary[previous])
 
 # ---- 6. Plan ---------------------------------------------------------------------------------------------
 # Which weights, conditioning and skip every effective layer uses. Sharing is a repeated index.
-
 class Layer(NamedTuple):
     """One effective layer. Two layers that name the same `attn` or `mlp` share those weights."""
     row: int  # its depth: row of the scale, shift and depth-code tables
-    attn: int  # attention and the mix in front of it
+    attn: int  # attention and the mix in front of it; in the order of the unshared network
     mlp: int
-    gain: int  # row of the unique norm gains; -1: the neutral row
-    push: bool  # U-Net: its output is kept for a later layer
-    skip: int  # U-Net: weight with which the output kept last is added to its input; -1: none
+    gain: int = -1  # row of the unique norm gains; -1: the neutral row
+    core: bool = False  # its weights are used in every pass
+    opens: int = -1  # the pass over the core that begins here, from 0, and at most the last one trained
+    closes: int = -1  # the pass over the core that ends here
+    push: bool = False  # U-Net: its output is kept for a later layer
+    skip: int = -1  # U-Net: weight with which the output kept last is added to its input; -1: none
+    value: int = -1  # row of the value embedding's scales; -1: takes none
+    xsa: bool = False  # attention leaves out what lies along the token's own value
 
-def make_plan(a: Architecture) -> tuple[Layer, ...]:
-    """The effective layers in order: prelude, loops x core, coda; without a core, the flat U-Net."""
-    if not a.num_shared:
-        n, half = a.num_layers, a.num_layers // 2  # the second half takes the first's outputs, last one first
-        return tuple(Layer(v, v, v, -1, v < half, v - half if half <= v < 2 * half else -1) for v in range(n))
-    passes, layers = a.num_shared * a.num_loops, []
-    for v in range(a.num_prelude + passes + a.num_coda):
-        i = v - a.num_prelude  # position in the unrolled core, if 0 <= i < passes
-        unique = v if i < 0 else a.num_prelude + i % a.num_shared if i < passes else v - passes + a.num_shared
-        gain = i if a.use_unique_norms and 0 <= i < passes else -1
-        layers.append(Layer(v, unique, v if a.share_attn_only else unique, gain, False, -1))
+def make_plan(a: Architecture, passes: int = 0) -> tuple[Layer, ...]:
+    """The effective layers: prelude, `passes` (0: NUM_LOOPS) x core, coda. A layer has the same row at any
+    number of passes, and passes beyond NUM_LOOPS have the last one's rows. Without a core, a flat U-Net."""
+    pre, shared, tail, last = a.num_prelude, a.num_shared, a.num_coda, a.num_loops - 1
+    # PR 1230 adds a skip while the tail layer's index is below the number of skips left: half of them
+    skips = {"none": 0, "all": pre, "published": (pre + 1) // 2}[a.core_skips]
+    if not shared:  # the second half takes the outputs of the first, the last one first
+        pre, tail, skips = a.num_layers // 2, a.num_layers - a.num_layers // 2, a.num_layers // 2
+    unique, skips, layers = pre + shared + tail, min(skips, tail), []
+    looped = list(range(pre, pre + shared)) * (passes or a.num_loops)
+    for v, u in enumerate([*range(pre), *looped, *range(pre + shared, unique)]):
+        core, t = pre <= u < pre + shared, u - pre - shared
+        loop = min((v - pre) // shared, last) if core else last if t >= 0 else 0
+        row = u + shared * loop
+        layers.append(Layer(
+            row, u, row if a.share_attn_only else u, row - pre if a.use_unique_norms and core else -1, core,
+            opens=loop if core and u == pre else -1, closes=loop if core and t == -1 else -1,
+            push=pre - skips <= u < pre, skip=t if 0 <= t < skips else -1,
+            value=max(u - unique + a.ve_last_n, -1), xsa=not core and u >= unique - a.xsa_last_n))
     return tuple(layers)
 
 # ---- 7. Model --------------------------------------------------------------------------------------------
 # A gain in front of a matrix scales its columns, one behind it its rows: the same function, and the pass over
 # the data with a column reduction in its backward becomes a pass over a weight.
-
 class Role(NamedTuple):
     """What is done with a kind of parameter; a parameter names its role where it is made."""
     optimizer: Literal["muon", "adam"]
     lr: str  # field of Config
-    stored: Literal["int8", "float16"]
+    bits: str = ""  # field of Config: the width it is stored in; "": float16
+    decays: bool = True  # unless DECAY_SCALARS
 
 ROLES = {
-    "matrix": Role("muon", "matrix_lr", "int8"),
-    "tied embedding": Role("adam", "tied_embed_lr", "int8"),
-    "embedding": Role("adam", "embed_lr", "int8"),
-    "head": Role("adam", "head_lr", "int8"),
-    "table": Role("adam", "scalar_lr", "float16"),  # a row for every effective layer
-    "scalar": Role("adam", "scalar_lr", "float16"),  # vectors of one layer
+    "matrix": Role("muon", "matrix_lr", "matrix_bits"), "core matrix": Role("muon", "matrix_lr", "core_bits"),
+    "tied embedding": Role("adam", "tied_embed_lr", "embed_bits"),
+    "embedding": Role("adam", "embed_lr", "embed_bits"), "head": Role("adam", "head_lr", "embed_bits"),
+    "side embedding": Role("adam", "side_embed_lr", "embed_bits"),  # bigrams, values
+    "projection": Role("adam", "scalar_lr"),  # small matrices: of the side embeddings, of the error feedback
+    "table": Role("adam", "scalar_lr", decays=False),  # a row for every effective layer
+    "scalar": Role("adam", "scalar_lr", decays=False),  # vectors of one layer
 }
 
 def parameter(role: str, value: Tensor, parts: tuple[int, ...] = ()) -> nn.Parameter:
@@ -549,34 +563,42 @@ def uniform(rows: int, columns: int) -> Tensor:
     """[rows, columns] from U(-1/sqrt(columns), 1/sqrt(columns)), PyTorch's default for a linear layer."""
     return torch.empty(rows, columns).uniform_(-(columns**-0.5), columns**-0.5)
 
-EPSILON = 1.1920929e-07  # of float32, what PyTorch adds to the mean square by default
+class Mode(NamedTuple):
+    """How a forward pass runs; torch.compile makes one graph for each."""
+    passes: int  # over the core
+    bits: int = 0  # width that matrices outside the core are rounded to; 0: they are not
+    core_bits: int = 0  # width that those of the core are rounded to
+    floor: float = 0.0  # QUANT_SCALE_FLOOR of that rounding
+    jacobian: float = 0.0  # weight of the penalty on growth in the core
+    per_pass: bool = False  # it is that of every pass
+
+def row_steps(clip: Tensor, bits: int, floor: float) -> tuple[Tensor, int]:
+    """Steps of rows that saturate at `clip`, and how many fit on a side of 0. `floor` is the smallest step of
+    8 bits; fewer bits have the same range. 2^-24, the smallest float16, is there for rows of zeros."""
+    levels = 2 ** (bits - 1) - 1
+    return (clip / levels).clamp_min(max(floor * 127 / levels, 2.0**-24)), levels
+
+class Matrix(nn.Module):
+    """A linear map without bias, which Muon trains and the quantiser rounds."""
+    def __init__(self, value: Tensor, core: bool, parts: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.weight, self.core = parameter("core matrix" if core else "matrix", value, parts), core
+    def forward(self, x: Tensor, factor: Tensor | float, mode: Mode) -> Tensor:
+        """x [..., c] -> [..., r]. `factor` scales columns, [c], or rows, [r, 1], of the (rounded) weight. The
+        gradient passes the rounding as if it were not there (straight-through, arXiv 1308.3432)."""
+        w = self.weight
+        if bits := mode.core_bits if self.core else mode.bits:
+            step, levels = row_steps(w.detach().abs().amax(1, keepdim=True), bits, mode.floor)
+            w = w + (torch.round(w.detach() / step).clamp(-levels, levels) * step - w.detach())
+        return F.linear(x, (w * factor).to(x.dtype))
 
 def rms_norm(x: Tensor) -> Tensor:
     """x / RMS(x) over the last dimension, without a gain."""
-    if x.is_cuda or torch.compiler.is_compiling():
-        return F.rms_norm(x, x.shape[-1:], eps=EPSILON)
-    return CPURMSNorm.apply(x)
-
-class CPURMSNorm(torch.autograd.Function):
-    """`rms_norm` in fewer passes over the data than the operations PyTorch composes it of on CPUs."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        inverse = (norm.square_() / x.shape[-1]).add_(EPSILON).rsqrt_()
-        y = (x * inverse).to(x.dtype)
-        ctx.save_for_backward(y, inverse)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        y, inverse = ctx.saved_tensors
-        along = (grad * y).mean(-1, keepdim=True, dtype=torch.float32)
-        return torch.addcmul(grad.float(), y, along, value=-1).mul_(inverse).to(grad.dtype)
+    return F.rms_norm(x, x.shape[-1:], eps=1.1920929e-07)  # of float32, PyTorch's default
 
 def rope_tables(a: Architecture) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, 1, E/2] of the rotary angles (arXiv 2104.09864), computed in float32."""
-    half = a.model_dim // a.num_heads // 2
+    """cos and sin [T, 1, ROPE_DIMS / 2] of the rotary angles (arXiv 2104.09864), computed in float32."""
+    half = (a.rope_dims or a.model_dim // a.num_heads) // 2
     frequency, position = a.rope_base ** (-torch.arange(half) / half), torch.arange(a.train_seq_len).float()
     if a.reference_bf16:  # leaves 513 distinct rotations for 1,024 positions
         frequency, position = frequency.bfloat16(), position.bfloat16()
@@ -584,9 +606,16 @@ def rope_tables(a: Architecture) -> tuple[Tensor, Tensor]:
     return angle.cos(), angle.sin()
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [B, T, heads, E]; the halves of E are the coordinates of the rotated pairs."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
+    """Rotary embedding of the first channels of x [B, T, heads, E], whose halves are the rotated pairs."""
+    half = cos.shape[-1]
+    x1, x2, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
+    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1)
+
+def without_own_value(y: Tensor, v: Tensor) -> Tensor:
+    """Exclusive self-attention (PR 1230): y [B, T, H, E] less its part along the token's v [B, T, K, E]."""
+    own = F.normalize(v, dim=-1, eps=1e-12)[:, :, :, None]
+    y = y.unflatten(2, (v.shape[2], -1))
+    return (y - (y * own).sum(-1, keepdim=True) * own).flatten(2, 3)
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal grouped-query attention: q [B, H, T, E], k and v [B, K, T, E] -> [B, H, T, E]."""
@@ -595,10 +624,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return blockwise_attention(q, k, v)
 
 def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, block: int = 128) -> Tensor:
-    """`attend` for CPUs, by batched products.
-
-    A block of queries only meets the keys up to its own end; queries that share a key head are one product.
-    """
+    """`attend` for CPUs, by batched products. A block of queries only meets the keys up to its own end;
+    queries that share a key head are one product."""
     (B, H, T, E), K = q.shape, k.shape[1]
     q, k, v = (q * E**-0.5).reshape(B * K, H // K, T, E), k.reshape(B * K, T, E), v.reshape(B * K, T, E)
     out = []
@@ -617,184 +644,223 @@ class Mod(NamedTuple):
     beta: Tensor  # added to the output, DTYPE
 
 class Mix(nn.Module):
-    """What a layer starts from: carried x + anchor x0 per channel, x0 being the normalised embedding.
-
-    The two weights are free (the naive baseline), or a and 1 - a with a = sigmoid(logit): what PR 855 made of
-    mHC-lite (arXiv 2601.05732) and calls Birkhoff mixing.
-    """
-
+    """What a layer starts from: carried x + anchor x0 per channel, with two free weights or with a and 1 - a,
+    a = sigmoid(logit): what PR 855 made of mHC-lite (arXiv 2601.05732) and calls Birkhoff mixing."""
     def __init__(self, a: Architecture) -> None:
         super().__init__()
         self.convex, start = a.use_birkhoff_mix, torch.tensor([[1.0], [0.0]]).expand(2, a.model_dim)
         self.weight = parameter("scalar", torch.zeros(a.model_dim) if self.convex else start.clone())
-
     def weights(self) -> tuple[Tensor, Tensor]:
-        """Carried and anchor weight, float32 [D] each."""
         if self.convex:
             return torch.sigmoid(self.weight), torch.sigmoid(-self.weight)
         return self.weight[0], self.weight[1]
-
     def forward(self, x: Tensor, x0: Tensor) -> Tensor:
         carried, anchor = (w.to(x.dtype) for w in self.weights())
         return torch.lerp(x0, x, carried) if self.convex else torch.addcmul(x * carried, x0, anchor)
 
+class Shared(NamedTuple):
+    """What all layers of one forward pass use."""
+    mode: Mode
+    rope: tuple[Tensor, Tensor]  # cos, sin
+    values: list[Tensor]  # value embeddings [B, T, K E], one for every layer that takes one
+
 class Attention(nn.Module):
     """Residual branch: pre-norm causal attention with normalised q and k, RoPE and a gain per query head."""
-
-    def __init__(self, a: Architecture) -> None:
+    def __init__(self, a: Architecture, core: bool) -> None:
         super().__init__()
         self.heads, self.width = (a.num_heads, a.num_kv_heads, a.num_kv_heads), a.model_dim // a.num_heads
         parts = tuple(n * self.width for n in self.heads)
-        self.qkv = parameter("matrix", uniform(sum(parts), a.model_dim), parts)
-        self.proj = parameter("matrix", torch.zeros(a.model_dim, a.model_dim))
+        self.qkv = Matrix(uniform(sum(parts), a.model_dim), core, parts)
+        self.proj = Matrix(torch.zeros(a.model_dim, a.model_dim), core)
         self.q_gain = parameter("scalar", torch.full((a.num_heads,), a.qk_gain_init))
         self.scale = parameter("scalar", torch.ones(a.model_dim))
-
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mod: Mod) -> Tensor:
+    def forward(self, x: Tensor, layer: Layer, mod: Mod, shared: Shared) -> Tensor:
         B, T, D = x.shape
-        qkv = F.linear(rms_norm(x), (self.qkv * mod.gain).to(x.dtype)).view(B, T, -1, self.width)
+        qkv = self.qkv(rms_norm(x), mod.gain, shared.mode).view(B, T, -1, self.width)
         q, k, v = qkv.split(self.heads, dim=2)
-        q = rotate(rms_norm(q), *rope) * self.q_gain.to(x.dtype)[:, None]
-        k = rotate(rms_norm(k), *rope)
-        y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2).reshape(B, T, D)
-        return x + F.linear(y, (self.proj * (self.scale * mod.gamma)[:, None]).to(x.dtype)) + mod.beta
+        if layer.value >= 0:
+            v = v + shared.values[layer.value].view(v.shape)
+        q = rotate(rms_norm(q), *shared.rope) * self.q_gain.to(x.dtype)[:, None]
+        k = rotate(rms_norm(k), *shared.rope)
+        y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+        if layer.xsa:
+            y = without_own_value(y, v)
+        return x + self.proj(y.reshape(B, T, D), (self.scale * mod.gamma)[:, None], shared.mode) + mod.beta
 
 class MLP(nn.Module):
     """Residual branch: W2 leaky_relu(W1 x)^2, normalised at its input, its output (Output-LN) or both."""
-
-    def __init__(self, a: Architecture, input_norm: bool) -> None:
+    def __init__(self, a: Architecture, core: bool, input_norm: bool) -> None:
         super().__init__()
         self.slope, self.input_norm, self.output_norm = a.leaky_relu_slope, input_norm, a.use_peri_norm
         hidden = round(a.mlp_mult * a.model_dim)
-        self.fc = parameter("matrix", uniform(hidden, a.model_dim))
-        self.proj = parameter("matrix", torch.zeros(a.model_dim, hidden))
+        self.fc = Matrix(uniform(hidden, a.model_dim), core)
+        self.proj = Matrix(torch.zeros(a.model_dim, hidden), core)
         self.scale = parameter("scalar", torch.ones(a.model_dim))
-
-    def forward(self, x: Tensor, mod: Mod) -> Tensor:
-        h = F.linear(rms_norm(x) if self.input_norm else x, (self.fc * mod.gain).to(x.dtype))
+    def forward(self, x: Tensor, mod: Mod, mode: Mode) -> Tensor:
+        h = self.fc(rms_norm(x) if self.input_norm else x, mod.gain, mode)
         h, scale = F.leaky_relu(h, self.slope).square(), self.scale * mod.gamma
         if self.output_norm:
-            h = rms_norm(F.linear(h, self.proj.to(x.dtype)))
-            return torch.addcmul(x + mod.beta, h, scale.to(x.dtype))
-        return x + F.linear(h, (self.proj * scale[:, None]).to(x.dtype)) + mod.beta
+            return torch.addcmul(x + mod.beta, rms_norm(self.proj(h, 1.0, mode)), scale.to(x.dtype))
+        return x + self.proj(h, scale[:, None], mode) + mod.beta
+
+class SideEmbedding(nn.Module):
+    """A narrow table [N, d] and its projection to [out], scaled: bigrams into the stream, tokens into v."""
+    def __init__(self, rows: int, width: int, out: int, scale: float) -> None:
+        super().__init__()
+        self.table = parameter("side embedding", 0.01 * torch.randn(rows, width))
+        self.proj = parameter("projection", uniform(out, width))
+        self.scale = parameter("scalar", torch.full((1,), scale))
+    def forward(self, index: Tensor) -> Tensor:
+        return F.linear(F.embedding(index, self.table), self.proj * self.scale)
+
+def bigram_index(ids: Tensor, buckets: int) -> Tensor:
+    """Bucket of each token of ids [B, T] and the one before it; the last for a first token (PR 549)."""
+    mixed = (36313 * ids[:, 1:]) ^ (27191 * ids[:, :-1])
+    return F.pad(mixed % (buckets - 1), (1, 0), value=buckets - 1)
+
+class Core(nn.Module):
+    """What happens between two passes over the core (PR 1230), by the second pass's number, from 1."""
+    def __init__(self, a: Architecture) -> None:
+        super().__init__()
+        D, rank, further = a.model_dim, a.feedback_rank, a.num_loops - 1
+        self.norm, self.scaled, self.rank = a.interpass_norm, a.pass_scale_init != 1, rank
+        if self.scaled and further:
+            self.scale = parameter("scalar", torch.full((further,), a.pass_scale_init))
+        if rank:  # U alone begins at 0: published with V and d at 0 as well, all its gradients are 0 for ever
+            self.v = parameter("projection", torch.randn(D, rank) * D**-0.5)
+            self.u = parameter("projection", torch.zeros(D, rank))
+            self.diagonal = parameter("scalar", torch.ones(D))
+    def enter(self, x: Tensor, number: int) -> Tensor:
+        """The state [B, T, D] that a pass begins with; the first one, number 0, as it came."""
+        x = rms_norm(x) if self.norm and number else x
+        if self.rank and number:
+            x = x + F.linear(x @ self.v.to(x.dtype), (self.u.T * self.diagonal).T.to(x.dtype))
+        return x
+    def leave(self, begun: Tensor, x: Tensor, number: int) -> Tensor:
+        return torch.lerp(begun, x, self.scale[number - 1].to(x.dtype)) if self.scaled and number else x
+
+def overgrowth(before: Tensor, after: Tensor) -> Tensor:
+    """relu(|after - before| / |before| - 1)^2, Frobenius norms over the whole forward pass (PR 1230)."""
+    before, change = before.float(), after.float() - before.float()
+    return F.relu(change.norm() / (before.norm() + 1e-6) - 1).square()
 
 class Conditioning(nn.Module):
     """Tables by effective layer: gamma, beta (arXiv 2410.01405, 1709.07871), depth code, norm gains."""
-
     def __init__(self, a: Architecture, plan: tuple[Layer, ...]) -> None:
         super().__init__()
         R, D, gains = len(plan), a.model_dim, max(layer.gain for layer in plan) + 1
-        self.plan, self.cap = plan, a.timestep_gamma_max or math.inf
+        self.cap = a.timestep_gamma_max or math.inf
         self.table("gamma", a.use_timestep_scale, torch.ones(R, 2, D if a.use_timestep_scale else 1))
         self.table("beta", a.use_timestep_bias, torch.zeros(R, 2, D if a.use_timestep_bias else 1))
-        self.table("gain", gains > 0, torch.ones(gains, 2, D))
+        self.table("gain", gains > 0, torch.ones(gains, 2, D if gains else 1))
+        self.table("no_gain", False, torch.ones(1, *self.gain.shape[1:]))
+        self.table("gain_row", False, torch.tensor([layer.gain for layer in plan]))
         code = torch.sin(torch.arange(R)[:, None] * 10000.0 ** (-torch.arange(D) / D))
         code = {"none": torch.zeros(R, 1), "sinusoidal": code, "learned": torch.zeros(R, D)}[a.depth_embed]
         self.table("depth", a.depth_embed == "learned", code)
-        self.register_buffer("neutral_gain", torch.ones(2, 1), persistent=False)
-
+        scale = torch.tensor([layer.attn + 1.0 for layer in plan]) ** (-0.5 if a.ln_scale else 0.0)
+        at_output = torch.tensor([False, a.use_peri_norm])  # of attention and MLP: where the norm is
+        self.table("scale_in", False, torch.where(at_output, 1.0, scale[:, None])[..., None])
+        self.table("scale_out", False, torch.where(at_output, scale[:, None], 1.0)[..., None])
     def table(self, name: str, learned: bool, value: Tensor) -> None:
-        """A parameter, or a constant."""
-        if learned:
-            self.register_parameter(name, parameter("table", value))
-        else:
-            self.register_buffer(name, value, persistent=False)
-
-    def rows(self, dtype: torch.dtype) -> list[tuple[Mod, Mod, Tensor]]:
+        constant = functools.partial(self.register_buffer, persistent=False)
+        register = self.register_parameter if learned else constant
+        register(name, parameter("table", value) if learned else value)
+    def rows(self, plan: tuple[Layer, ...], dtype: torch.dtype) -> list[tuple[Mod, Mod, Tensor]]:
         """For every effective layer: the Mod of attention, that of the MLP, the depth code."""
-        gamma, beta = self.gamma.clamp(-self.cap, self.cap).unbind(), self.beta.to(dtype).unbind()
-        gain, depth = (*self.gain.unbind(), self.neutral_gain), self.depth.to(dtype).unbind()
-        return [(*map(Mod, gain[layer.gain], gamma[layer.row], beta[layer.row]), depth[layer.row])
-                for layer in self.plan]
+        gain = (torch.cat((self.gain, self.no_gain))[self.gain_row] * self.scale_in).unbind()
+        gamma = (self.gamma.clamp(-self.cap, self.cap) * self.scale_out).unbind()
+        beta, depth = self.beta.to(dtype).unbind(), self.depth.to(dtype).unbind()
+        return [(*map(Mod, gain[layer.row], gamma[layer.row], beta[layer.row]), depth[layer.row])
+                for layer in plan]
 
 class GPT(nn.Module):
     """The layers of `make_plan` between embedding and head, drawn from torch's global random generator."""
-
-    def __init__(self, a: Architecture, tied_embed_std: float = 0.0) -> None:
+    def __init__(self, a: Architecture, tied_embed_std: float = 0.0, orthogonal: bool = False) -> None:
         super().__init__()
-        self.plan, self.dtype = make_plan(a), getattr(torch, a.dtype)
+        trained, scored = make_plan(a), a.eval_passes or a.num_loops
+        self.plans = {p: make_plan(a, p) for p in range(1, max(a.num_loops, scored) + 1)}
+        self.scoring, self.dtype = Mode(scored), getattr(torch, a.dtype)
         self.tied, self.softcap = a.tie_embeddings, a.logit_softcap
         V, D = a.vocab_size, a.model_dim
-        embedding = torch.randn(V, D)
-        if self.tied:
-            self.tok_emb = parameter("tied embedding", embedding * tied_embed_std)
-        else:
-            self.tok_emb = parameter("embedding", embedding)
+        self.tok_emb = parameter("tied embedding" if self.tied else "embedding",
+                                 torch.randn(V, D) * (tied_embed_std if self.tied else 1.0))
+        if not self.tied:
             self.lm_head = parameter("head", torch.zeros(V, D))
-        attns, mlps = (range(1 + max(indices)) for indices in zip(*((x.attn, x.mlp) for x in self.plan)))
-        both_norms = {x.mlp for x in self.plan if x.gain >= 0} if a.unique_norms_input_norm else set()
+        attns, mlps = {x.attn: x.core for x in trained}, {x.mlp: x.core for x in trained}
+        both_norms = {x.mlp for x in trained if x.gain >= 0} if a.unique_norms_input_norm else set()
         self.mix = nn.ModuleList(Mix(a) for _ in attns)
-        self.attn = nn.ModuleList(Attention(a) for _ in attns)
-        self.mlp = nn.ModuleList(MLP(a, not a.use_peri_norm or i in both_norms) for i in mlps)
-        self.cond = Conditioning(a, self.plan)
-        self.skip = nn.ParameterList(parameter("scalar", torch.ones(D)) for x in self.plan if x.push)
+        self.attn = nn.ModuleList(Attention(a, core) for core in attns.values())
+        input_norm = {i: not a.use_peri_norm or i in both_norms for i in mlps}
+        self.mlp = nn.ModuleList(MLP(a, core, input_norm[i]) for i, core in mlps.items())
+        self.cond, self.core = Conditioning(a, trained), Core(a)
+        self.skip = nn.ParameterList(parameter("scalar", torch.ones(D)) for x in trained if x.push)
+        self.smear, self.across = a.smear_gate != "none", a.smear_gate == "published"
+        if self.smear:
+            self.smear_gate = parameter("scalar", torch.zeros(D))
+        self.buckets, self.valued = a.bigram_vocab_size, a.ve_last_n > 0
+        if self.buckets:
+            self.bigram = SideEmbedding(self.buckets, a.bigram_dim, D, 0.05)
+        if self.valued:
+            self.value = SideEmbedding(V, a.ve_dim, D // a.num_heads * a.num_kv_heads, 0.1)
+            self.value_scale = parameter("scalar", torch.ones(1 + max(x.value for x in trained)))
         for name, table in zip(("cos", "sin"), rope_tables(a)):
             self.register_buffer(name, table, persistent=False)
-
-    def hidden(self, ids: Tensor) -> Tensor:
-        """Normalised last state [B, T, D] of ids [B, T]."""
-        x0 = rms_norm(F.embedding(ids, self.tok_emb)).to(self.dtype)
+        matrices = [m.weight for m in self.modules() if isinstance(m, Matrix) and orthogonal]
+        for part in (part for w in matrices if w.any() for part in w.data.split(w.parts)):
+            nn.init.orthogonal_(part)
+    def inputs(self, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Of ids [B, T]: x0 [B, T, D], and the value embeddings [B, T, K E] in the order of their layers."""
+        x, values = F.embedding(ids, self.tok_emb), []
+        if self.buckets:
+            x = x + self.bigram(bigram_index(ids, self.buckets))
+        x = rms_norm(x).to(self.dtype)
+        if self.smear:
+            share = torch.sigmoid(self.smear_gate).to(x.dtype)
+            if not self.across:  # the first token of a document takes nothing from the document before
+                share = share * (ids != BOS)[..., None]
+            x = torch.lerp(x, F.pad(x[:, :-1], (0, 0, 1, 0)), share)
+        if self.valued:
+            value = self.value(ids)
+            values = [(value * scale).to(self.dtype) for scale in self.value_scale]
+        return x, values
+    def hidden(self, ids: Tensor, mode: Mode) -> tuple[Tensor, Tensor | float]:
+        """Normalised last state [B, T, D] of ids [B, T], and the penalty on growth in the core."""
+        plan, (x0, values) = self.plans[mode.passes], self.inputs(ids)
         rope = self.cos[: ids.shape[1]].to(self.dtype), self.sin[: ids.shape[1]].to(self.dtype)
-        x, kept = x0, []
-        for layer, (attn_mod, mlp_mod, depth) in zip(self.plan, self.cond.rows(self.dtype)):
+        shared, x, kept, begun, ended = Shared(mode, rope, values), x0, [], [], []
+        for layer, (attn_mod, mlp_mod, depth) in zip(plan, self.cond.rows(plan, self.dtype)):
             if layer.skip >= 0:
                 x = torch.addcmul(x, kept.pop(), self.skip[layer.skip].to(self.dtype))
+            if layer.opens >= 0:
+                begun.append(x := self.core.enter(x, layer.opens))
             x = self.mix[layer.attn](x, x0) + depth
-            x = self.attn[layer.attn](x, rope, attn_mod)
-            x = self.mlp[layer.mlp](x, mlp_mod)
+            x = self.attn[layer.attn](x, layer, attn_mod, shared)
+            x = self.mlp[layer.mlp](x, mlp_mod, mode)
+            if layer.closes >= 0:
+                ended.append(x := self.core.leave(begun[-1], x, layer.closes))
             if layer.push:
                 kept.append(x)
-        return rms_norm(x)
-
-    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        spans = list(zip(begun, ended)) if mode.per_pass else [(begun[0], ended[-1])] if begun else []
+        penalty = sum(overgrowth(*span) for span in spans) / len(spans) if mode.jacobian else 0.0
+        return rms_norm(x), mode.jacobian * penalty
+    def forward(self, ids: Tensor, targets: Tensor, mode: Mode | None = None) -> Tensor:
         """Mean cross-entropy in nats of targets [B, T] given ids [B, T]; targets of -100 are left out."""
-        head = self.tok_emb if self.tied else self.lm_head
-        return head_loss(self.hidden(ids).flatten(0, 1), head, targets.flatten(), self.softcap)
+        (x, penalty), head = self.hidden(ids, mode or self.scoring), self.tok_emb if self.tied else self.lm_head
+        return head_loss(x.flatten(0, 1), head, targets.flatten(), self.softcap) + penalty
 
 def head_loss(h: Tensor, head: Tensor, targets: Tensor, softcap: float) -> Tensor:
-    """Mean cross-entropy of softcap * tanh(h head^T / softcap): h [N, D], head [V, D], targets [N]."""
-    if h.is_cuda or torch.compiler.is_compiling():
-        logits = F.linear(h, head.to(h.dtype)).float()
-        return F.cross_entropy(softcap * torch.tanh(logits / softcap), targets)
-    return ChunkedHeadLoss.apply(h, head if torch.is_grad_enabled() else head.detach(), targets, softcap)
-
-class ChunkedHeadLoss(torch.autograd.Function):
-    """`head_loss` for CPUs: loss and gradients of 512 rows at a time, so that logits stay in the cache."""
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, head: Tensor, targets: Tensor, softcap: float) -> Tensor:
-        weight, count, total = head.to(h.dtype), (targets >= 0).sum().clamp_min(1), 0.0
-        training = any(ctx.needs_input_grad)
-        dh, dhead = (torch.empty_like(h), torch.zeros_like(head)) if training else (None, None)
-        for start in range(0, len(h), 512):
-            rows, target = h[start : start + 512], targets[start : start + 512, None]
-            valid, index = target >= 0, target.clamp_min(0)
-            squashed = F.linear(rows, weight).float().mul_(1 / softcap).tanh_()
-            logits = squashed * softcap
-            lse = logits.logsumexp(1, keepdim=True)
-            total = total + ((lse - logits.gather(1, index)) * valid).sum(dtype=torch.float64)
-            if training:  # d loss / d logit = (softmax - one-hot) (1 - tanh^2) / count
-                grad = logits.sub_(lse).exp_()
-                grad.scatter_add_(1, index, grad.new_full((1, 1), -1.0).expand_as(index))
-                grad = grad.mul_(squashed.square_().neg_().add_(1)).mul_(valid / count).to(h.dtype)
-                torch.mm(grad, weight, out=dh[start : start + 512])
-                dhead += grad.t() @ rows
-        ctx.save_for_backward(dh, dhead)
-        return (total / count).float()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        dh, dhead = ctx.saved_tensors
-        return dh * grad.to(dh.dtype), dhead * grad, None, None
+    """Mean cross-entropy of softcap * tanh(h head^T / softcap): h [N, D], head [V, D], targets [N]. On CPUs
+    512 rows at a time, so that their logits stay in the cache (0.91 of the time at D 128)."""
+    rows, weight = len(h) if h.is_cuda or torch.compiler.is_compiling() else 512, head.to(h.dtype)
+    logits = lambda x: softcap * torch.tanh(F.linear(x, weight).float() / softcap)  # noqa: E731
+    parts = zip(h.split(rows), targets.split(rows))
+    return sum(F.cross_entropy(logits(x), y, reduction="sum") for x, y in parts) / (targets >= 0).sum()
 
 # ---- 8. Optimizers ---------------------------------------------------------------------------------------
-# Muon for matrices, Adam for everything else, as the roles say.
-
 def newton_schulz(x: Tensor, steps: int) -> Tensor:
-    """Moves the singular values of matrices [N, r, c], r <= c, to about 1 (0.7 to 1.2).
-
-    Quintic iteration and coefficients of Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
-    """
+    """Moves the singular values of matrices [N, r, c], r <= c, to about 1 (0.7 to 1.2). Quintic iteration and
+    coefficients of Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
@@ -803,23 +869,20 @@ def newton_schulz(x: Tensor, steps: int) -> Tensor:
     return x
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised: W <- W - lr max(1, rows/columns)^0.5 NS(u).
-
-    All matrices of one shape, wide or tall, are iterated as one stack. The parts of a parameter (q, k, v) are
-    matrices of their own.
-    """
-
-    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float, steps: int) -> None:
+    """Nesterov momentum, orthogonalised: W <- (1 - lr decay) W - lr max(1, rows/columns)^0.5 NS(u). All of
+    one shape, wide or tall, are one stack; the parts of a parameter (q, k, v) are matrices of their own."""
+    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float, steps: int,
+                 decay: float = 0.0) -> None:
         super().__init__(params, dict(lr=lr, momentum=momentum))
-        self.steps, self.dtype = steps, torch.bfloat16 if params[0].is_cuda else torch.float32
-
+        self.steps, self.decay = steps, decay
+        for p in params:
+            self.state[p]["velocity"] = torch.zeros_like(p)
+        self.dtype = torch.bfloat16 if params[0].is_cuda else torch.float32  # of the iteration
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
             params, grads = group["params"], [p.grad for p in group["params"]]
-            for p in params:
-                if not self.state[p]:
-                    self.state[p]["velocity"] = torch.zeros_like(p)
+            torch._foreach_mul_(params, 1 - group["lr"] * self.decay)
             velocities = [self.state[p]["velocity"] for p in params]
             torch._foreach_mul_(velocities, group["momentum"])
             torch._foreach_add_(velocities, grads)
@@ -839,31 +902,34 @@ def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
     """[Adam, Muon]. Every parameter is in exactly one group, chosen by its role."""
     params = list(model.parameters())
     matrices = [p for p in params if ROLES[p.role].optimizer == "muon"]
-    adam = [dict(params=[p for p in params if p.role == name], lr=getattr(config, role.lr))
+    adam = [dict(params=[p for p in params if p.role == name], lr=getattr(config, role.lr),
+                 weight_decay=config.adam_wd if role.decays or config.decay_scalars else 0.0)
             for name, role in ROLES.items() if role.optimizer == "adam"]
-    grouped = sorted(id(p) for group in [*adam, dict(params=matrices)] for p in group["params"])
-    assert grouped == sorted(map(id, params)), "a parameter without a group, or with two"
-    optimizers = [
-        torch.optim.Adam(adam, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True),
-        Muon(matrices, config.matrix_lr, config.muon_momentum, config.muon_backend_steps),
-    ]
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["base_lr"] = group["lr"]
-    return optimizers
+    return [torch.optim.AdamW(adam, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True),
+            Muon(matrices, config.matrix_lr, config.muon_momentum, config.muon_backend_steps, config.muon_wd)]
 
 def lr_factor(config: Config, step: int, seconds: float) -> float:
-    """Fraction of the learning rates at `step`, `seconds` into training.
-
-    Falls linearly to 0 over the last WARMDOWN_ITERS steps, or over the time that many steps take if the clock
-    is going to end the run first.
-    """
-    span, factor = config.warmdown_iters, 1.0
-    if span:
-        factor = (config.iterations - step) / span
-        if config.max_wallclock_seconds and step:
-            factor = min(factor, (config.max_wallclock_seconds - seconds) / (span * seconds / step))
+    """Fraction of the learning rates at `step`, `seconds` into training. Falls linearly to 0 over the last
+    WARMDOWN_ITERS steps, or over the time that many steps take if the clock is going to end the run first."""
+    span, cap = config.warmdown_iters, config.training_seconds
+    factor = (config.iterations - step) / span if span else 1.0
+    if span and cap and step and seconds:
+        factor = min(factor, (cap - seconds) / (span * seconds / step))
     return min(max(factor, 0.0), 1.0)
+
+def training_mode(config: Config, step: int, seconds: float) -> Mode:
+    """Passes and rounding of a training step, `seconds` into training."""
+    done = max(step / max(config.iterations, 1), seconds / (config.training_seconds or math.inf))
+    late = lr_factor(config, step, seconds) < config.qat_lr_factor or 1 - done <= config.qat_fraction > 0
+    passes = [passes for when, passes in config.schedule() if when <= (done if when < 1 else step)][-1]
+    bits, core_bits = config.matrix_bits * (not config.qat_core_only), config.width("core_bits")
+    return Mode(passes, bits * late, core_bits * late, config.quant_scale_floor, config.jacobian_weight,
+                config.jacobian_per_pass)
+
+def training_modes(config: Config) -> list[Mode]:
+    """All that `training_mode` can return, in the order of a run."""
+    ends = {training_mode(config, 0, 0.0), training_mode(config, config.iterations, 0.0)}
+    return [mode._replace(passes=passes) for mode in sorted(ends) for _, passes in config.schedule()]
 
 def muon_momentum(config: Config, step: int) -> float:
     """Rises linearly over the first MUON_MOMENTUM_WARMUP_STEPS."""
@@ -872,23 +938,17 @@ def muon_momentum(config: Config, step: int) -> float:
     return config.muon_momentum_warmup_start * (1 - done) + config.muon_momentum * done
 
 # ---- 9. Training -----------------------------------------------------------------------------------------
-# Ranks hold equal parameters and average their gradients themselves instead of through DDP: the gradients of
-# shared weights are complete only when backward ends, so there is nothing to overlap with, and DDP would cut
-# the compiled graph at its buckets.
-
+# Ranks average their gradients themselves, not through DDP: those of shared weights are complete only when
+# backward ends, so there is nothing to overlap with, and DDP would cut the compiled graph at its buckets.
 class NonFiniteLoss(RuntimeError):
     """Training met a loss that is not finite; exit code 3."""
 
 class Clock:
-    """Seconds of training that all ranks agree on, without a synchronisation at every step.
-
-    Rank 0's time is shared every few steps, more often near the cap, and extrapolated in between.
-    """
-
+    """Seconds of training that all ranks agree on, without a synchronisation at every step. Rank 0's time is
+    shared every few steps, more often near the cap, and extrapolated in between."""
     def __init__(self, world: World, cap: float) -> None:
         self.world, self.cap, self.started = world, cap or math.inf, time.perf_counter()
         self.step, self.seconds, self.per_step, self.due = 0, 0.0, 0.0, 1  # last shared reading, and the next
-
     def read(self, step: int, now: bool = False) -> float:
         """Seconds spent on the first `step` steps; a reading that is due, or `now`, waits for all ranks."""
         if (now or step >= self.due) and step > self.step:
@@ -898,40 +958,44 @@ class Clock:
             self.step, self.seconds = step, seconds
             self.due = step + int(min(max((self.cap - seconds) / self.per_step / 2, 1), 10))
         return self.seconds + (step - self.step) * self.per_step
-
     def out_of_time(self, step: int) -> bool:
         """Whether another step might pass the cap. One step is spare; the time of the first is no measure."""
         return self.read(step) + 2 * self.per_step * (step > 1) > self.cap
 
-def compiled(model: GPT, config: Config, world: World) -> Callable[[Tensor, Tensor], Tensor]:
-    """The model as COMPILE says; one graph for training and one for scoring."""
+def compiled(model: GPT, config: Config, world: World) -> Callable[..., Tensor]:
+    """The model as COMPILE says; one graph for each mode of training and of scoring."""
     on = config.compile == "model" or config.compile == "auto" and world.on_cuda
+    if on:  # beyond the limit, torch would run the model without compiling it
+        torch._dynamo.config.recompile_limit = 8 + 2 * len(training_modes(config))
     return torch.compile(model, dynamic=False, fullgraph=True) if on else model
 
+def flat_gradients(params: list[nn.Parameter]) -> Tensor:
+    """A float32 vector whose parts are the gradients of `params`, and one place more for the loss."""
+    sizes = [p.numel() for p in params]
+    flat = torch.zeros(sum(sizes) + 1, device=params[0].device)
+    for p, gradient in zip(params, flat[:-1].split(sizes)):
+        p.grad = gradient.view_as(p)
+    return flat
+
 class Trainer:
-    """Model, optimizers and batches of a run.
-
-    All gradients lie in one flat float32 buffer that ends with the loss: one all-reduce a step for both.
-    """
-
+    """Model, optimizers and batches of a run. All gradients lie in one flat float32 buffer that ends with the
+    loss: one all-reduce a step for both."""
     def __init__(self, config: Config, world: World, model: GPT, batches: Batches) -> None:
         self.config, self.world, self.model, self.batches = config, world, model, batches
         self.forward, self.params = compiled(model, config, world), list(model.parameters())
-        sizes = [p.numel() for p in self.params]
-        self.flat = torch.zeros(sum(sizes) + 1, device=world.device)
-        for p, gradient in zip(self.params, self.flat[:-1].split(sizes)):
+        self.flat = flat_gradients(self.params)
+        for p in self.params:
             world.broadcast_(p.data)  # unlike processors may draw unlike weights
-            p.grad = gradient.view_as(p)
         self.optimizers = make_optimizers(model, config)
-        self.first_bad = torch.full((), -1, device=world.device)  # first step that gave NaN or infinity
-        self.last_good = "none"  # the last step that was seen not to
-
-    def train_step(self, step: int, seconds: float, micro: Iterable[tuple[Tensor, Tensor]]) -> None:
+        self.first_bad, self.last_good = torch.full((), -1, device=world.device), "none"  # steps: not finite, fine
+        self.average, self.averaged = [], 0  # parameters, and how many weights are in them
+    def train_step(self, step: int, seconds: float, micro: Iterable[tuple[Tensor, Tensor]],
+                   mode: Mode | None = None) -> None:
         """One optimizer step on this rank's micro-batches. Nothing here waits for the device."""
-        config, flat = self.config, self.flat
+        config, flat, mode = self.config, self.flat, mode or training_mode(self.config, step, seconds)
         flat.zero_()
         for ids, targets in micro:
-            loss = self.forward(ids, targets) / (self.batches.accumulation * self.world.size)
+            loss = self.forward(ids, targets, mode) / (self.batches.accumulation * self.world.size)
             loss.backward()
             flat[-1] += loss.detach()
         self.world.sum_(flat)
@@ -941,13 +1005,12 @@ class Trainer:
         factor, momentum = lr_factor(config, step, seconds), muon_momentum(config, step)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * factor
+                group["lr"] = group.setdefault("base_lr", group["lr"]) * factor
                 if isinstance(optimizer, Muon):
                     group["momentum"] = momentum
             optimizer.step()
         if config.reference_bf16:
             self.round_to_bfloat16()
-
     @torch.no_grad()
     def round_to_bfloat16(self) -> None:
         """What PR 855 trained by accident: tables, embedding and their Adam states in bfloat16."""
@@ -956,21 +1019,32 @@ class Trainer:
                 state = self.optimizers[0].state[p]
                 for t in (p, state["exp_avg"], state["exp_avg_sq"]):
                     t.copy_(t.bfloat16())
-
+    def load(self, values: list[Tensor]) -> None:
+        for p, value in zip(self.params, values, strict=True):
+            p.data.copy_(value)
     def warm_up(self) -> None:
         """WARMUP_STEPS steps on random tokens (kernels, graphs, allocator), then every state is as before."""
         before, length = [p.detach().clone() for p in self.params], self.config.train_seq_len
         random, count = torch.Generator().manual_seed(0), self.batches.sequences * length + 1
         span = torch.randint(self.config.vocab_size, (count,), generator=random).to(self.world.device)
         micro = (span[:-1].view(-1, length), span[1:].view(-1, length))  # laid out as real ones: no new graph
-        for _ in range(self.config.warmup_steps):
-            self.train_step(0, 0.0, [micro] * self.batches.accumulation)
-        for p, value in zip(self.params, before):
-            p.data.copy_(value)
+        for mode in training_modes(self.config):
+            for _ in range(self.config.warmup_steps):
+                self.train_step(0, 0.0, [micro] * self.batches.accumulation, mode)
+        self.load(before)
         self.optimizers = make_optimizers(self.model, self.config)
         self.first_bad.fill_(-1)
         self.world.synchronize()
-
+    @torch.no_grad()
+    def update_average(self, step: int, factor: float) -> None:
+        """Takes in the weights after `step` steps, at `factor` of the learning rates, as AVERAGE says."""
+        config = self.config
+        late = factor < config.swa_lr_factor and step % config.swa_every == 0
+        if config.average == "ema" or config.average == "swa" and late:
+            self.average = self.average or [p.detach().clone() for p in self.params]
+            self.averaged += 1
+            share = 1 / self.averaged if config.average == "swa" else 1 - config.ema_decay
+            torch._foreach_lerp_(self.average, self.params, share)
     def check_finite(self, step: int, score: Score | None = None) -> float:
         """The last step's loss; NonFiniteLoss, on all ranks, for any since the last check, or the score."""
         bad, loss = int(self.first_bad), self.flat[-1].item()
@@ -980,10 +1054,9 @@ class Trainer:
                                 "Lower the learning rates or set GRAD_CLIP_NORM.")
         self.last_good = f"step {step}, train_loss {loss:.4f}" if step else "none"
         return loss
-
-    def train(self, log: Log, validate: Callable[[int, float], Score]) -> tuple[int, float, Score]:
+    def train(self, log: Log, validate: Callable[..., Score]) -> tuple[int, float, Score]:
         """Trains until ITERATIONS or the cap; `validate` runs off the clock. Steps, seconds, last score."""
-        config, step, clock = self.config, 0, Clock(self.world, self.config.max_wallclock_seconds)
+        config, step, clock, mode = self.config, 0, Clock(self.world, self.config.training_seconds), None
         while True:
             capped = step < config.iterations and clock.out_of_time(step)
             last = capped or step == config.iterations
@@ -992,16 +1065,41 @@ class Trainer:
                 if capped:
                     log(f"stopping_early: wallclock_cap train_time:{1e3 * seconds:.0f}ms "
                         f"step:{step}/{config.iterations}")
-                score = validate(step, seconds)
+                passes = training_mode(config, step, seconds).passes
+                score = validate(step, seconds, None if last else Mode(passes))
                 clock.started += time.perf_counter() - paused
-            if last:
-                return step, seconds, score
-            self.train_step(step, clock.read(step), self.batches.micro(step))
+                if last:
+                    return step, seconds, score
+            before, mode = mode, training_mode(config, step, clock.read(step))
+            if mode != before:
+                log(f"step:{step}/{config.iterations} {mode}")
+            self.train_step(step, clock.read(step), self.batches.micro(step), mode)
             step += 1
+            self.update_average(step, lr_factor(config, step, clock.read(step)))
             logged = step <= 10 or step % config.train_log_every == 0 or step == config.iterations
             if logged or step >= clock.due:
                 self.report(step, clock, log, logged)
-
+    @torch.no_grad()
+    def calibrate(self, step: int, log: Log) -> tuple[dict[str, Tensor], float]:
+        """GPTQ's sum of x x^T [c, c] over the inputs x of every matrix, by parameter name: of all passes, on
+        the training tokens of all ranks that follow `step`. And the seconds that took."""
+        started, count, sums = time.perf_counter(), self.config.gptq_batches, {}
+        def tap(name: str, args: tuple[Any, ...]) -> None:
+            x, factor = args[0].flatten(0, -2).float(), torch.as_tensor(args[1])
+            x = x * factor if factor.dim() == 1 else x  # a gain on columns of the weight
+            sums[name] = sums.get(name, 0.0) + x.T @ x
+        hooks = [m.register_forward_pre_hook(lambda _, args, name=name: tap(f"{name}.weight", args))
+                 for name, m in self.model.named_modules() if isinstance(m, Matrix)]
+        micro = (batch for i in itertools.count(step) for batch in self.batches.micro(i))
+        for ids, targets in itertools.islice(micro, count):
+            self.model(ids, targets)
+        for hook in hooks:
+            hook.remove()
+        sums = {name: self.world.sum_(x_xt) for name, x_xt in sums.items()}
+        seconds = self.world.on_main(lambda: time.perf_counter() - started)
+        if count:
+            log(f"gptq_calibration batches:{count} time:{1e3 * seconds:.0f}ms")
+        return sums, seconds
     def report(self, step: int, clock: Clock, log: Log, logged: bool) -> None:
         """Upstream's training line with its metrics, and the progress line; waits for the device."""
         config, seconds, loss = self.config, clock.read(step, now=True), self.check_finite(step)
@@ -1014,170 +1112,257 @@ class Trainer:
         log.progress(f"step {step}, loss {loss:.3f}, {seconds:.0f} s, {left:.0f} left, {speed:,.0f} tokens/s")
 
 # ---- 10. Scoring -----------------------------------------------------------------------------------------
-# Every target of the validation split exactly once, tail included; and what the recurrence did on the way.
+# Nats per token and bits per byte over the whole split and all ranks, scored targets, bytes of their text.
+Score = namedtuple("Score", "val_loss val_bpb val_tokens val_bytes eval_seconds")
 
-class Score(NamedTuple):
-    """Over the whole split and all ranks."""
-    val_loss: float  # nats per token
-    val_bpb: float  # bits per byte
-    val_tokens: int  # scored targets
-    val_bytes: int  # of their text
-    eval_seconds: float
+class Learner:
+    """Test-time training: SGD on text that has been scored, all ranks together (PR 549)."""
+    def __init__(self, model: GPT, config: Config, world: World) -> None:
+        self.forward, self.config, self.world = compiled(model, config, world), config, world
+        self.flat = flat_gradients(params := list(model.parameters()))
+        self.sgd = torch.optim.SGD(params, lr=config.ttt_lr, momentum=config.ttt_momentum)
+    def learn(self, tokens: Tensor, done: float) -> None:
+        """TTT_EPOCHS steps on a chunk [n T + 1], after the part `done` of all chunks (cosine decay)."""
+        config, mine = self.config, slice(self.world.rank, None, self.world.size)
+        self.sgd.param_groups[0]["lr"] = config.ttt_lr * (1 + math.cos(math.pi * done)) / 2
+        ids, targets = (t.view(-1, config.train_seq_len) for t in (tokens[:-1], tokens[1:]))
+        for _ in range(config.ttt_epochs):
+            self.flat.zero_()
+            if share := len(ids[mine]) / len(ids):
+                (self.forward(ids[mine], targets[mine]) * share).backward()
+            self.world.sum_(self.flat)
+            if config.ttt_grad_clip:
+                nn.utils.clip_grad_norm_(self.sgd.param_groups[0]["params"], config.ttt_grad_clip)
+            self.sgd.step()
 
 class Scorer:
-    """The validation split in windows of T tokens, dealt out over the ranks."""
-
+    """The validation split in windows of T tokens, dealt out over the ranks. The first window scores all its
+    targets, every other one its last `stride`: none is scored twice."""
     def __init__(self, config: Config, world: World) -> None:
         counter = ByteCounter.from_sentencepiece(Path(config.tokenizer_path), config.vocab_size)
         self.counter = ByteCounter(*(table.to(world.device) for table in counter))
         self.world, self.tokens, self.length = world, Tokens(config, "val"), config.train_seq_len
         self.tokens.read(0, self.tokens.total)  # token ids are checked before anything else starts
-        self.total = -(-(self.tokens.total - 1) // self.length)  # windows, the last one may be short
+        self.targets = self.tokens.total - 1
         most = min(config.val_batch_size // world.size, config.micro_batch_tokens) // self.length
-        self.batch = min(max(most, 1), -(-self.total // world.size))
-
-    def windows(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's ids and targets [batch, T]; what fills up the last batch has targets of -100."""
-        first, end = (self.total * r // self.world.size for r in (self.world.rank, self.world.rank + 1))
-        for start in range(first, end, self.batch):
-            count = min(self.batch, end - start) * self.length
-            count = min(count, self.tokens.total - 1 - start * self.length)
-            span = self.tokens.read(start * self.length, count + 1).to(self.world.device).long()
-            fill = (0, self.batch * self.length - count)
-            yield (F.pad(span[:-1], fill).view(-1, self.length),
-                   F.pad(span[1:], fill, value=-100).view(-1, self.length))
-
-    @torch.inference_mode()
-    def score(self, model: Callable[[Tensor, Tensor], Tensor]) -> Score:
-        """Scores a model that maps (ids, targets) to their mean loss, as GPT does; sums it in float64."""
-        started = time.perf_counter()
+        self.batch = min(max(most, 1), -(-self.targets // self.length // world.size))
+    def chunks(self, stride: int, size: int) -> list[range]:
+        """The windows whose first scored target lies in each `size` targets, a multiple of T."""
+        count = 1 + max(0, -(-(self.targets - self.length) // stride))
+        first = [-(-(start - self.length) // stride) + 1 for start in range(size, self.targets, size)]
+        bounds = [0, *(min(i, count) for i in first), count]
+        return [range(a, b) for a, b in zip(bounds, bounds[1:]) if b > a]
+    def windows(self, windows: range, stride: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's ids and targets [batch, T]; what is not to be scored has targets of -100."""
+        world, length = self.world, self.length
+        first, end = (len(windows) * r // world.size for r in (world.rank, world.rank + 1))
+        mine = windows[first:end]
+        for i in range(0, len(mine), self.batch):
+            part = mine[i : i + self.batch]
+            count = min((len(part) - 1) * stride + length, self.targets - part[0] * stride)
+            span = self.tokens.read(part[0] * stride, count + 1).to(world.device).long()
+            fill = (0, (self.batch - 1) * stride + length - count)
+            ids = F.pad(span[:-1], fill).unfold(0, length, stride)
+            targets = F.pad(span[1:], fill, value=-100).unfold(0, length, stride).clone()
+            targets[len(part) :] = -100
+            targets[part[0] == 0 :, : length - stride] = -100
+            yield ids.contiguous(), targets
+    def score(self, model: Callable[[Tensor, Tensor], Tensor], stride: int = 0,
+              learner: Learner | None = None) -> Score:
+        """Scores a model that maps (ids, targets) to their mean loss; sums it in float64. `stride`: 0 is T. A
+        `learner` trains on every chunk after it was scored, the last one excepted."""
+        started, stride = time.perf_counter(), stride or self.length
         sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)  # nats, targets, bytes
-        for ids, targets in self.windows():
-            real = targets >= 0
-            sums[0] += model(ids, targets).double() * real.sum()
-            sums[1] += real.sum()
-            sums[2] += (self.counter.count(ids, targets.clamp_min(0)) * real).sum()
+        size = learner.config.ttt_chunk_tokens if learner else self.targets
+        chunks = self.chunks(stride, size)
+        for i, windows in enumerate(chunks):
+            for ids, targets in self.windows(windows, stride):
+                with torch.no_grad():
+                    real, nats = targets >= 0, model(ids, targets).double()
+                    size_of = self.counter.count(ids, targets.clamp_min(0))
+                    sums += torch.stack((nats * real.sum(), real.sum(), (size_of * real).sum()))
+            if learner and i + 1 < len(chunks):
+                tokens = self.tokens.read(i * size, size + 1).to(self.world.device).long()
+                learner.learn(tokens, i / (len(chunks) - 1))
         nats, count, size = self.world.sum_(sums).tolist()
         seconds = time.perf_counter() - started
         return Score(nats / count, nats / math.log(2) / size, int(count), int(size), seconds)
 
-def rms(x: Tensor) -> float:
-    return x.float().square().mean().sqrt().item()
-
 @torch.no_grad()
 def recurrence_health(model: GPT, ids: Tensor) -> list[dict[str, float]]:
-    """Per effective layer: mean mix weights, RMS of branch scales (weights times gamma) and shifts, growth.
-
-    Growth is the RMS of the residual stream behind the layer over that in front of it, on ids [B, T].
-    """
-    sizes, table = [1.0], []  # x0 is normalised
+    """Per effective layer: mean mix weights, RMS of branch scales (weights times gamma) and shifts, alpha of
+    a pass that ends there, and growth: the RMS of the residual stream behind over in front, on ids [B, T]."""
+    sizes, table, plan = [1.0], [], model.plans[model.scoring.passes]  # x0 is normalised
+    rms = lambda x: x.float().square().mean().sqrt().item()  # noqa: E731
     hooks = [mlp.register_forward_hook(lambda _, inputs, out: sizes.append(rms(out))) for mlp in model.mlp]
-    model.hidden(ids)
+    model.hidden(ids, model.scoring)
     for hook in hooks:
         hook.remove()
-    for layer, (attn, mlp, _) in zip(model.plan, model.cond.rows(torch.float32)):
-        carried, anchor = model.mix[layer.attn].weights()
-        scales = model.attn[layer.attn].scale * attn.gamma, model.mlp[layer.mlp].scale * mlp.gamma
+    for v, (layer, (attn, mlp, _)) in enumerate(zip(plan, model.cond.rows(plan, torch.float32))):
+        mix, mix_x0 = (w.mean().item() for w in model.mix[layer.attn].weights())
+        alpha = model.core.scale[layer.closes - 1].item() if model.core.scaled and layer.closes > 0 else 1.0
         table.append(dict(
-            layer=layer.row, mix=carried.mean().item(), mix_x0=anchor.mean().item(),
-            attn_scale=rms(scales[0]), mlp_scale=rms(scales[1]), attn_shift=rms(attn.beta),
-            mlp_shift=rms(mlp.beta), growth=sizes[layer.row + 1] / sizes[layer.row]))
+            layer=v, mix=mix, mix_x0=mix_x0, attn_scale=rms(model.attn[layer.attn].scale * attn.gamma),
+            mlp_scale=rms(model.mlp[layer.mlp].scale * mlp.gamma), attn_shift=rms(attn.beta),
+            mlp_shift=rms(mlp.beta), growth=sizes[v + 1] / sizes[v], pass_scale=alpha))
     return table
 
 # ---- 11. Quantisation and artifact -----------------------------------------------------------------------
-# An artifact is magic and version, SHA-256 of the rest, decompressed length, and zlib of: length of the
-# header, the header (JSON: architecture; name and storage of every parameter), their values in that order.
-# Shapes follow from the architecture. Nothing in it is ever executed or unpickled.
-
-ARTIFACT_MAGIC = b"GOLFGPT\x01"  # the last byte is the version
-ARTIFACT_HEAD = struct.Struct("<8s32sQ")
+# Magic and version, SHA-256 of the rest, codec, decompressed length; compressed: length of the header, header
+# (JSON: architecture; name and storage of every parameter), values in that order. Shapes follow from the
+# architecture; nothing is ever executed or unpickled. Integers take a byte each, whatever their width: what a
+# codec makes of that is smaller than packed bits (records/rate).
+ARTIFACT = "model.ptz"  # in the run's folder
+ARTIFACT_MAGIC = b"GOLFGPT\x02"  # the last byte is the version
+ARTIFACT_HEAD = struct.Struct("<8s32s8sQ")
 ARTIFACT_LIMIT = 1 << 28  # bytes, decompressed
+STORED = ("float16", "float32"), tuple(f"int{bits}" for bits in range(2, 9))  # by whether its role has bits
 
-def quantize_rows(w: Tensor, percentile: float, floor: float) -> tuple[Tensor, Tensor]:
-    """int8 values and float16 steps [r] of w [r, c]; rows are clipped at `percentile` of |w|, in 127 steps.
+CODECS: dict[str, tuple[Callable[..., bytes], ...]] = {  # how module m packs, and unpacks at most n bytes
+    "zlib": (lambda m, raw: m.compress(raw, 9), lambda m, body, n: m.decompressobj().decompress(body, n)),
+    "lzma": (lambda m, raw: m.compress(raw, preset=6),  # higher ones gain nothing on weights (PR 1230)
+             lambda m, body, n: m.LZMADecompressor(memlimit=1 << 28).decompress(body, n)),
+    "brotli": (lambda m, raw: m.compress(raw, quality=11, lgwin=24),
+               lambda m, body, n: m.Decompressor().process(body, output_buffer_limit=n)),
+}
 
-    `floor` is the smallest step. PR 855 has 1/127, which puts rows of small weights on one coarse grid; the
-    smallest float16, 2^-24, is there for rows of zeros.
-    """
-    clip = torch.quantile(w.abs(), percentile / 100, dim=1)
-    step = (clip / 127).clamp_min(max(floor, 2.0**-24))
-    q = torch.round(w.clamp(-clip[:, None], clip[:, None]) / step[:, None]).clamp(-127, 127)
-    return q.to(torch.int8), step.half()
+def code(codec: str, way: Literal[0, 1], *data: Any) -> bytes:
+    """Compresses (0) raw bytes, or decompresses (1) a body to at most about so many; ValueError if it is
+    none of the codec's, InputError if the codec is not installed."""
+    require(codec in CODECS, f"{codec!r} is none of the codecs {', '.join(CODECS)}")
+    try:
+        module = importlib.import_module(codec)
+    except ImportError:
+        raise InputError(f"{codec} is not installed: pip install {codec}") from None
+    try:
+        return CODECS[codec][way](module, *data)
+    except (zlib.error, lzma.LZMAError, getattr(module, "error", ValueError)) as error:
+        raise ValueError(f"not {codec}: {error}") from None
+
+def quantize_rows(w: Tensor, clip: Tensor, bits: int, floor: float) -> tuple[Tensor, Tensor]:
+    """Integers as int8 [r, c] and float16 steps [r] of w [r, c], whose rows saturate at `clip` [r]. `floor`
+    is QUANT_SCALE_FLOOR: PR 855 has 1/127, which puts rows of small weights on one coarse grid."""
+    step, levels = row_steps(clip, bits, floor)
+    stored = step.half()
+    step = step if bits == 8 else stored.float()  # as PR 855 and PR 1230 do; a step of 8 bits is fine enough
+    q = torch.round(w.clamp(-clip[:, None], clip[:, None]) / step[:, None]).clamp(-levels, levels)
+    return q.to(torch.int8), stored
 
 def dequantize_rows(q: Tensor, step: Tensor) -> Tensor:
     return q.float() * step.float()[:, None]
 
-def store(p: nn.Parameter, config: Config) -> tuple[str, list[Tensor]]:
-    """How a parameter is stored, and the tensors that hold it.
+def row_clip(w: Tensor, bits: int, config: Config) -> Tensor:
+    """Where each row of w [r, c] saturates: QUANT_CLIP_PERCENTILE of its |w|, or where squared error is least
+    among quantiles for the whole matrix (PR 1230), or among parts of the largest |w| for each row."""
+    size, by_row, quantiles = w.abs(), config.quant_clip == "row", [0.999, 0.9995, 0.9999, 0.99999, 1.0]
+    if config.quant_clip == "percentile":
+        quantiles = [config.quant_clip_percentile / 100]
+    parts = torch.linspace(0.4, 1, 25, device=w.device)[:, None] * size.amax(1)
+    clips = parts if by_row else torch.quantile(size, size.new_tensor(quantiles), dim=1)
+    rounded = (dequantize_rows(*quantize_rows(w, clip, bits, config.quant_scale_floor)) for clip in clips)
+    errors = torch.stack([(near - w).square().sum(1) for near in rounded])
+    return clips.gather(0, errors.argmin(0)[None])[0] if by_row else clips[errors.sum(1).argmin()]
 
-    What is not quantised becomes float16, unless that overflows or is off by more than 0.1 % of the norm.
-    """
-    w = p.detach().cpu()
-    if ROLES[p.role].stored == "int8":
-        return "int8", list(quantize_rows(w, config.quant_clip_percentile, config.quant_scale_floor))
+def gptq_rows(w: Tensor, step: Tensor, bits: int, hessian: Tensor) -> Tensor:
+    """Integers as int8 of w [r, c], rounded column by column, the error of each moved onto those that follow:
+    w x changes least over inputs x with sum x x^T = hessian [c, c] (GPTQ, arXiv 2210.17323)."""
+    h, levels = hessian.double(), 2 ** (bits - 1) - 1
+    order = h.diagonal().argsort(descending=True)  # columns of large inputs first; 1 % of the mean damps
+    h = h[order][:, order] + torch.eye(len(h), device=h.device) * (0.01 * h.diagonal().mean() + 1e-12)
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True).float()
+    left, q = w[:, order].clone(), torch.empty_like(w)
+    for j in range(w.shape[1]):
+        q[:, j] = torch.round(left[:, j] / step).clamp(-levels, levels)
+        error = (left[:, j] - q[:, j] * step) / upper[j, j]
+        left[:, j + 1 :].addr_(error, upper[j, j + 1 :], alpha=-1)
+    return q[:, order.argsort()].to(torch.int8)
+
+def store(p: nn.Parameter, config: Config, hessian: Tensor | None) -> tuple[str, list[Tensor]]:
+    """How a parameter is stored, and the tensors that hold it; rounded by GPTQ where there is a `hessian`.
+    What is not quantised becomes float16, unless that overflows or is off by more than 0.1 % of the norm."""
+    w = p.detach()
+    if bits := config.width(ROLES[p.role].bits):
+        q, step = quantize_rows(w, row_clip(w, bits, config), bits, config.quant_scale_floor)
+        if hessian is not None:
+            q = gptq_rows(w, step.float(), bits, hessian)
+        return f"int{bits}", [q, step]
     fine = (w.half().float() - w).norm() <= 1e-3 * w.norm()
     return ("float16", [w.half()]) if fine else ("float32", [w])
 
-def pack(model: GPT, config: Config) -> bytes:
-    """The artifact of a model."""
+def pack(model: GPT, config: Config, hessians: Mapping[str, Tensor] | None = None) -> bytes:
+    """The artifact of a model; `hessians` are those of `input_hessians`."""
     entries, chunks = [], []
     for name, p in model.named_parameters():
-        stored, tensors = store(p, config)
+        stored, tensors = store(p, config, (hessians or {}).get(name))
         entries.append([name, stored])
-        chunks += [t.numpy().tobytes() for t in tensors]
+        chunks += [t.cpu().numpy().tobytes() for t in tensors]
     header = json.dumps(dict(architecture=asdict(config.architecture()), tensors=entries)).encode()
     raw = struct.pack("<I", len(header)) + header + b"".join(chunks)
-    body = struct.pack("<Q", len(raw)) + zlib.compress(raw, 9)
+    body = struct.pack("<8sQ", config.codec.encode(), len(raw)) + code(config.codec, 0, raw)
     return ARTIFACT_MAGIC + hashlib.sha256(body).digest() + body
+
+def pack_to_fit(model: GPT, config: Config, hessians: Mapping[str, Tensor], log: Log) -> bytes:
+    """The artifact; for MATRIX_BITS=0 that of the most bits with which it and the script fit."""
+    for bits in [config.matrix_bits] if config.matrix_bits else range(8, 1, -1):
+        data = pack(model, replace(config, matrix_bits=bits), hessians)
+        total = len(source()) + len(data)
+        log(f"packed matrix_bits:{bits} codec:{config.codec} total:{total} bytes")
+        if total <= config.size_limit_bytes:
+            break
+    return data
 
 def read_tensor(raw: bytes, offset: int, stored: str, shape: torch.Size) -> tuple[Tensor, int]:
     """The float32 tensor at `offset` and the offset behind it; ValueError if it does not fit."""
-    kinds = {"int8": ("<i1", "<f2"), "float16": ("<f2",), "float32": ("<f4",)}[stored]
+    kinds = {"float16": ("<f2",), "float32": ("<f4",)}.get(stored, ("<i1", "<f2"))
     values = []
     for kind, count in zip(kinds, (shape.numel(), shape[0])):
         values.append(torch.from_numpy(np.frombuffer(raw, kind, count, offset).copy()))
         offset += values[-1].nbytes
     values[0] = values[0].view(shape)
-    return dequantize_rows(*values) if stored == "int8" else values[0].float(), offset
+    return dequantize_rows(*values) if len(kinds) == 2 else values[0].float(), offset
 
-def load_model(data: bytes, source: str) -> tuple[GPT, Architecture]:
-    """A fresh model from an artifact; InputError names `source` and what is wrong with it."""
-    if len(data) < ARTIFACT_HEAD.size or data[:7] != ARTIFACT_MAGIC[:7]:
-        raise InputError(f"{source} is not an artifact of this script")
-    magic, checksum, length = ARTIFACT_HEAD.unpack_from(data)
-    if magic != ARTIFACT_MAGIC:
-        raise InputError(f"{source} is of version {magic[7]}, this script reads version {ARTIFACT_MAGIC[7]}")
-    if hashlib.sha256(data[40:]).digest() != checksum:
-        raise InputError(f"{source} is damaged or truncated: its checksum does not match; copy it again")
+def unpack(data: bytes) -> tuple[Architecture, list[Tensor], str]:
+    """Architecture, parameters, how they are held; ValueError or whatever reading malformed bytes raises."""
+    _, _, name, length = ARTIFACT_HEAD.unpack_from(data)
+    require(4 <= length <= ARTIFACT_LIMIT, f"impossible length {length}")
+    codec = name.rstrip(b"\0").decode()
+    raw = code(codec, 1, data[ARTIFACT_HEAD.size :], length)
+    (size,) = struct.unpack_from("<I", raw)
+    header, offset, tensors = json.loads(raw[4 : 4 + size]), 4 + size, []
+    architecture = Architecture.from_json(header["architecture"])
+    with torch.device("meta"):  # names, roles and shapes without memory
+        expected = list(GPT(architecture).named_parameters())
+    for (name, p), (given, stored) in zip(expected, header["tensors"], strict=True):
+        require(given == name and stored in STORED[bool(ROLES[p.role].bits)],
+                f"{given} stored as {stored} where {name} is due")
+        tensor, offset = read_tensor(raw, offset, stored, p.shape)
+        require(tensor.isfinite().all(), f"{name} is not finite")
+        tensors.append(tensor)
+    require(offset == length == len(raw), f"{length} bytes announced, {len(raw)} found, {offset} described")
+    matrices = (stored for (_, p), (_, stored) in zip(expected, header["tensors"]) if "matrix" in p.role)
+    return architecture, tensors, f"{'/'.join(dict.fromkeys(matrices))}+{codec}"
+
+def load_model(data: bytes, source: str, eval_passes: int = 0) -> tuple[GPT, Architecture, str]:
+    """A fresh model from an artifact, and how that holds it ("int8+zlib"); InputError names `source` and what
+    is wrong with it. `eval_passes`, unless 0, is used instead of what the artifact says."""
+    require(len(data) >= ARTIFACT_HEAD.size and data[:7] == ARTIFACT_MAGIC[:7],
+            f"{source} is not an artifact of this script")
+    version = ARTIFACT_MAGIC[7]
+    require(data[7] == version, f"{source} is of version {data[7]}, this script reads version {version}")
+    require(hashlib.sha256(data[40:]).digest() == data[8:40],
+            f"{source} is damaged or truncated: its checksum does not match; copy it again")
     try:
-        if not 4 <= length <= ARTIFACT_LIMIT:
-            raise ValueError(f"impossible length {length}")
-        raw = zlib.decompressobj().decompress(data[ARTIFACT_HEAD.size :], length)
-        (size,) = struct.unpack_from("<I", raw)
-        header, offset, tensors = json.loads(raw[4 : 4 + size]), 4 + size, []
-        architecture = Architecture.from_json(header["architecture"])
-        with torch.device("meta"):  # names, roles and shapes without memory
-            expected = list(GPT(architecture).named_parameters())
-        for (name, p), (given, stored) in zip(expected, header["tensors"], strict=True):
-            if given != name or (stored == "int8") != (ROLES[p.role].stored == "int8"):
-                raise ValueError(f"{given} stored as {stored} where {name} is due")
-            tensor, offset = read_tensor(raw, offset, stored, p.shape)
-            if not tensor.isfinite().all():
-                raise ValueError(f"{name} is not finite")
-            tensors.append(tensor)
-        if offset != length:
-            raise ValueError(f"{length} bytes announced, {offset} described")
-    except (zlib.error, struct.error, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
+        architecture, tensors, kind = unpack(data)
+    except (struct.error, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
             ValueError) as error:
         raise InputError(f"{source} is not a valid artifact: {error}") from None
+    architecture = replace(architecture, eval_passes=eval_passes or architecture.eval_passes)
     model = GPT(architecture)
     for p, tensor in zip(model.parameters(), tensors):
         p.data.copy_(tensor)
-    return model, architecture
+    return model, architecture, kind
 
 # ---- 12. The run -----------------------------------------------------------------------------------------
-# Check everything, train, export, reload the artifact from disk, score what was reloaded.
-
 EXIT_INPUT, EXIT_NON_FINITE, EXIT_SIZE = 2, 3, 4
 
 @functools.cache
@@ -1186,25 +1371,19 @@ def source() -> bytes:
     return Path(__file__).read_bytes()
 
 def versions(world: World) -> dict[str, str]:
-    """What a result depends on besides the configuration."""
     cpu = f"{platform.machine()}, {torch.get_num_threads()} threads a rank"
-    return dict(
-        python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
-        sentencepiece=spm.__version__, cuda=f"{torch.version.cuda}, cudnn {torch.backends.cudnn.version()}",
-        device=torch.cuda.get_device_name() if world.on_cuda else cpu,
-        script_sha256=hashlib.sha256(source()).hexdigest())
+    return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
+                sentencepiece=spm.__version__, cuda=f"{torch.version.cuda}, {torch.backends.cudnn.version()}",
+                device=torch.cuda.get_device_name() if world.on_cuda else cpu,
+                script_sha256=hashlib.sha256(source()).hexdigest())
 
 def open_log(config: Config, world: World) -> Log:
     """Makes the run's folder, which must be new; the log opens with source, versions and configuration."""
-    def make() -> Path:
-        name = config.run_id or time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:6]
-        try:
-            (folder := Path(config.log_dir) / name).mkdir(parents=True)
-        except FileExistsError:
-            raise InputError(f"{folder} exists and would be overwritten: choose another RUN_ID") from None
-        return folder
-
-    log = Log(world.on_main(make), world.is_main)
+    name = config.run_id or time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:6]
+    folder = Path(config.log_dir) / world.on_main(lambda: name)
+    taken = f"{folder} exists and would be overwritten: choose another RUN_ID"
+    world.on_main(lambda: require(not folder.exists(), taken) or folder.mkdir(parents=True))
+    log = Log(folder, world.is_main)
     log.to_file(source().decode() + "=" * 100)
     for name, value in versions(world).items():
         log(f"{name}:{value}")
@@ -1213,75 +1392,92 @@ def open_log(config: Config, world: World) -> Log:
         log(f"warning: WARMDOWN_ITERS={config.warmdown_iters}: the learning rate falls from step 0 on")
     return log
 
-def reload(path: Path, config: Config, world: World) -> tuple[Config, bytes, GPT]:
-    """An artifact from disk: the configuration with its architecture, its bytes, a fresh model."""
+def reload(path: Path, config: Config, world: World) -> tuple[Config, bytes, GPT, str]:
+    """An artifact from disk: configuration with its architecture, its bytes, the model, how it is held."""
     data = world.on_main(path.read_bytes)
-    model, architecture = load_model(data, str(path))
-    return replace(config, **asdict(architecture)), data, model.to(world.device)
+    model, architecture, kind = load_model(data, str(path), config.eval_passes)
+    return replace(config, **asdict(architecture)), data, model.to(world.device), kind
 
-def round_trip(data: bytes, model: GPT, scorer: Scorer, config: Config, log: Log) -> dict[str, Any]:
-    """Size and score of what was reloaded, scored as the trained model was."""
-    code, digest = len(source()), hashlib.sha256(data).hexdigest()
-    total, raw = code + len(data), sum(4 * p.numel() for p in model.parameters())
-    log(f"Code size: {code} bytes")
-    log(f"Serialized model int8+zlib: {len(data)} bytes (float32:{raw} ratio:{raw / len(data):.2f}x)")
-    log(f"Total submission size int8+zlib: {total} bytes")
-    score, limit = scorer.score(compiled(model, config, scorer.world)), config.size_limit_bytes
-    log(f"final_int8_zlib_roundtrip val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f} "
-        f"eval_time:{1e3 * score.eval_seconds:.0f}ms")
-    log(f"final_int8_zlib_roundtrip_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}")
+def round_trip(scorer: Scorer, reloaded: tuple[Config, bytes, GPT, str], log: Log) -> dict[str, Any]:
+    """Size and scores of what was reloaded; the first is scored as the trained model was."""
+    config, data, model, kind = reloaded
+    script, limit, digest = len(source()), config.size_limit_bytes, hashlib.sha256(data).hexdigest()
+    total, raw = script + len(data), sum(4 * p.numel() for p in model.parameters())
+    log(f"Code size: {script} bytes")
+    log(f"Serialized model {kind}: {len(data)} bytes (float32:{raw} ratio:{raw / len(data):.2f}x)")
+    log(f"Total submission size {kind}: {total} bytes")
+    scores: dict[str, Score] = {}
+    for name, on in (("roundtrip", True), ("sliding", config.eval_stride), ("ttt", config.ttt_lr)):
+        if on:  # test-time training is last: it changes the model
+            learner = Learner(model, config, scorer.world) if name == "ttt" else None
+            stride = 0 if name == "roundtrip" else config.eval_stride
+            scores[name] = score = scorer.score(compiled(model, config, scorer.world), stride, learner)
+            label = f"final_{kind.replace('+', '_')}_{name}"
+            log(f"{label} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f} "
+                f"eval_time:{1e3 * score.eval_seconds:.0f}ms")
+            log(f"{label}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}")
+            if score.eval_seconds > config.eval_limit_seconds:
+                log(f"not a submission: {name} took more than EVAL_LIMIT_SECONDS={config.eval_limit_seconds}")
     log(f"val_tokens:{score.val_tokens} val_bytes:{score.val_bytes} artifact_sha256:{digest}")
     if total > limit:
         log(f"not a submission: {total} bytes exceed SIZE_LIMIT_BYTES={limit} by {total - limit}")
-    return dict(roundtrip=score._asdict(), bytes_code=code, bytes_model=len(data), bytes_total=total,
-                fits=total <= limit, artifact_sha256=digest)
+    return dict({name: score._asdict() for name, score in scores.items()}, bytes_code=script,
+                bytes_model=len(data), bytes_total=total, fits=total <= limit, artifact_sha256=digest)
 
 def train_and_export(config: Config, world: World, scorer: Scorer) -> tuple[Log, dict[str, Any]]:
     """Trains a model and writes its artifact; log and figures of the run."""
     batches = world.on_all(lambda: Batches(Tokens(config, "train"), config, world), lambda b: b.tokens.total)
+    code(config.codec, 0, b"")  # a codec that is not installed is found now, not after the training
     log = open_log(config, world)
     torch.manual_seed(config.seed)
-    model = GPT(config.architecture(), config.tied_embed_init_std).to(world.device)
-    trainer = Trainer(config, world, model, batches)
+    model = GPT(config.architecture(), config.tied_embed_init_std, config.matrix_init == "orthogonal")
+    trainer = Trainer(config, world, model.to(world.device), batches)
     parameters = sum(p.numel() for p in model.parameters())
-    log(f"model_params:{parameters} effective_layers:{len(model.plan)}")
+    log(f"model_params:{parameters} effective_layers:{len(model.plans[config.num_loops])}")
     log(f"world_size:{world.size} grad_accum_steps:{batches.accumulation}")
     log(f"train_loader:shards:{len(batches.tokens.paths)} tokens:{batches.tokens.total}")
     watched = scorer.tokens.read(0, config.train_seq_len).to(world.device).long()[None]
-
-    def validate(step: int, seconds: float) -> Score:
-        score = scorer.score(trainer.forward)
+    def validate(step: int, seconds: float, mode: Mode | None = None, weights: str = "last") -> Score:
+        mode = mode or model.scoring
+        score = scorer.score(functools.partial(trainer.forward, mode=mode))
         trainer.check_finite(step, score)  # the last update alone may have ruined the weights
         log(f"step:{step}/{config.iterations} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f} "
             f"train_time:{1e3 * seconds:.0f}ms step_avg:{1e3 * seconds / max(step, 1):.2f}ms")
         if world.is_main:
             health = recurrence_health(model, watched)
-            log.metric(step=step, train_seconds=seconds, **score._asdict(), health=health)
-            for row in health:
-                log.to_file("health " + " ".join(f"{name}:{value:.4g}" for name, value in row.items()))
+            log.metric(step=step, train_seconds=seconds, passes=mode.passes, weights=weights,
+                       **score._asdict(), health=health)
         return score
-
     trainer.warm_up()
-    steps, seconds, score = trainer.train(log, validate)
+    steps, seconds, last = trainer.train(log, validate)
     if world.on_cuda:
         log(f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB "
             f"reserved: {torch.cuda.max_memory_reserved() >> 20} MiB")
-    world.on_main(lambda: write_atomically(log.folder / "model.int8.ptz", pack(model, config)))
+    hessians, spent = trainer.calibrate(steps, log)
+    score, seconds = last, seconds + spent
+    if trainer.average:
+        log(f"the average of {trainer.averaged} weights, AVERAGE={config.average}:")
+        trainer.load(trainer.average)
+        score = validate(steps, seconds, weights=config.average)
+    elif config.average != "none":
+        log(f"warning: AVERAGE={config.average} collected nothing, the last weights are exported")
+    world.on_main(lambda: write_atomically(log.folder / ARTIFACT, pack_to_fit(model, config, hessians, log)))
     return log, dict(model_params=parameters, steps=steps, train_seconds=seconds, pre_quant=score._asdict(),
+                     last_weights=last._asdict(),
                      tokens_per_second=steps * config.train_batch_tokens / max(seconds, 1e-9))
 
 def run(config: Config, world: World) -> int:
     """One run as configured; result.json ends it. The exit code."""
     if config.eval_only:
-        config, data, model = reload(Path(config.eval_only), config, world)
+        config, *rest = reload(Path(config.eval_only), config, world)
     same = replace(config, data_path="", tokenizer_path="", log_dir="")  # paths may differ between nodes
     scorer = world.on_all(lambda: Scorer(config, world), lambda scorer: (same, scorer.tokens.total))
     if config.eval_only:
         log, figures = open_log(config, world), {}
     else:
         log, figures = train_and_export(config, world, scorer)
-        config, data, model = reload(log.folder / "model.int8.ptz", config, world)
-    figures |= round_trip(data, model, scorer, config, log)
+        config, *rest = reload(log.folder / ARTIFACT, config, world)
+    figures |= round_trip(scorer, (config, *rest), log)
     figures |= dict(config=asdict(config), versions=versions(world), world_size=world.size)
     text = json.dumps(figures, indent=1).encode()
     world.on_main(lambda: write_atomically(log.folder / "result.json", text))
@@ -1297,8 +1493,6 @@ def main() -> int:
         print(f"[rank {os.environ.get('RANK', 0)}] {error}", file=sys.stderr)
         code = EXIT_INPUT if isinstance(error, InputError) else EXIT_NON_FINITE
     if dist.is_initialized():  # no teardown: it waits for ranks that failed, and gloo's can abort a good run
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
     return code
 

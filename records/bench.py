@@ -171,9 +171,9 @@ def as_plain(ours: tg.GPT, read: Callable[[nn.Parameter], Tensor]) -> dict[str, 
     """What `read` gives for our parameters (value, gradient), under the names of the plain model."""
     found = {"tok_emb.weight": read(ours.tok_emb)} | {n: read(p) for n, p in ours.cond.named_parameters()}
     for i, (mix, attn, mlp) in enumerate(zip(ours.mix, ours.attn, ours.mlp)):
-        q, k, v = read(attn.qkv).split(attn.qkv.parts)
-        block = {"q.weight": q, "k.weight": k, "v.weight": v, "out.weight": read(attn.proj),
-                 "up.weight": read(mlp.fc), "down.weight": read(mlp.proj), "mix": read(mix.weight),
+        q, k, v = read(attn.qkv.weight).split(attn.qkv.weight.parts)
+        block = {"q.weight": q, "k.weight": k, "v.weight": v, "out.weight": read(attn.proj.weight),
+                 "up.weight": read(mlp.fc.weight), "down.weight": read(mlp.proj.weight), "mix": read(mix.weight),
                  "q_gain": read(attn.q_gain), "attn_scale": read(attn.scale), "mlp_scale": read(mlp.scale)}
         found |= {f"blocks.{i}.{name}": value for name, value in block.items()}
     return found

@@ -170,7 +170,7 @@ def test_bad_variables(run: Run, corpus: dict, tmp_path: Path, env: dict, names:
 def test_existing_run_is_left_alone(run: Run, corpus: dict, tmp_path: Path) -> None:
     folder = tmp_path / "logs" / "mine"
     folder.mkdir(parents=True)
-    for name in ("train.log", "model.int8.ptz", "notes.txt"):
+    for name in ("train.log", "model.ptz", "notes.txt"):
         (folder / name).write_text("precious")
     before = tree(tmp_path)
     check_refused(run(**corpus, RUN_ID="mine"), "RUN_ID", Path("logs/mine"))
@@ -202,18 +202,18 @@ DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "flipped checksum": (lambda a: a[:20] + bytes([a[20] ^ 1]) + a[21:], "checksum"),
     "truncated": (lambda a: a[: len(a) // 2], "truncated"),
     "one byte more": (lambda a: a + b"\0", "checksum"),
-    "other version": (lambda a: a[:7] + b"\x02" + a[8:], "version 2"),
+    "other version": (lambda a: a[:7] + b"\x01" + a[8:], "version 1"),
     "only its beginning": (lambda a: a[:20], "not an artifact"),
     "empty": (lambda a: b"", "not an artifact"),
     "a pickle": (lambda a: b"\x80\x04" + a, "not an artifact"),
     "nothing behind the checksum": (lambda a: with_checksum(b""), "artifact"),
-    "no zlib stream": (lambda a: with_checksum(a[40:48] + b"junk" * 9), "artifact"),
+    "no zlib stream": (lambda a: with_checksum(a[40:56] + b"junk" * 9), "artifact"),
 }
 
 @pytest.mark.parametrize("case", DAMAGE)
 def test_damaged_artifact(run: Run, corpus: dict, artifact: bytes, tmp_path: Path, case: str) -> None:
     damage, reason = DAMAGE[case]
-    path = tmp_path / "model.int8.ptz"
+    path = tmp_path / "model.ptz"
     path.write_bytes(damage(artifact))
     before = tree(tmp_path)
     check_refused(evaluate(run, corpus, path), path, reason)
@@ -221,13 +221,13 @@ def test_damaged_artifact(run: Run, corpus: dict, artifact: bytes, tmp_path: Pat
 
 def repacked(artifact: bytes, change: Callable[[dict], object], tail: bytes = b"", longer: int = 0) -> bytes:
     """The artifact with another header and a checksum that fits: what a wrong or hostile writer makes."""
-    raw = tg.zlib.decompress(artifact[48:])
+    raw = tg.zlib.decompress(artifact[56:])
     size = tg.struct.unpack_from("<I", raw)[0]
     header = json.loads(raw[4 : 4 + size])
     change(header)
     text = json.dumps(header).encode()
     raw = tg.struct.pack("<I", len(text)) + text + raw[4 + size :] + tail
-    return with_checksum(tg.struct.pack("<Q", len(raw) + longer) + tg.zlib.compress(raw))
+    return with_checksum(tg.struct.pack("<8sQ", b"zlib", len(raw) + longer) + tg.zlib.compress(raw))
 
 FORGED: dict[str, Callable[[dict], object]] = {
     "no architecture": lambda h: h.pop("architecture"),
@@ -261,7 +261,7 @@ def test_forged_length(artifact: bytes, tail: bytes, longer: int) -> None:
 @pytest.mark.parametrize("length", [0, 1, 1000])
 def test_no_more_is_unpacked_than_announced(length: int) -> None:
     """A file of 60 kB must not fill the memory."""
-    bomb = with_checksum(tg.struct.pack("<Q", length) + tg.zlib.compress(bytes(60_000_000)))
+    bomb = with_checksum(tg.struct.pack("<8sQ", b"zlib", length) + tg.zlib.compress(bytes(60_000_000)))
     tracemalloc.start()
     try:
         with pytest.raises(tg.InputError, match="^the file is not a valid artifact: "):
@@ -272,13 +272,13 @@ def test_no_more_is_unpacked_than_announced(length: int) -> None:
 
 def test_repacked_artifact_is_fine(artifact: bytes) -> None:
     """Otherwise every forgery would be refused for the wrong reason."""
-    model, _ = tg.load_model(artifact, "the file")
-    again, _ = tg.load_model(repacked(artifact, lambda header: None), "the file")
+    model, *_ = tg.load_model(artifact, "the file")
+    again, *_ = tg.load_model(repacked(artifact, lambda header: None), "the file")
     for p, q in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(p, q)
 
 def test_artifact_meets_other_files(run: Run, corpus: dict, artifact: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "model.int8.ptz"
+    path = tmp_path / "model.ptz"
     check_refused(evaluate(run, corpus, path), path)
     assert tree(tmp_path) == {}
     path.write_bytes(artifact)
@@ -290,7 +290,7 @@ def test_artifact_meets_other_files(run: Run, corpus: dict, artifact: bytes, tmp
     assert tree(tmp_path) == before | {"other.model": other.read_bytes()}
 
 def test_good_artifact_is_scored(run: Run, corpus: dict, artifact: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "model.int8.ptz"
+    path = tmp_path / "model.ptz"
     path.write_bytes(artifact)
     result = evaluate(run, corpus, path)
     assert result.code == 0 and result.err == "" and "final_int8_zlib_roundtrip_exact" in result.out
@@ -319,13 +319,13 @@ def test_too_large_for_a_submission(run: Run, corpus: dict, tmp_path: Path) -> N
     assert result.code == 4 and result.err == ""
     assert "final_int8_zlib_roundtrip " in result.out and "SIZE_LIMIT_BYTES" in result.out
     figures = json.loads((tmp_path / "logs/x/result.json").read_text())
-    size = (tmp_path / "logs/x/model.int8.ptz").stat().st_size
+    size = (tmp_path / "logs/x/model.ptz").stat().st_size
     assert figures["fits"] is False
     assert (figures["bytes_code"], figures["bytes_model"]) == (script, size)
     assert figures["bytes_total"] == script + size
 
 def test_size_limit_is_inclusive(run: Run, corpus: dict, artifact: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "model.int8.ptz"
+    path = tmp_path / "model.ptz"
     path.write_bytes(artifact)
     total = (ROOT / "train_gpt.py").stat().st_size + len(artifact)
     for limit, code in ((total, 0), (total - 1, 4)):

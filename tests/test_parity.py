@@ -88,18 +88,18 @@ def reference_names(model: tg.GPT, a: tg.Architecture) -> dict[str, list[tuple[t
         prefix = (f"blocks.{i}" if not a.num_shared else f"prelude_blocks.{i}" if i < first
                   else f"coda_blocks.{i - first - passes}" if i >= first + passes
                   else f"{'unique_mlps' if a.share_attn_only else 'shared_blocks'}.{i - first}")
-        names |= {f"{prefix}.mlp_scale": [(mlp.scale, ...)], f"{prefix}.mlp.fc.weight": [(mlp.fc, ...)],
-                  f"{prefix}.mlp.proj.weight": [(mlp.proj, ...)]}
+        names |= {f"{prefix}.mlp_scale": [(mlp.scale, ...)], f"{prefix}.mlp.fc.weight": [(mlp.fc.weight, ...)],
+                  f"{prefix}.mlp.proj.weight": [(mlp.proj.weight, ...)]}
     return names
 
 
 def attention_names(prefix: str, attn: tg.Attention, mix: torch.nn.Module) -> dict:
-    d, kv = attn.qkv.parts[:2]
+    d, kv = attn.qkv.weight.parts[:2]
     mixed = "resid_mix_logit" if mix.convex else "resid_mix"
     rows = {"c_q": slice(0, d), "c_k": slice(d, d + kv), "c_v": slice(d + kv, d + 2 * kv)}
     return {f"{prefix}.attn_scale": [(attn.scale, ...)], f"{prefix}.{mixed}": [(mix.weight, ...)],
-            f"{prefix}.attn.q_gain": [(attn.q_gain, ...)], f"{prefix}.attn.proj.weight": [(attn.proj, ...)],
-            **{f"{prefix}.attn.{n}.weight": [(attn.qkv, r)] for n, r in rows.items()}}
+            f"{prefix}.attn.q_gain": [(attn.q_gain, ...)], f"{prefix}.attn.proj.weight": [(attn.proj.weight, ...)],
+            **{f"{prefix}.attn.{n}.weight": [(attn.qkv.weight, r)] for n, r in rows.items()}}
 
 
 @pytest.mark.parametrize("name", GOLDEN["cases"])
@@ -123,3 +123,89 @@ def test_loss_and_gradients(name: str) -> None:
     for key, expected in case["grad_norm"].items():
         norm = torch.cat([p.grad[index].flatten() for p, index in homes[key]]).norm().item()
         assert norm == pytest.approx(expected, rel=1e-3), key
+
+
+GROWING_FILE = os.environ.get("GOLDEN_GROWING") or Path(__file__).with_name("golden_growing_forward.json")
+GROWING = json.loads(Path(GROWING_FILE).read_text())
+
+
+def growing_architecture(case: dict, dims: dict) -> tg.Architecture:
+    """A case of the growing-recurrence stack as ours."""
+    flags, start, end = case["flags"], dims["CORE_START"], dims["CORE_END"]
+    on = lambda name, value: value if flags[name] else 0  # noqa: E731
+    values = tg.PLAIN | tg.core(start, end - start, dims.get("NUM_LOOPS", 3), dims["NUM_LAYERS"] - end)
+    return tg.Architecture(**values | dict(
+        dtype="float32", train_seq_len=dims["SEQ"], vocab_size=dims["VOCAB_SIZE"], model_dim=dims["MODEL_DIM"],
+        num_heads=dims["NUM_HEADS"], num_kv_heads=dims["NUM_KV_HEADS"], mlp_mult=float(dims["MLP_MULT"]),
+        core_skips="published", smear_gate="published", pass_scale_init=0.5 if flags["residual_scale"] else 1.0,
+        feedback_rank=on("feedback", dims["FEEDBACK_RANK"]), interpass_norm=flags["interpass_norm"],
+        ln_scale=flags["ln_scale"], rope_dims=flags["rope_dims"], xsa_last_n=flags["xsa_last"],
+        bigram_vocab_size=on("bigram", dims["BIGRAM_VOCAB_SIZE"]), bigram_dim=dims["BIGRAM_DIM"],
+        ve_last_n=on("value_embedding", len(dims["VE_LAYERS"].split(","))), ve_dim=dims["VE_DIM"]))
+
+
+def growing_names(model: tg.GPT, a: tg.Architecture) -> dict[str, list[tuple[torch.nn.Parameter, object]]]:
+    """Reference parameter name -> the parameters of ours that hold its rows, in order."""
+    d, kv = model.attn[0].qkv.weight.parts[:2]
+    rows = slice(0, d), slice(d, d + kv), slice(d + kv, d + 2 * kv)
+    q, k, v = ([(attn.qkv.weight, r) for attn in model.attn] for r in rows)
+    names = {"tok_emb.weight": [(model.tok_emb, ...)], "smear.gate": [(model.smear_gate, ...)],
+             "qo_bank": q + [(attn.proj.weight, ...) for attn in model.attn], "kv_bank": k + v,
+             "mlp_up_bank": [(mlp.fc.weight, ...) for mlp in model.mlp],
+             "mlp_down_bank": [(mlp.proj.weight, ...) for mlp in model.mlp],
+             "skip_weights": [(p, ...) for p in model.skip]}
+    for i, (mix, attn, mlp) in enumerate(zip(model.mix, model.attn, model.mlp)):
+        names |= {f"blocks.{i}.attn_scale": [(attn.scale, ...)], f"blocks.{i}.mlp_scale": [(mlp.scale, ...)],
+                  f"blocks.{i}.resid_mix": [(mix.weight, ...)], f"blocks.{i}.attn.q_gain": [(attn.q_gain, ...)]}
+    for ours, theirs in (("bigram", "bigram"), ("value", "ve_shared")):
+        if side := getattr(model, ours, None):
+            names |= {f"{theirs}.scale": [(side.scale, 0)], f"{theirs}.embed.weight": [(side.table, ...)],
+                      f"{theirs}.proj.weight": [(side.proj, ...)]}
+    if a.ve_last_n:
+        names |= {f"ve_layer_scales.{i}": [(model.value_scale, slice(i, i + 1))] for i in range(a.ve_last_n)}
+    if a.feedback_rank:
+        core = model.core
+        names |= {"feedback.correction.d": [(core.diagonal, ...)], "feedback.residual.U": [(core.u, ...)],
+                  "feedback.residual.V": [(core.v, ...)]}
+    return names
+
+
+def growing_fill(name: str, shape: list[int], dims: dict, flags: dict) -> torch.Tensor:
+    noise = fill(name, shape)
+    block = int(name.split(".")[1]) if name.startswith("blocks.") else -1
+    if name.startswith("ve_layer_scales") or name == "feedback.correction.d":
+        return 1 + noise
+    if name in ("residual_scale.scales", "bigram.scale", "ve_shared.scale"):
+        return 0.5 + (noise if name == "residual_scale.scales" else 0 * noise)
+    if name.endswith("mlp_scale") and dims["CORE_START"] <= block < dims["CORE_END"]:
+        return noise - 1 + flags["core_mlp_scale"]
+    return noise
+
+
+@pytest.mark.parametrize("name", GROWING["cases"])
+def test_growing_loss_and_gradients(name: str) -> None:
+    case, dims = GROWING["cases"][name], GROWING["dims"]
+    flags, a = case["flags"], growing_architecture(case, dims)
+    model = tg.GPT(a)
+    homes = growing_names(model, a)
+    if flags["residual_scale"]:  # the reference's first entry, of the first pass, is not used
+        homes["residual_scale.scales"] = [(torch.nn.Parameter(torch.zeros(1)), ...)] + [
+            (model.core.scale, slice(i, i + 1)) for i in range(a.num_loops - 1)]
+    with torch.no_grad():
+        for key, shape in case["params"].items():
+            value, places = growing_fill(key, shape, dims, flags), homes[key]
+            for piece, (p, index) in zip([value] if len(places) == 1 and key != "skip_weights" else value, places):
+                p[index] = piece
+    unused = {"skip_weights": a.num_prelude - len(model.skip), "residual_scale.scales": 1}
+    held = sum(np.prod(s, dtype=int) - unused.get(k, 0) * np.prod(s[1:], dtype=int)
+               for k, s in case["params"].items())
+    assert held == sum(p.numel() for p in model.parameters()), "the reference holds other parameters"
+    ids = torch.tensor(np.random.default_rng(7).integers(0, dims["VOCAB_SIZE"], (2, dims["SEQ"] + 1)))
+    mode = tg.Mode(flags["passes"], 0, flags["core_qat_bits"], 1 / 127, flags["jacobian_weight"])
+    loss = model(ids[:, :-1], ids[:, 1:], mode)
+    loss.backward()
+    assert loss.item() == pytest.approx(case["loss"], abs=1e-5)
+    for key, expected in case["grad_norm"].items():
+        pieces = [p.grad[index].flatten() for p, index in homes[key] if p.grad is not None]
+        norm = torch.cat(pieces).norm().item() if pieces else None
+        assert norm == (expected if expected is None else pytest.approx(expected, rel=1e-3)), key

@@ -13,7 +13,8 @@ from test_data import one_thread  # noqa: F401, a fixture for this file too
 
 import train_gpt as tg
 
-SMALL = dict(vocab_size=64, model_dim=32, num_heads=4, num_kv_heads=2, train_seq_len=24, dtype="float32")
+SMALL = dict(vocab_size=64, model_dim=32, num_heads=4, num_kv_heads=2, train_seq_len=24, dtype="float32",
+             rope_dims=0)
 
 def architecture(preset: str = "", **values: object) -> tg.Architecture:
     """A published system at the smallest size, in float32."""
@@ -44,7 +45,8 @@ def check_looped(a: tg.Architecture) -> None:
     first, end = a.num_prelude, a.num_prelude + passes
     assert len(plan) == a.num_prelude + passes + a.num_coda
     assert [layer.row for layer in plan] == list(range(len(plan)))
-    assert not any(layer.push or layer.skip >= 0 for layer in plan)
+    skips = [layer.skip for layer in plan if layer.skip >= 0]
+    assert len(skips) == sum(layer.push for layer in plan) and (skips == [] or a.core_skips != "none")
     for index in ("attn",) if a.share_attn_only else ("attn", "mlp"):
         used = [getattr(layer, index) for layer in plan]
         outside = used[:first] + used[end:]
@@ -104,7 +106,7 @@ def test_model_holds_what_the_plan_names(a: tg.Architecture) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_parameter_is_in_one_group(preset: str, tied: bool) -> None:
     config = replace(tg.Config.from_env({"PRESET": preset}), **SMALL, tie_embeddings=tied, matrix_lr=0.01,
-                     scalar_lr=0.02, tied_embed_lr=0.03, embed_lr=0.04, head_lr=0.05)
+                     ttt_lr=0.0, eval_stride=0, scalar_lr=0.02, tied_embed_lr=0.03, embed_lr=0.04, head_lr=0.05)
     model = tg.GPT(config.architecture(), 0.1)
     adam, muon = tg.make_optimizers(model, config)
     groups = [(type(o), group) for o in (adam, muon) for group in o.param_groups]
@@ -114,11 +116,13 @@ def test_every_parameter_is_in_one_group(preset: str, tied: bool) -> None:
     for name, p in model.named_parameters():
         assert p.role in tg.ROLES and p.dtype == torch.float32
         if name in ("tok_emb", "lm_head"):
-            expected = torch.optim.Adam, 0.05 if name == "lm_head" else 0.03 if tied else 0.04
-        elif name.rsplit(".", 1)[-1] in ("qkv", "proj", "fc"):
+            expected = torch.optim.AdamW, 0.05 if name == "lm_head" else 0.03 if tied else 0.04
+        elif name.endswith(("qkv.weight", "proj.weight", "fc.weight")):
             expected = tg.Muon, 0.01
+        elif name.endswith("table"):
+            expected = torch.optim.AdamW, config.side_embed_lr
         else:
-            expected = torch.optim.Adam, 0.02
+            expected = torch.optim.AdamW, 0.02
         assert rate[id(p)] == expected, name
 
 def test_unknown_role_has_no_group() -> None:
@@ -134,7 +138,7 @@ def test_parts_cover_the_matrices(preset: str) -> None:
     for p in tg.GPT(a, 0.1).parameters():
         if p.role == "matrix":
             assert sum(p.parts) == len(p)
-    assert tg.GPT(a, 0.1).attn[0].qkv.parts == (32, 16, 16)
+    assert tg.GPT(a, 0.1).attn[0].qkv.weight.parts == (32, 16, 16)
 
 # ---- Causality and attention
 
@@ -142,11 +146,11 @@ def test_parts_cover_the_matrices(preset: str) -> None:
 def test_hidden_states_do_not_see_the_future(preset: str) -> None:
     model, ids = random_model(architecture(preset, train_seq_len=200)), tokens(200)
     with torch.no_grad():
-        before = model.hidden(ids)
+        before = model.hidden(ids, model.scoring)[0]
         for place in (1, 127, 128, 199):
             changed = ids.clone()
             changed[:, place] = (changed[:, place] + 1) % 64
-            after = model.hidden(changed)
+            after = model.hidden(changed, model.scoring)[0]
             torch.testing.assert_close(after[:, :place], before[:, :place], rtol=0, atol=1e-5)
             assert not torch.allclose(after[:, place], before[:, place], atol=1e-3)
             if place < 199:
@@ -156,7 +160,7 @@ def test_hidden_states_do_not_see_the_future(preset: str) -> None:
 def test_shorter_input_is_a_prefix(preset: str) -> None:
     model, ids = random_model(architecture(preset)), tokens()
     with torch.no_grad():
-        torch.testing.assert_close(model.hidden(ids[:, :9]), model.hidden(ids)[:, :9], rtol=0, atol=1e-5)
+        torch.testing.assert_close(model.hidden(ids[:, :9], model.scoring)[0], model.hidden(ids, model.scoring)[0][:, :9], rtol=0, atol=1e-5)
 
 @pytest.mark.parametrize("length", [1, 2, 127, 128, 129, 200, 256])
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (4, 1), (6, 2)])
@@ -217,7 +221,7 @@ def test_softcap_bounds_the_loss(cap: float) -> None:
 
 def test_model_loss_leaves_out_ignored_targets() -> None:
     model, ids, targets = random_model(architecture()), tokens(), tokens(seed=1)
-    h = model.hidden(ids).flatten(0, 1)
+    h = model.hidden(ids, model.scoring)[0].flatten(0, 1)
     targets[:, ::3] = -100
     torch.testing.assert_close(model(ids, targets), plain_loss(h, model.tok_emb, targets.flatten(), 30.0))
 
@@ -250,7 +254,7 @@ def test_gamma_is_capped(sign: float) -> None:
     with torch.no_grad():
         for model, value in zip(models, (4.0, 400.0)):
             model.cond.gamma.fill_(sign * value)
-    assert torch.equal(models[0].hidden(tokens()), models[1].hidden(tokens()))
+    assert torch.equal(models[0].hidden(tokens(), models[0].scoring)[0], models[1].hidden(tokens(), models[1].scoring)[0])
 
 @pytest.mark.parametrize("preset", ["T", "M", "naive"])
 def test_layers_as_initialised_pass_the_embedding_on(preset: str) -> None:
@@ -260,7 +264,7 @@ def test_layers_as_initialised_pass_the_embedding_on(preset: str) -> None:
         for skip in model.skip:
             skip.zero_()
     x0 = tg.rms_norm(F.embedding(tokens(), model.tok_emb))
-    torch.testing.assert_close(model.hidden(tokens()), tg.rms_norm(x0))
+    torch.testing.assert_close(model.hidden(tokens(), model.scoring)[0], tg.rms_norm(x0))
 
 def test_birkhoff_mix_is_convex() -> None:
     mix = random_model(architecture("T")).mix[0]
@@ -279,14 +283,16 @@ def test_flat_model_is_the_u_net_written_out() -> None:
     a = architecture("naive", num_layers=5)
     model, ids = random_model(a), tokens()
     x0 = tg.rms_norm(F.embedding(ids, model.tok_emb))
-    x, outputs, rope = x0, [], (model.cos, model.sin)
+    x, outputs = x0, []
+    shared = tg.Shared(model.scoring, (model.cos, model.sin), [])
     neutral = tg.Mod(torch.ones(1), torch.ones(1), torch.zeros(1))
     for v in range(5):
         if v in (2, 3):
             x = x + model.skip[v - 2] * outputs[3 - v]
-        x = model.mlp[v](model.attn[v](model.mix[v](x, x0), rope, neutral), neutral)
+        x = model.attn[v](model.mix[v](x, x0), model.plans[1][v], neutral, shared)
+        x = model.mlp[v](x, neutral, model.scoring)
         outputs.append(x)
-    torch.testing.assert_close(model.hidden(ids), tg.rms_norm(x))
+    torch.testing.assert_close(model.hidden(ids, model.scoring)[0], tg.rms_norm(x))
 
 # ---- Rotary embedding
 
