@@ -45,7 +45,7 @@ import train_gpt as tg
 BOS = 1
 CHUNK = 1 << 22  # tokens looked at together
 STAGING = ".incoming"  # beside the destination: a rename only is atomic within a file system
-PAUSES = (1, 2, 4, 8)  # seconds before a request is repeated, on top of what the client repeats itself
+PAUSES = (1, 2, 4)  # seconds before a request is repeated, on top of what the client repeats itself
 READERS = 8  # threads that check files
 ARRIVALS = 3  # times a file may arrive with wrong content
 # PR 1289 decodes 151,073,604 bytes, PR 1804 counts 151,080,891: tokenizers fold text a little differently.
@@ -53,11 +53,12 @@ CANONICAL_DOCUMENTS, CANONICAL_BYTES, CANONICAL_SPREAD = 50_000, 151_080_891, 30
 
 class File(NamedTuple):
     """One file of the export as the hub lists it."""
-    remote: str  # path in the repository
     local: str  # path below the root
+    repo: str
+    revision: str  # commit
+    remote: str  # path in the repository
     size: int  # bytes
     digest: str  # "sha256:<hex>", or "git:<hex>" (a blob's SHA-1) where the hub keeps no SHA-256
-    revision: str  # commit
 
     @property
     def tokens(self) -> int:
@@ -114,7 +115,8 @@ class Hub:
         if (entry := self.entries.get(self.path(name))) is None:
             raise tg.InputError(f"{self.repo} has no {self.path(name)} at {self.revision}")
         digest = f"sha256:{entry.lfs.sha256}" if entry.lfs else f"git:{entry.blob_id}"
-        return File(entry.path, f"{folder}/{Path(name).name}", entry.size, digest, self.revision)
+        local = f"{folder}/{Path(name).name}"
+        return File(local, self.repo, self.revision, entry.path, entry.size, digest)
 
 # ---- 2. What to fetch ------------------------------------------------------------------------------------
 # Assumed of manifest.json, which upstream's exporter writes: `datasets`, each with `name`, `tokenizer_name`
@@ -210,16 +212,15 @@ class Store:
     A file whose time of change is that of its last check is not read again, unless `reread`.
     """
 
-    def __init__(self, root: Path, name: str, repo: str, reread: bool) -> None:
-        self.root, self.repo, self.reread = root, repo, reread
-        self.path = root / f"datasets/{name}/fetched.json"
+    def __init__(self, root: Path, name: str, reread: bool) -> None:
+        self.root, self.reread, self.path = root, reread, root / f"datasets/{name}/fetched.json"
         self.files: dict[str, File] = {}
         self.checked: dict[str, int | None] = {}  # st_mtime_ns of local files
         self.transferred = 0  # bytes
         if self.path.exists():
-            for local, entry in json.loads(self.path.read_text())["files"].items():
-                self.checked[local] = entry.pop("mtime_ns")
-                self.files[local] = File(local=local, **entry)
+            for entry in json.loads(self.path.read_text()):
+                self.checked[entry["local"]] = entry.pop("mtime_ns")
+                self.files[entry["local"]] = File(**entry)
 
     def expect(self, files: list[File]) -> None:
         """Records that these files are asked for, and forgets checks against another content."""
@@ -236,10 +237,10 @@ class Store:
             self.save()
 
     def save(self) -> None:
-        entries = {local: {"remote": f.remote, "size": f.size, "digest": f.digest, "revision": f.revision,
-                           "mtime_ns": self.checked.get(local)} for local, f in sorted(self.files.items())}
+        entries = [file._asdict() | {"mtime_ns": self.checked.get(local)}
+                   for local, file in sorted(self.files.items())]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        tg.write_atomically(self.path, json.dumps({"repo": self.repo, "files": entries}, indent=1).encode())
+        tg.write_atomically(self.path, json.dumps(entries, indent=1).encode())
 
     def missing(self, files: list[File], vocab_size: int) -> list[File]:
         """Those of `files` that are not there; what is there but wrong is removed, and said."""
@@ -312,8 +313,8 @@ class Store:
 
         def download() -> Path:
             shutil.rmtree(staging, ignore_errors=True)
-            return Path(hf_hub_download(self.repo, file.remote, repo_type="dataset", local_dir=staging,
-                                           revision=file.revision, endpoint=endpoint()))
+            return Path(hf_hub_download(file.repo, file.remote, repo_type="dataset", revision=file.revision,
+                                        local_dir=staging, endpoint=endpoint()))
 
         for _ in range(ARRIVALS):
             arrived = patient(file.remote, download)
@@ -379,7 +380,7 @@ def run(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     repo = os.environ.get("MATCHED_FINEWEB_REPO_ID", "willdepueoai/parameter-golf")
     prefix = os.environ.get("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", "datasets")
-    store = Store(args.root, PREFIX + args.variant, repo, args.verify)
+    store = Store(args.root, PREFIX + args.variant, args.verify)
     if args.verify and args.train_shards is None and store.files:  # the record says it all: no network needed
         files = list(store.files.values())
     else:
@@ -413,7 +414,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with alone(args.root):
             run(args)
-    except tg.InputError as error:
+    except (tg.InputError, OSError) as error:  # the second is of the disk: the network's become the first
         print(f"fineweb.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -23,6 +23,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 import time
 import unicodedata
 import zlib
@@ -30,7 +31,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -79,11 +80,13 @@ def columns(path: Path, key: str) -> Iterator[str]:
     """The values of a Parquet column."""
     import pyarrow.parquet as pq  # 0.3 s and 60 MB, for those who read Parquet
 
-    file = pq.ParquetFile(path)
-    if key not in file.schema_arrow.names:
-        raise KeyError(f"no column {key!r}, but {', '.join(file.schema_arrow.names)}: give --key")
-    for batch in file.iter_batches(batch_size=256, columns=[key], use_threads=False):  # threads do not fork
-        yield from (text or "" for text in batch.column(0).to_pylist())
+    with pq.ParquetFile(path) as file:
+        kinds = {column.name: str(column.type) for column in file.schema_arrow}
+        if "string" not in kinds.get(key, ""):
+            raise ValueError(f"{key!r} is no column of text, there are {kinds}: give --key")
+        # Without threads: the workers are forked from this process.
+        for batch in file.iter_batches(batch_size=256, columns=[key], use_threads=False):
+            yield from (text or "" for text in batch.column(0).to_pylist())
 
 def texts(path: Path, blank_lines: bool) -> Iterator[str]:
     """The documents of a text file; what is not UTF-8 in it becomes surrogates, see `writable`."""
@@ -110,7 +113,7 @@ def blocks(paths: Iterable[Path], key: str, blank_lines: bool) -> Iterator[Block
                     yield Block(items, str(path), first)
                     items, size, first = [], 0, first + len(items)
             yield Block(items, str(path), first)
-        except (OSError, EOFError, KeyError, ValueError, zlib.error) as error:  # pyarrow's are among them
+        except (OSError, EOFError, ValueError, zlib.error) as error:  # pyarrow's are among them
             raise tg.InputError(f"cannot read {path}: {error}") from error
 
 def documents(block: Block, key: str) -> Iterator[str]:
@@ -165,7 +168,7 @@ def draw(everything: Iterable[str], size: int, seed: int, val_share: float) -> l
 # ---- 3. Tokenizers ---------------------------------------------------------------------------------------
 
 class Encoder:
-    """A tokenizer that was found honest, with the bytes that each of its pieces stands for."""
+    """A tokenizer, and the bytes that each of its pieces stands for."""
 
     def __init__(self, path: Path) -> None:
         self.sp = spm.SentencePieceProcessor()
@@ -272,6 +275,11 @@ class Part:
 
 encoder_of = functools.cache(Encoder)  # once in a worker
 
+def end_with_parent() -> None:
+    """In a worker: ends it when the main process is gone, however that ended."""
+    parent = parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
 def encode_block(job: Job, block: Block) -> Part:
     part, split_texts = Part(), {split: [] for split in SPLITS}
     for text in documents(block, job.key):
@@ -340,7 +348,8 @@ def encode_all(args: argparse.Namespace, everything: Iterable[Block], folder: Pa
     job = functools.partial(encode_block, Job(folder / MODEL, args.key, args.val_share))
     writers = {split: ShardWriter(folder, split, args.shard_tokens) for split in SPLITS}
     tallies, skipped, start = {split: Tally() for split in SPLITS}, Counter[str](), time.perf_counter()
-    with (ProcessPoolExecutor(args.workers, get_context("fork")) as pool,  # torch is imported only once
+    fork = get_context("fork")  # torch is imported only once
+    with (ProcessPoolExecutor(args.workers, fork, end_with_parent) as pool,
           tqdm(unit="B", unit_scale=True, desc="encode", disable=None) as bar):
         for part in in_order(pool, job, everything, 3 * args.workers):
             for split, tokens in part.tokens.items():
