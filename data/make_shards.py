@@ -30,6 +30,7 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, fields
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -425,7 +426,7 @@ def build(args: argparse.Namespace) -> None:
         manifest = describe(args, partial, training, result)
         tg.write_atomically(partial / "manifest.json", json.dumps(manifest, indent=1).encode())
         os.rename(partial, args.out)
-    except OSError as error:
+    except (OSError, BrokenProcessPool) as error:  # the second: a worker was killed, for memory as a rule
         raise tg.InputError(f"cannot make {args.out}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

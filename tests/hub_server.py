@@ -35,7 +35,7 @@ class HubServer(ThreadingHTTPServer):
         self.files, self.repo, self.lock = files, repo, threading.Lock()
         self.faults: dict[str, list[str]] = {}
         self.listed_sizes: dict[str, int] = {}
-        self.pause = 0.0  # seconds after every 4 KiB of a file
+        self.pause = 0.0  # seconds after every 2 KiB of a file
         self.sent: dict[str, int] = {}  # bytes of content by path
         self.ranges: list[str] = []
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -143,8 +143,8 @@ class Handler(BaseHTTPRequestHandler):
         with hub.lock:
             hub.ranges += [wanted] if wanted else []
             hub.sent[path] = hub.sent.get(path, 0) + len(sent)
-        for start in range(0, len(sent), 1 << 12):
-            self.wfile.write(sent[start : start + (1 << 12)])
+        for start in range(0, len(sent), 1 << 11):
+            self.wfile.write(sent[start : start + (1 << 11)])
             time.sleep(hub.pause)
         if fault == "cut":
             self.close_connection = True
