@@ -121,8 +121,9 @@ class Hub:
 # ---- 2. What to fetch ------------------------------------------------------------------------------------
 # Assumed of manifest.json, which upstream's exporter writes: `datasets`, each with `name`, `tokenizer_name`
 # and `stats` (files_train, tokens_train, files_val, tokens_val); `tokenizers`, each with `name` and paths
-# below the prefix under `model_path`, `vocab_path` or `path`; `shard_size`, the tokens of every shard but a
-# split's last. Counts that are absent are not compared; the repository's listing says which files exist.
+# under `model_path`, `vocab_path` or `path`, below the prefix or anywhere if the file lies in `tokenizers/`;
+# `shard_size`, the tokens of every shard but a split's last. Counts that are absent are not compared; the
+# repository's listing says which files exist, and only the .model has to.
 
 PREFIX = "fineweb10B_"  # of the data sets' names, in front of the variant
 TOKENIZER_PATHS = ("model_path", "vocab_path", "path")
@@ -138,11 +139,13 @@ def choose(hub: Hub, manifest: dict[str, Any], variant: str) -> tuple[dict[str, 
         raise tg.InputError(f"--variant {variant} is in manifest.json but has no shards: {exist}")
     wanted = dataset.get("tokenizer_name")
     entries = [entry for entry in manifest.get("tokenizers", []) if entry.get("name") == wanted]
-    paths = [entry[key] for entry in entries[:1] for key in TOKENIZER_PATHS if entry.get(key)]
-    if not any(path.endswith(".model") for path in paths):
+    paths = [Path(entry[key]) for entry in entries[:1] for key in TOKENIZER_PATHS if entry.get(key)]
+    paths = [path if hub.path(str(path)) in hub.entries else Path("tokenizers") / path.name for path in paths]
+    if not any(path.suffix == ".model" for path in paths):
         raise tg.InputError(f"--variant {variant}: manifest.json names no SentencePiece model for its "
                             f"tokenizer {wanted}, and train_gpt.py scores with one; {exist}")
-    return dataset, [hub.file(path, "tokenizers") for path in dict.fromkeys(paths)]
+    return dataset, [hub.file(str(path), "tokenizers") for path in dict.fromkeys(paths)
+                     if path.suffix == ".model" or hub.path(str(path)) in hub.entries]
 
 def listed(hub: Hub, name: str, split: str) -> list[File]:
     """The shards of a split, in order and without a gap."""
@@ -299,10 +302,10 @@ class Store:
             pool.shutdown(wait=not interrupted, cancel_futures=True)
 
     def in_transit(self) -> int:
-        """Bytes that have arrived of files that are not whole."""
+        """Bytes that have arrived of files that are not whole; fewer, if one goes while it looks."""
         size = 0
-        for path in self.root.glob(f"*/*/{STAGING}/**/*.incomplete"):
-            with contextlib.suppress(FileNotFoundError):  # it was renamed in the meantime
+        with contextlib.suppress(FileNotFoundError):
+            for path in self.root.glob(f"*/*/{STAGING}/**/*.incomplete"):
                 size += path.stat().st_size
         return size
 

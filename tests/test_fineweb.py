@@ -261,6 +261,12 @@ def test_manifest_without_counts(hub: HubServer, export: dict, tmp_path: Path) -
     assert get(tmp_path) == 0
     assert there(tmp_path) == wanted(export)
 
+def test_manifest_with_paths_of_another_machine(hub: HubServer, export: dict, tmp_path: Path) -> None:
+    elsewhere = {"model_path": "/home/me/fw_320.model", "vocab_path": "gone.vocab"}
+    edit(hub, lambda m: m["tokenizers"][0].update(elsewhere))
+    assert get(tmp_path) == 0
+    assert there(tmp_path).keys() == wanted(export).keys() - {"tokenizers/fw_320.vocab"}
+
 def test_repository_ahead_of_or_behind_the_manifest(hub: HubServer, tmp_path: Path, capsys) -> None:
     """Fewer train shards than the manifest lists do, as long as those asked for are there."""
     del hub.files[f"datasets/{FOLDER}/fineweb_train_000003.bin"]
