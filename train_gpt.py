@@ -13,8 +13,8 @@ R effective layers. Parameters, tables and optimizer states are float32; matmul 
 residual stream are DTYPE. There is no autocast.
 """
 from __future__ import annotations
-import ctypes, functools, hashlib, importlib, itertools, json, lzma, math, os, platform, re, struct  # noqa: E401
-import sys, time, uuid, zlib  # noqa: E401
+import ctypes, datetime, functools, hashlib, importlib, itertools, json, lzma, math, os  # noqa: E401
+import platform, re, struct, sys, time, uuid, zlib  # noqa: E401
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -141,6 +141,7 @@ class Config(Architecture):
     tokenizer_path: str = opt("./data/tokenizers/fineweb_1024_bpe.model")  # SentencePiece model of the shards
     log_dir: str = opt("./logs")  # a run writes into <log_dir>/<run_id>/
     run_id: str = opt("")  # name of the run; empty: date, time and a random suffix
+    tracker: Literal["none", "tensorboard", "wandb"] = opt("none")  # where metrics go as well, if installed
     seed: int = opt(1337, 0, 2**64 - 1)  # of the random generator that draws the weights
     compile: Literal["auto", "model", "off"] = opt("auto")  # torch.compile; auto: model on CUDA, off on CPU
     iterations: int = opt(20000)  # optimizer steps at most
@@ -157,10 +158,9 @@ class Config(Architecture):
     train_log_every: int = opt(200, 1)  # steps between log lines, after the first ten
     embed_lr: float = opt(0.6, needs="!tie_embeddings")  # Adam: token embedding
     head_lr: float = opt(0.008, needs="!tie_embeddings")  # Adam: output projection
-    tied_embed_lr: float = opt(0.05, needs="tie_embeddings")  # Adam: tied embedding
+    tied_embed_lr: float = opt(0.05, needs="tie_embeddings")  # Adam: tied, bigram and value embeddings
     tied_embed_init_std: float = opt(0.005, needs="tie_embeddings")  # its initial standard deviation
     matrix_lr: float = opt(0.04)  # Muon: matrices
-    side_embed_lr: float = opt(0.035)  # Adam: bigram and value embeddings
     scalar_lr: float = opt(0.04)  # Adam: scales, gains, tables, their projections
     muon_wd: float = opt(0.0)  # decoupled weight decay of matrices: W <- W (1 - lr wd)
     adam_wd: float = opt(0.0)  # decoupled weight decay of embeddings and projections
@@ -179,7 +179,7 @@ class Config(Architecture):
     swa_every: int = opt(50, 1, needs="average=swa")  # steps between the weights that AVERAGE=swa collects
     swa_lr_factor: float = opt(0.2, 0, 1, needs="average=swa")  # once the learning rate is below this part
     qat_fraction: float = opt(0.0, 0, 1)  # last part of the run that trains on rounded matrices (QAT)
-    qat_lr_factor: float = opt(0.0, 0, 1)  # or once the learning rate is below this fraction
+    qat_lr_factor: float = opt(0.0, 0, 1, needs="warmdown_iters")  # or once learning rates are below
     qat_core_only: bool = opt(False, needs="num_shared")  # no other matrices
     matrix_bits: int = opt(8, 0, 8)  # width of stored matrices; 0: the most that fits SIZE_LIMIT_BYTES
     core_bits: int = opt(0, 0, 8, needs="num_shared")  # width of those of the core; 0: MATRIX_BITS
@@ -188,10 +188,10 @@ class Config(Architecture):
     quant_clip_percentile: float = opt(99.99984, 50, 100)  # of |w| in a row; weights beyond it saturate
     quant_scale_floor: float = opt(0.0, 0, 1)  # smallest int8 step; PR 855: 1/127 = 0.00787
     gptq_batches: int = opt(0)  # micro-batches per rank that calibrate GPTQ, in the training time; 0: no GPTQ
-    gptq_seconds: float = opt(10.0, needs="gptq_batches")  # part of MAX_WALLCLOCK_SECONDS kept for them
+    gptq_seconds: float = opt(10.0, needs="gptq_batches max_wallclock_seconds")  # kept for them
     codec: Literal["zlib", "lzma", "brotli"] = opt("zlib")  # of the artifact; brotli is a package of its own
     eval_stride: int = opt(0)  # tokens a sliding validation window advances; 0: no sliding score
-    eval_limit_seconds: float = opt(600.0)  # a slower evaluation is no submission
+    eval_limit_seconds: float = opt(600.0)  # all scores together; a slower evaluation is no submission
     ttt_lr: float = opt(0.0)  # score-first test-time training: SGD; 0: none
     ttt_epochs: int = opt(3, 1, needs="ttt_lr")  # passes over a chunk after it was scored
     ttt_chunk_tokens: int = opt(32768, 1, needs="ttt_lr")  # tokens that are scored before they are trained on
@@ -222,7 +222,7 @@ class Config(Architecture):
         return config
     def __post_init__(self) -> None:
         super().__post_init__()
-        entries, T, cap = self.schedule(), self.train_seq_len, self.max_wallclock_seconds
+        entries, cap = self.schedule(), self.max_wallclock_seconds
         require(entries[0][0] == 0 and all(a[0] < b[0] for a, b in zip(entries, entries[1:]))
                 and all(1 <= passes <= self.num_loops for _, passes in entries),
                 f"PASSES_SCHEDULE={self.passes_schedule} does not ascend from 0 with 1 to NUM_LOOPS="
@@ -234,21 +234,16 @@ class Config(Architecture):
         require(1 not in (self.matrix_bits, self.core_bits), "MATRIX_BITS and CORE_BITS are 0 or 2 to 8")
         require(not self.gptq_batches or not cap or cap > self.gptq_seconds,
                 f"GPTQ_SECONDS={self.gptq_seconds} leave nothing of MAX_WALLCLOCK_SECONDS={cap} to train")
-        require(not self.ttt_lr or self.ttt_chunk_tokens % T == 0,
-                f"TRAIN_SEQ_LEN={T} does not divide TTT_CHUNK_TOKENS={self.ttt_chunk_tokens}")
-        require(not self.eval_stride or T % self.eval_stride == 0,
-                f"EVAL_STRIDE={self.eval_stride} does not divide TRAIN_SEQ_LEN={T}")
     @property
     def training_seconds(self) -> float:
         """When training ends: MAX_WALLCLOCK_SECONDS less what GPTQ takes of it; 0: no limit."""
         return max(self.max_wallclock_seconds - self.gptq_seconds * (self.gptq_batches > 0), 0.0)
     def schedule(self) -> list[tuple[float, int]]:
         """(beginning, passes): from a step on, or from a fraction of the run on where that is below 1."""
-        entries = (self.passes_schedule or f"0:{self.num_loops}").split(",")
+        entries = (self.passes_schedule * (not self.eval_only) or f"0:{self.num_loops}").split(",")
         return [(parse("PASSES_SCHEDULE", when, float), parse("PASSES_SCHEDULE", passes, int))
                 for when, _, passes in (entry.partition(":") for entry in entries)]
     def width(self, name: str) -> int:
-        """Bits of a stored weight, by the option that names them; 0: not rounded. CORE_BITS has a default."""
         return getattr(self, name) or self.matrix_bits if name else 0
     def hindrance(self, need: str) -> str:
         """What stands against what an option `needs`, as in NUM_LOOPS=1; "" if nothing does."""
@@ -271,10 +266,7 @@ EVAL_OPTIONS = set("""preset eval_only data_path tokenizer_path log_dir run_id c
 PLAIN: dict[str, Any] = dict(
     num_prelude=0, num_shared=0, num_loops=1, num_coda=0, use_peri_norm=False, use_birkhoff_mix=False,
     use_timestep_scale=False, timestep_gamma_max=0.0, use_timestep_bias=False, depth_embed="none")
-
-def core(prelude: int, shared: int, loops: int, coda: int) -> dict[str, Any]:
-    return dict(num_prelude=prelude, num_shared=shared, num_loops=loops, num_coda=coda)
-
+core = lambda *layers: dict(zip(("num_prelude", "num_shared", "num_loops", "num_coda"), layers))  # noqa: E731
 SCREEN = dict(iterations=2000, max_wallclock_seconds=0.0)  # series 1: 1xH100, 2000 steps
 REPORT = dict(leaky_relu_slope=0.0, max_wallclock_seconds=180.0)  # "baseline wins": 1xH100, 180 s
 AT_768, AT_1024 = (REPORT | dict(model_dim=d, num_heads=d // 64) for d in (768, 1024))
@@ -302,7 +294,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "Ap": SCREEN | dict(num_layers=8), "naive": dict(num_layers=9, leaky_relu_slope=0.0),
     "flat_9x1_512": REPORT | dict(num_layers=9), "growing": GROWING,
     "growing_live": GROWING | dict(core_skips="all", smear_gate="document", feedback_rank=2,
-                                   bigram_vocab_size=3072, bigram_dim=128),
+                                   bigram_vocab_size=512),
 } | {name: base | core(*map(int, layers)) for base, runs in LOOPED
      for name, layers in (run.split(":") for run in runs.split())}
 SCALES: dict[str, dict[str, Any]] = {"tiny": dict(
@@ -312,7 +304,6 @@ SCALES: dict[str, dict[str, Any]] = {"tiny": dict(
     muon_momentum_warmup_steps=50, ema_decay=0.9)}
 
 def preset_values(preset: str) -> dict[str, Any]:
-    """Field values of "", "SYSTEM", "SCALE" or "SYSTEM,SCALE"."""
     names = preset.split(",") if preset else []
     systems, scales = [n for n in names if n in SYSTEMS], [n for n in names if n in SCALES]
     require(len(systems) <= 1 and len(scales) <= 1 and len(systems) + len(scales) == len(names),
@@ -339,7 +330,7 @@ class World:
             libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD: keep freed memory instead of
             libc.mallopt(-3, 1 << 30)  # faulting it in again at every step (half the page faults)
         if self.size > 1:
-            dist.init_process_group(**group)
+            dist.init_process_group(**group, timeout=datetime.timedelta(minutes=30))  # rank 0 packs alone
     def sum_(self, x: Tensor) -> Tensor:
         if self.size > 1:
             dist.all_reduce(x)
@@ -356,9 +347,8 @@ class World:
         seen = [mine] * self.size
         if self.size > 1:
             dist.all_gather_object(seen, mine)
-        for error in seen:
-            if isinstance(error, InputError):
-                raise error
+        if errors := [x for x in seen if isinstance(x, InputError)]:
+            raise errors[0]
         return seen
     def on_all(self, job: Callable[[], Any], facts: Callable[[Any], Any]) -> Any:
         """What `job` returns on each rank; InputError on all if it fails on one, or its `facts` differ."""
@@ -375,8 +365,9 @@ class World:
 
 class Log:
     """Rank 0's records: train.log for people, metrics.jsonl for programs, a progress line on a terminal."""
-    def __init__(self, folder: Path, is_main: bool) -> None:
+    def __init__(self, folder: Path, is_main: bool, tracker: str = "none") -> None:
         self.folder, self.is_main, self.watched = folder, is_main, is_main and sys.stderr.isatty()
+        self.tracker, self.send = tracker if is_main else "none", None
     def to_file(self, text: str, name: str = "train.log") -> None:
         if self.is_main:
             with open(self.folder / name, "a", encoding="utf-8") as file:
@@ -388,9 +379,24 @@ class Log:
         self.to_file(text)
     def metric(self, **values: Any) -> None:
         self.to_file(json.dumps(values), "metrics.jsonl")
+        try:  # a tracker that fails, in whatever way, is switched off and the run goes on
+            if self.tracker != "none":
+                self.send = self.send or open_tracker(self.tracker, self.folder)
+                self.send(values)
+        except Exception as error:
+            self.tracker = "none"
+            self(f"warning: TRACKER is off: {type(error).__name__}: {error}")
     def progress(self, text: str) -> None:
         if self.watched:
             print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+def open_tracker(name: str, folder: Path) -> Callable[[dict[str, Any]], Any]:
+    """What takes the metrics of a step to Weights & Biases, or to TensorBoard's files in `folder`."""
+    if name == "wandb":
+        return importlib.import_module("wandb").init(name=folder.name, dir=str(folder)).log
+    writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(str(folder), flush_secs=5)
+    return lambda values: [writer.add_scalar(name, value, values["step"]) for name, value in values.items()
+                           if isinstance(value, (int, float))]
 
 def write_atomically(path: Path, data: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
@@ -401,7 +407,6 @@ def write_atomically(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 # ---- 4. Data ---------------------------------------------------------------------------------------------
-# Shards are one long sequence of tokens; a batch is a function of the step alone, for any number of ranks.
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS, BOS = 20240520, 1, 256, 1  # BOS begins every document
 
 def open_shard(path: Path) -> np.ndarray:
@@ -440,8 +445,7 @@ class Tokens:
         return torch.from_numpy(np.concatenate(pieces).astype(np.int32))
 
 class Batches:
-    """Step s takes the s-th TRAIN_BATCH_TOKENS of the split as sequences of T tokens, every rank its part, in
-    the fewest micro-batches that stay within MICRO_BATCH_TOKENS."""
+    """Step s is the s-th TRAIN_BATCH_TOKENS of the split, by sequences; every rank takes its part of them."""
     def __init__(self, tokens: Tokens, config: Config, world: World) -> None:
         self.tokens, self.world, self.length = tokens, world, config.train_seq_len
         self.batch = config.train_batch_tokens
@@ -460,8 +464,7 @@ class Batches:
         for i in range(self.accumulation):
             first = (i * self.world.size + self.world.rank) * self.sequences * self.length
             span = self.tokens.read(step * self.batch + first, self.sequences * self.length + 1)
-            if self.world.on_cuda:  # from pageable memory, the copy would wait for the queue to drain
-                span = span.pin_memory()
+            span = span.pin_memory() if self.world.on_cuda else span  # else the copy waits for the queue
             span = span.to(self.world.device, non_blocking=True).long()
             yield span[:-1].view(-1, self.length), span[1:].view(-1, self.length)
 
@@ -497,9 +500,8 @@ class ByteCounter(NamedTuple):
         return self.size[token] + (self.space[token] & ~self.boundary[previous])
 
 # ---- 6. Plan ---------------------------------------------------------------------------------------------
-# Which weights, conditioning and skip every effective layer uses. Sharing is a repeated index.
 class Layer(NamedTuple):
-    """One effective layer. Two layers that name the same `attn` or `mlp` share those weights."""
+    """One effective layer. Sharing is a repeated index: layers of the same `attn` or `mlp` share weights."""
     row: int  # its depth: row of the scale, shift and depth-code tables
     attn: int  # attention and the mix in front of it; in the order of the unshared network
     mlp: int
@@ -541,14 +543,14 @@ class Role(NamedTuple):
     optimizer: Literal["muon", "adam"]
     lr: str  # field of Config
     bits: str = ""  # field of Config: the width it is stored in; "": float16
-    decays: bool = True  # unless DECAY_SCALARS
+    decays: bool = True  # with ADAM_WD, also without DECAY_SCALARS
 
 ROLES = {
     "matrix": Role("muon", "matrix_lr", "matrix_bits"), "core matrix": Role("muon", "matrix_lr", "core_bits"),
     "tied embedding": Role("adam", "tied_embed_lr", "embed_bits"),
     "embedding": Role("adam", "embed_lr", "embed_bits"), "head": Role("adam", "head_lr", "embed_bits"),
-    "side embedding": Role("adam", "side_embed_lr", "embed_bits"),  # bigrams, values
-    "projection": Role("adam", "scalar_lr"),  # small matrices: of the side embeddings, of the error feedback
+    "side embedding": Role("adam", "tied_embed_lr", "embed_bits"),  # bigrams, values
+    "projection": Role("adam", "scalar_lr", "embed_bits"),  # of side embeddings and error feedback
     "table": Role("adam", "scalar_lr", decays=False),  # a row for every effective layer
     "scalar": Role("adam", "scalar_lr", decays=False),  # vectors of one layer
 }
@@ -612,7 +614,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1)
 
 def without_own_value(y: Tensor, v: Tensor) -> Tensor:
-    """Exclusive self-attention (PR 1230): y [B, T, H, E] less its part along the token's v [B, T, K, E]."""
+    """Exclusive self-attention (arXiv 2603.09078): y [B, T, H, E] less its part along own v [B, T, K, E]."""
     own = F.normalize(v, dim=-1, eps=1e-12)[:, :, :, None]
     y = y.unflatten(2, (v.shape[2], -1))
     return (y - (y * own).sum(-1, keepdim=True) * own).flatten(2, 3)
@@ -788,11 +790,10 @@ class GPT(nn.Module):
         if not self.tied:
             self.lm_head = parameter("head", torch.zeros(V, D))
         attns, mlps = {x.attn: x.core for x in trained}, {x.mlp: x.core for x in trained}
-        both_norms = {x.mlp for x in trained if x.gain >= 0} if a.unique_norms_input_norm else set()
         self.mix = nn.ModuleList(Mix(a) for _ in attns)
         self.attn = nn.ModuleList(Attention(a, core) for core in attns.values())
-        input_norm = {i: not a.use_peri_norm or i in both_norms for i in mlps}
-        self.mlp = nn.ModuleList(MLP(a, core, input_norm[i]) for i, core in mlps.items())
+        normed = {x.mlp: not a.use_peri_norm or a.unique_norms_input_norm and x.gain >= 0 for x in trained}
+        self.mlp = nn.ModuleList(MLP(a, core, normed[i]) for i, core in mlps.items())
         self.cond, self.core = Conditioning(a, trained), Core(a)
         self.skip = nn.ParameterList(parameter("scalar", torch.ones(D)) for x in trained if x.push)
         self.smear, self.across = a.smear_gate != "none", a.smear_gate == "published"
@@ -846,7 +847,8 @@ class GPT(nn.Module):
         return rms_norm(x), mode.jacobian * penalty
     def forward(self, ids: Tensor, targets: Tensor, mode: Mode | None = None) -> Tensor:
         """Mean cross-entropy in nats of targets [B, T] given ids [B, T]; targets of -100 are left out."""
-        (x, penalty), head = self.hidden(ids, mode or self.scoring), self.tok_emb if self.tied else self.lm_head
+        x, penalty = self.hidden(ids, mode or self.scoring)
+        head = self.tok_emb if self.tied else self.lm_head
         return head_loss(x.flatten(0, 1), head, targets.flatten(), self.softcap) + penalty
 
 def head_loss(h: Tensor, head: Tensor, targets: Tensor, softcap: float) -> Tensor:
@@ -859,8 +861,7 @@ def head_loss(h: Tensor, head: Tensor, targets: Tensor, softcap: float) -> Tenso
 
 # ---- 8. Optimizers ---------------------------------------------------------------------------------------
 def newton_schulz(x: Tensor, steps: int) -> Tensor:
-    """Moves the singular values of matrices [N, r, c], r <= c, to about 1 (0.7 to 1.2). Quintic iteration and
-    coefficients of Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon)."""
+    """Moves singular values of [N, r, c], r <= c, to 0.7 to 1.2 (Muon, kellerjordan.github.io/posts/muon)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
@@ -913,7 +914,7 @@ def lr_factor(config: Config, step: int, seconds: float) -> float:
     WARMDOWN_ITERS steps, or over the time that many steps take if the clock is going to end the run first."""
     span, cap = config.warmdown_iters, config.training_seconds
     factor = (config.iterations - step) / span if span else 1.0
-    if span and cap and step and seconds:
+    if span and cap and seconds and step > 9:  # before, a step's time is no measure
         factor = min(factor, (cap - seconds) / (span * seconds / step))
     return min(max(factor, 0.0), 1.0)
 
@@ -927,12 +928,10 @@ def training_mode(config: Config, step: int, seconds: float) -> Mode:
                 config.jacobian_per_pass)
 
 def training_modes(config: Config) -> list[Mode]:
-    """All that `training_mode` can return, in the order of a run."""
     ends = {training_mode(config, 0, 0.0), training_mode(config, config.iterations, 0.0)}
     return [mode._replace(passes=passes) for mode in sorted(ends) for _, passes in config.schedule()]
 
 def muon_momentum(config: Config, step: int) -> float:
-    """Rises linearly over the first MUON_MOMENTUM_WARMUP_STEPS."""
     steps = config.muon_momentum_warmup_steps
     done = min(step / steps, 1.0) if steps else 1.0
     return config.muon_momentum_warmup_start * (1 - done) + config.muon_momentum * done
@@ -944,8 +943,7 @@ class NonFiniteLoss(RuntimeError):
     """Training met a loss that is not finite; exit code 3."""
 
 class Clock:
-    """Seconds of training that all ranks agree on, without a synchronisation at every step. Rank 0's time is
-    shared every few steps, more often near the cap, and extrapolated in between."""
+    """Rank 0's seconds of training on all ranks: shared every few steps, extrapolated in between."""
     def __init__(self, world: World, cap: float) -> None:
         self.world, self.cap, self.started = world, cap or math.inf, time.perf_counter()
         self.step, self.seconds, self.per_step, self.due = 0, 0.0, 0.0, 1  # last shared reading, and the next
@@ -965,7 +963,7 @@ class Clock:
 def compiled(model: GPT, config: Config, world: World) -> Callable[..., Tensor]:
     """The model as COMPILE says; one graph for each mode of training and of scoring."""
     on = config.compile == "model" or config.compile == "auto" and world.on_cuda
-    if on:  # beyond the limit, torch would run the model without compiling it
+    if on:  # beyond the limit, torch would stop the run
         torch._dynamo.config.recompile_limit = 8 + 2 * len(training_modes(config))
     return torch.compile(model, dynamic=False, fullgraph=True) if on else model
 
@@ -978,22 +976,23 @@ def flat_gradients(params: list[nn.Parameter]) -> Tensor:
     return flat
 
 class Trainer:
-    """Model, optimizers and batches of a run. All gradients lie in one flat float32 buffer that ends with the
-    loss: one all-reduce a step for both."""
+    """All gradients lie in one flat float32 buffer that ends with the loss: one all-reduce for both."""
     def __init__(self, config: Config, world: World, model: GPT, batches: Batches) -> None:
         self.config, self.world, self.model, self.batches = config, world, model, batches
         self.forward, self.params = compiled(model, config, world), list(model.parameters())
         self.flat = flat_gradients(self.params)
+        self.between_passes = [(p, p.grad) for p in model.core.parameters()]
         for p in self.params:
             world.broadcast_(p.data)  # unlike processors may draw unlike weights
         self.optimizers = make_optimizers(model, config)
-        self.first_bad, self.last_good = torch.full((), -1, device=world.device), "none"  # steps: not finite, fine
+        self.first_bad, self.last_good = torch.full((), -1, device=world.device), "none"  # steps
         self.average, self.averaged = [], 0  # parameters, and how many weights are in them
-    def train_step(self, step: int, seconds: float, micro: Iterable[tuple[Tensor, Tensor]],
-                   mode: Mode | None = None) -> None:
+    def train_step(self, step: int, seconds: float, micro: Iterable[Any], mode: Mode | None = None) -> None:
         """One optimizer step on this rank's micro-batches. Nothing here waits for the device."""
         config, flat, mode = self.config, self.flat, mode or training_mode(self.config, step, seconds)
         flat.zero_()
+        for p, gradient in self.between_passes:  # with one pass they are not used: no gradient, so no decay
+            p.grad = gradient if mode.passes > 1 else None
         for ids, targets in micro:
             loss = self.forward(ids, targets, mode) / (self.batches.accumulation * self.world.size)
             loss.backward()
@@ -1014,16 +1013,15 @@ class Trainer:
     @torch.no_grad()
     def round_to_bfloat16(self) -> None:
         """What PR 855 trained by accident: tables, embedding and their Adam states in bfloat16."""
-        for p in self.params:
-            if p.role == "table" or p is self.model.tok_emb:
-                state = self.optimizers[0].state[p]
-                for t in (p, state["exp_avg"], state["exp_avg_sq"]):
-                    t.copy_(t.bfloat16())
+        for p in (p for p in self.params if p.role == "table" or p is self.model.tok_emb):
+            state = self.optimizers[0].state[p]
+            for t in (p, state["exp_avg"], state["exp_avg_sq"]):
+                t.copy_(t.bfloat16())
     def load(self, values: list[Tensor]) -> None:
         for p, value in zip(self.params, values, strict=True):
             p.data.copy_(value)
     def warm_up(self) -> None:
-        """WARMUP_STEPS steps on random tokens (kernels, graphs, allocator), then every state is as before."""
+        """WARMUP_STEPS steps of every mode (kernels, graphs, allocator), then every state is as before."""
         before, length = [p.detach().clone() for p in self.params], self.config.train_seq_len
         random, count = torch.Generator().manual_seed(0), self.batches.sequences * length + 1
         span = torch.randint(self.config.vocab_size, (count,), generator=random).to(self.world.device)
@@ -1083,6 +1081,7 @@ class Trainer:
     def calibrate(self, step: int, log: Log) -> tuple[dict[str, Tensor], float]:
         """GPTQ's sum of x x^T [c, c] over the inputs x of every matrix, by parameter name: of all passes, on
         the training tokens of all ranks that follow `step`. And the seconds that took."""
+        self.world.synchronize()
         started, count, sums = time.perf_counter(), self.config.gptq_batches, {}
         def tap(name: str, args: tuple[Any, ...]) -> None:
             x, factor = args[0].flatten(0, -2).float(), torch.as_tensor(args[1])
@@ -1101,7 +1100,6 @@ class Trainer:
             log(f"gptq_calibration batches:{count} time:{1e3 * seconds:.0f}ms")
         return sums, seconds
     def report(self, step: int, clock: Clock, log: Log, logged: bool) -> None:
-        """Upstream's training line with its metrics, and the progress line; waits for the device."""
         config, seconds, loss = self.config, clock.read(step, now=True), self.check_finite(step)
         speed = step * config.train_batch_tokens / seconds
         if logged:
@@ -1112,8 +1110,7 @@ class Trainer:
         log.progress(f"step {step}, loss {loss:.3f}, {seconds:.0f} s, {left:.0f} left, {speed:,.0f} tokens/s")
 
 # ---- 10. Scoring -----------------------------------------------------------------------------------------
-# Nats per token and bits per byte over the whole split and all ranks, scored targets, bytes of their text.
-Score = namedtuple("Score", "val_loss val_bpb val_tokens val_bytes eval_seconds")
+Score = namedtuple("Score", "val_loss val_bpb val_tokens val_bytes eval_seconds")  # loss: nats per token
 
 class Learner:
     """Test-time training: SGD on text that has been scored, all ranks together (PR 549)."""
@@ -1136,14 +1133,17 @@ class Learner:
             self.sgd.step()
 
 class Scorer:
-    """The validation split in windows of T tokens, dealt out over the ranks. The first window scores all its
-    targets, every other one its last `stride`: none is scored twice."""
+    """Windows of T tokens, dealt out over the ranks; all but the first score their last `stride` targets."""
     def __init__(self, config: Config, world: World) -> None:
         counter = ByteCounter.from_sentencepiece(Path(config.tokenizer_path), config.vocab_size)
         self.counter = ByteCounter(*(table.to(world.device) for table in counter))
         self.world, self.tokens, self.length = world, Tokens(config, "val"), config.train_seq_len
         self.tokens.read(0, self.tokens.total)  # token ids are checked before anything else starts
-        self.targets = self.tokens.total - 1
+        self.targets, T, chunk = self.tokens.total - 1, config.train_seq_len, config.ttt_chunk_tokens
+        require(not config.eval_stride or T % config.eval_stride == 0,
+                f"EVAL_STRIDE={config.eval_stride} does not divide TRAIN_SEQ_LEN={T}")
+        require(not config.ttt_lr or chunk % T == 0 and chunk <= config.micro_batch_tokens * world.size,
+                f"TTT_CHUNK_TOKENS={chunk} is no multiple of TRAIN_SEQ_LEN={T} or above MICRO_BATCH_TOKENS")
         most = min(config.val_batch_size // world.size, config.micro_batch_tokens) // self.length
         self.batch = min(max(most, 1), -(-self.targets // self.length // world.size))
     def chunks(self, stride: int, size: int) -> list[range]:
@@ -1189,13 +1189,13 @@ class Scorer:
         return Score(nats / count, nats / math.log(2) / size, int(count), int(size), seconds)
 
 @torch.no_grad()
-def recurrence_health(model: GPT, ids: Tensor) -> list[dict[str, float]]:
+def recurrence_health(model: GPT, ids: Tensor, mode: Mode) -> list[dict[str, float]]:
     """Per effective layer: mean mix weights, RMS of branch scales (weights times gamma) and shifts, alpha of
     a pass that ends there, and growth: the RMS of the residual stream behind over in front, on ids [B, T]."""
-    sizes, table, plan = [1.0], [], model.plans[model.scoring.passes]  # x0 is normalised
+    sizes, table, plan = [1.0], [], model.plans[mode.passes]  # x0 is normalised
     rms = lambda x: x.float().square().mean().sqrt().item()  # noqa: E731
     hooks = [mlp.register_forward_hook(lambda _, inputs, out: sizes.append(rms(out))) for mlp in model.mlp]
-    model.hidden(ids, model.scoring)
+    model.hidden(ids, mode)
     for hook in hooks:
         hook.remove()
     for v, (layer, (attn, mlp, _)) in enumerate(zip(plan, model.cond.rows(plan, torch.float32))):
@@ -1210,12 +1210,10 @@ def recurrence_health(model: GPT, ids: Tensor) -> list[dict[str, float]]:
 # ---- 11. Quantisation and artifact -----------------------------------------------------------------------
 # Magic and version, SHA-256 of the rest, codec, decompressed length; compressed: length of the header, header
 # (JSON: architecture; name and storage of every parameter), values in that order. Shapes follow from the
-# architecture; nothing is ever executed or unpickled. Integers take a byte each, whatever their width: what a
-# codec makes of that is smaller than packed bits (records/rate).
-ARTIFACT = "model.ptz"  # in the run's folder
+# architecture; nothing is executed or unpickled. Integers take a byte: lzma and brotli beat packed bits.
 ARTIFACT_MAGIC = b"GOLFGPT\x02"  # the last byte is the version
 ARTIFACT_HEAD = struct.Struct("<8s32s8sQ")
-ARTIFACT_LIMIT = 1 << 28  # bytes, decompressed
+ARTIFACT, ARTIFACT_LIMIT = "model.ptz", 1 << 28  # in the run's folder; bytes, decompressed
 STORED = ("float16", "float32"), tuple(f"int{bits}" for bits in range(2, 9))  # by whether its role has bits
 
 CODECS: dict[str, tuple[Callable[..., bytes], ...]] = {  # how module m packs, and unpacks at most n bytes
@@ -1231,17 +1229,14 @@ def code(codec: str, way: Literal[0, 1], *data: Any) -> bytes:
     none of the codec's, InputError if the codec is not installed."""
     require(codec in CODECS, f"{codec!r} is none of the codecs {', '.join(CODECS)}")
     try:
-        module = importlib.import_module(codec)
-    except ImportError:
-        raise InputError(f"{codec} is not installed: pip install {codec}") from None
-    try:
-        return CODECS[codec][way](module, *data)
-    except (zlib.error, lzma.LZMAError, getattr(module, "error", ValueError)) as error:
+        return CODECS[codec][way](importlib.import_module(codec), *data)
+    except (ImportError, TypeError):
+        raise InputError(f"{codec} is not installed or too old: pip install -U {codec}") from None
+    except (zlib.error, lzma.LZMAError, getattr(sys.modules.get("brotli"), "error", zlib.error)) as error:
         raise ValueError(f"not {codec}: {error}") from None
 
 def quantize_rows(w: Tensor, clip: Tensor, bits: int, floor: float) -> tuple[Tensor, Tensor]:
-    """Integers as int8 [r, c] and float16 steps [r] of w [r, c], whose rows saturate at `clip` [r]. `floor`
-    is QUANT_SCALE_FLOOR: PR 855 has 1/127, which puts rows of small weights on one coarse grid."""
+    """Integers as int8 [r, c] and float16 steps [r] of w [r, c]; rows saturate at `clip` [r] (row_steps)."""
     step, levels = row_steps(clip, bits, floor)
     stored = step.half()
     step = step if bits == 8 else stored.float()  # as PR 855 and PR 1230 do; a step of 8 bits is fine enough
@@ -1282,7 +1277,8 @@ def store(p: nn.Parameter, config: Config, hessian: Tensor | None) -> tuple[str,
     What is not quantised becomes float16, unless that overflows or is off by more than 0.1 % of the norm."""
     w = p.detach()
     if bits := config.width(ROLES[p.role].bits):
-        q, step = quantize_rows(w, row_clip(w, bits, config), bits, config.quant_scale_floor)
+        searched = config if ROLES[p.role].optimizer == "muon" else replace(config, quant_clip="percentile")
+        q, step = quantize_rows(w, row_clip(w, bits, searched), bits, config.quant_scale_floor)
         if hessian is not None:
             q = gptq_rows(w, step.float(), bits, hessian)
         return f"int{bits}", [q, step]
@@ -1290,7 +1286,7 @@ def store(p: nn.Parameter, config: Config, hessian: Tensor | None) -> tuple[str,
     return ("float16", [w.half()]) if fine else ("float32", [w])
 
 def pack(model: GPT, config: Config, hessians: Mapping[str, Tensor] | None = None) -> bytes:
-    """The artifact of a model; `hessians` are those of `input_hessians`."""
+    """The artifact of a model; `hessians` are those of `Trainer.calibrate`."""
     entries, chunks = [], []
     for name, p in model.named_parameters():
         stored, tensors = store(p, config, (hessians or {}).get(name))
@@ -1383,7 +1379,7 @@ def open_log(config: Config, world: World) -> Log:
     folder = Path(config.log_dir) / world.on_main(lambda: name)
     taken = f"{folder} exists and would be overwritten: choose another RUN_ID"
     world.on_main(lambda: require(not folder.exists(), taken) or folder.mkdir(parents=True))
-    log = Log(folder, world.is_main)
+    log = Log(folder, world.is_main, config.tracker)
     log.to_file(source().decode() + "=" * 100)
     for name, value in versions(world).items():
         log(f"{name}:{value}")
@@ -1407,8 +1403,9 @@ def round_trip(scorer: Scorer, reloaded: tuple[Config, bytes, GPT, str], log: Lo
     log(f"Serialized model {kind}: {len(data)} bytes (float32:{raw} ratio:{raw / len(data):.2f}x)")
     log(f"Total submission size {kind}: {total} bytes")
     scores: dict[str, Score] = {}
-    for name, on in (("roundtrip", True), ("sliding", config.eval_stride), ("ttt", config.ttt_lr)):
-        if on:  # test-time training is last: it changes the model
+    for name, on in (("roundtrip", True), ("sliding", config.eval_stride and not config.ttt_lr),
+                     ("ttt", config.ttt_lr)):
+        if on:
             learner = Learner(model, config, scorer.world) if name == "ttt" else None
             stride = 0 if name == "roundtrip" else config.eval_stride
             scores[name] = score = scorer.score(compiled(model, config, scorer.world), stride, learner)
@@ -1416,8 +1413,10 @@ def round_trip(scorer: Scorer, reloaded: tuple[Config, bytes, GPT, str], log: Lo
             log(f"{label} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f} "
                 f"eval_time:{1e3 * score.eval_seconds:.0f}ms")
             log(f"{label}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}")
-            if score.eval_seconds > config.eval_limit_seconds:
-                log(f"not a submission: {name} took more than EVAL_LIMIT_SECONDS={config.eval_limit_seconds}")
+            if not math.isfinite(score.val_loss):
+                raise NonFiniteLoss(f"the {name} score is not finite")
+    if (spent := sum(score.eval_seconds for score in scores.values())) > config.eval_limit_seconds:
+        log(f"not a submission: {spent:.1f} s exceed EVAL_LIMIT_SECONDS={config.eval_limit_seconds}")
     log(f"val_tokens:{score.val_tokens} val_bytes:{score.val_bytes} artifact_sha256:{digest}")
     if total > limit:
         log(f"not a submission: {total} bytes exceed SIZE_LIMIT_BYTES={limit} by {total - limit}")
@@ -1427,7 +1426,7 @@ def round_trip(scorer: Scorer, reloaded: tuple[Config, bytes, GPT, str], log: Lo
 def train_and_export(config: Config, world: World, scorer: Scorer) -> tuple[Log, dict[str, Any]]:
     """Trains a model and writes its artifact; log and figures of the run."""
     batches = world.on_all(lambda: Batches(Tokens(config, "train"), config, world), lambda b: b.tokens.total)
-    code(config.codec, 0, b"")  # a codec that is not installed is found now, not after the training
+    code(config.codec, 1, code(config.codec, 0, b"x"), 1)  # one that is missing is found before the training
     log = open_log(config, world)
     torch.manual_seed(config.seed)
     model = GPT(config.architecture(), config.tied_embed_init_std, config.matrix_init == "orthogonal")
@@ -1444,23 +1443,24 @@ def train_and_export(config: Config, world: World, scorer: Scorer) -> tuple[Log,
         log(f"step:{step}/{config.iterations} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f} "
             f"train_time:{1e3 * seconds:.0f}ms step_avg:{1e3 * seconds / max(step, 1):.2f}ms")
         if world.is_main:
-            health = recurrence_health(model, watched)
+            health = recurrence_health(model, watched, mode)
             log.metric(step=step, train_seconds=seconds, passes=mode.passes, weights=weights,
                        **score._asdict(), health=health)
         return score
     trainer.warm_up()
     steps, seconds, last = trainer.train(log, validate)
-    if world.on_cuda:
-        log(f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB "
-            f"reserved: {torch.cuda.max_memory_reserved() >> 20} MiB")
+    log(f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20 if world.on_cuda else 0} MiB")
+    if trainer.average:
+        trainer.load(trainer.average)
     hessians, spent = trainer.calibrate(steps, log)
     score, seconds = last, seconds + spent
-    if trainer.average:
-        log(f"the average of {trainer.averaged} weights, AVERAGE={config.average}:")
-        trainer.load(trainer.average)
+    if config.average != "none":  # of no weights: the last ones are exported
+        log(f"AVERAGE={config.average} of {trainer.averaged} weights")
         score = validate(steps, seconds, weights=config.average)
-    elif config.average != "none":
-        log(f"warning: AVERAGE={config.average} collected nothing, the last weights are exported")
+    if training_mode(config, steps, seconds).passes != config.schedule()[-1][1]:
+        log(f"warning: PASSES_SCHEDULE={config.passes_schedule} did not come to its last entry")
+    if 0 < config.max_wallclock_seconds < seconds:
+        log(f"not a submission: training and calibration took {seconds:.1f} s")
     world.on_main(lambda: write_atomically(log.folder / ARTIFACT, pack_to_fit(model, config, hessians, log)))
     return log, dict(model_params=parameters, steps=steps, train_seconds=seconds, pre_quant=score._asdict(),
                      last_weights=last._asdict(),
