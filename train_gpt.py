@@ -142,6 +142,7 @@ class Config(Architecture):
     tokenizer_path: str = opt("./data/tokenizers/fineweb_1024_bpe.model")  # SentencePiece model of the shards
     log_dir: str = opt("./logs")  # a run writes into <log_dir>/<run_id>/
     run_id: str = opt("")  # name of the run; empty: date, time and a random suffix
+    tracker: Literal["none", "tensorboard", "wandb"] = opt("none")  # where metrics go as well, if installed
     seed: int = opt(1337, 0, 2**64 - 1)  # of the random generator that draws the weights
     compile: Literal["auto", "model", "off"] = opt("auto")  # torch.compile; auto: model on CUDA, off on CPU
     iterations: int = opt(20000)  # optimizer steps at most
@@ -345,6 +346,7 @@ class Log:
 
     def __init__(self, folder: Path, is_main: bool) -> None:
         self.folder, self.is_main, self.watched = folder, is_main, is_main and sys.stderr.isatty()
+        self.send: Callable[[dict[str, Any]], Any] | None = None  # to a tracker
 
     def to_file(self, text: str, name: str = "train.log") -> None:
         if self.is_main:
@@ -359,10 +361,28 @@ class Log:
 
     def metric(self, **values: Any) -> None:
         self.to_file(json.dumps(values), "metrics.jsonl")
+        self.track(lambda: self.send and self.send(values))
+
+    def track(self, job: Callable[[], Any]) -> Any:
+        """What `job` returns; a tracker that fails, in whatever way, is switched off and the run goes on."""
+        try:
+            return job()
+        except Exception as error:
+            self.send = None
+            self(f"warning: TRACKER is off: {type(error).__name__}: {error}")
 
     def progress(self, text: str) -> None:
         if self.watched:
             print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+def open_tracker(name: str, folder: Path) -> Callable[[dict[str, Any]], Any]:
+    """What takes the metrics of a step to TensorBoard (files in `folder`) or to Weights & Biases."""
+    if name == "wandb":
+        import wandb
+        return wandb.init(name=folder.name, dir=str(folder)).log
+    from torch.utils.tensorboard import SummaryWriter
+    add = SummaryWriter(str(folder), flush_secs=5).add_scalar
+    return lambda values: [add(n, v, values["step"]) for n, v in values.items() if n != "health"]
 
 def write_atomically(path: Path, data: bytes) -> None:
     """The file is there whole or not at all."""
@@ -1206,6 +1226,8 @@ def open_log(config: Config, world: World) -> Log:
 
     log = Log(world.on_main(make), world.is_main)
     log.to_file(source().decode() + "=" * 100)
+    if config.tracker != "none" and world.is_main:
+        log.send = log.track(lambda: open_tracker(config.tracker, log.folder))
     for name, value in versions(world).items():
         log(f"{name}:{value}")
     log("config:" + " ".join(f"{name.upper()}={show(value)}" for name, value in asdict(config).items()))
