@@ -374,22 +374,33 @@ def run_matrix(table: Table, options: argparse.Namespace) -> int:
         board.say("interrupted; the same command goes on")
     return board.summary()
 
+def show_report(table: Table, options: argparse.Namespace) -> int:
+    from records import report  # optional: records/requirements.txt
+    name, scale = options.scale or "full", table.scales.get(options.scale)
+    what = f"Scale {name}: {scale.what}." if scale else f"Scale {name} of train_gpt.py."
+    folder = options.out.resolve() / name
+    for path in report.write(folder, table.rows, what, options.to or folder):
+        print(path)
+    return 0
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = top.add_subparsers(dest="command", required=True)
-    listing, run = commands.add_parser("list"), commands.add_parser("run")
+    listing, run, report = (commands.add_parser(name) for name in ("list", "run", "report"))
     for sub in (listing, run):
         sub.add_argument("names", nargs="*" if sub is listing else "+", help="runs, series, or all")
     run.add_argument("--seeds", type=int, default=1, help="how many, counted from --first-seed")
     run.add_argument("--first-seed", type=int, default=1337)
     run.add_argument("--nproc", type=int, default=1, help="ranks, one a GPU; more than one by torchrun")
-    run.add_argument("--scale", default="", help="a scale of runs.toml or of train_gpt.py; else full size")
     run.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="variables for every run")
     run.add_argument("--cluster", choices=("slurm", "local"), default="", help="one submitit job a run")
     run.add_argument("--job", nargs="+", default=[], metavar="KEY=VALUE", help="submitit's job parameters")
-    for sub in (listing, run):
+    report.add_argument("--to", type=Path, help="folder for the report; else <out>/<scale>")
+    for sub in (run, report):
+        sub.add_argument("--scale", default="", help="a scale of runs.toml or of train_gpt.py; else full size")
+        sub.add_argument("--out", type=Path, default=ROOT / "logs" / "lab", help="folder of the runs")
+    for sub in (listing, run, report):
         sub.add_argument("--table", type=Path, default=ROOT / "records" / "runs.toml")
-    run.add_argument("--out", type=Path, default=ROOT / "logs" / "lab")
     return top
 
 def main() -> int:
@@ -400,6 +411,8 @@ def main() -> int:
         if options.command == "list":
             show_table(table, options.names)
             return 0
+        if options.command == "report":
+            return show_report(table, options)
         return run_matrix(table, options)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
