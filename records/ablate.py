@@ -5,10 +5,10 @@
     python records/ablate.py run all --seeds 3 --nproc 8 --cluster slurm --job slurm_partition=gpu
     python records/ablate.py report                                  # tables, pictures, report.html
 
-A run is `train_gpt.py` with the variables of its row, of the scale and of `--set`; other options of the script
-that happen to stand in the environment do not reach it. It lives in <out>/<scale>/<row>/seed<n>/, where
-run.json says how it was started. `run` can be stopped and started again at any time: a finished run is
-left alone, a run that was cut off is set aside and made again, a failed one is tried again.
+A run is `train_gpt.py` with the variables of its row, of the scale and of `--set`; other options of the
+script that happen to stand in the environment do not reach it. It lives in <out>/<scale>/<row>/seed<n>/,
+where run.json says how it was started. `run` can be stopped and started again at any time: a finished run
+is left alone, a run that was cut off is set aside and made again, a failed one is tried again.
 """
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def read_table(path: Path) -> Table:
 # ---- 2. What a run is ------------------------------------------------------------------------------------
 
 def variables(row: Row, scale: Scale | None, scale_name: str, given: dict[str, str]) -> dict[str, str]:
-    """The variables of a row at a scale: of the table (`scale`), of train_gpt.py (`scale_name`) or its own."""
+    """The variables of a row at a scale of the table (`scale`), of train_gpt.py (`scale_name`) or its own."""
     if scale is None:
         preset = [p for p in (row.set.get("PRESET", ""), scale_name) if p]
         return row.set | ({"PRESET": ",".join(preset)} if preset else {}) | given
@@ -182,7 +182,8 @@ def commit() -> str | None:
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     try:
-        return git("rev-parse", "HEAD").strip() + ("+" if git("status", "--porcelain", "train_gpt.py") else "")
+        edited = git("status", "--porcelain", "train_gpt.py")
+        return git("rev-parse", "HEAD").strip() + ("+" if edited else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -397,7 +398,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--job", nargs="+", default=[], metavar="KEY=VALUE", help="submitit's job parameters")
     report.add_argument("--to", type=Path, help="folder for the report; else <out>/<scale>")
     for sub in (run, report):
-        sub.add_argument("--scale", default="", help="a scale of runs.toml or of train_gpt.py; else full size")
+        sub.add_argument("--scale", default="", help="of runs.toml or of train_gpt.py; else full size")
         sub.add_argument("--out", type=Path, default=ROOT / "logs" / "lab", help="folder of the runs")
     for sub in (listing, run, report):
         sub.add_argument("--table", type=Path, default=ROOT / "records" / "runs.toml")

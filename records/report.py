@@ -12,7 +12,7 @@ import io
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import mean, stdev
@@ -78,7 +78,8 @@ def load(folder: Path) -> Result:
     result = json.loads((folder / "result.json").read_text())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     config, score, versions = result["config"], result["roundtrip"], result["versions"]
-    points = [Point(m["step"], m["train_seconds"], m["val_bpb"], m["health"]) for m in lines if "val_bpb" in m]
+    points = [Point(m["step"], m["train_seconds"], m["val_bpb"], m["health"])
+              for m in lines if "val_bpb" in m]
     clock = SimpleNamespace(**config)
     full = [(m["step"], m["train_seconds"]) for m in lines
             if tg.lr_factor(clock, m["step"], m["train_seconds"]) == 1]
@@ -138,7 +139,8 @@ def equal_step(runs: Sequence[Result]) -> tuple[str, list[float]] | None:
     """bpb of each run after equally many steps, and where: the end, or the last step at full rate."""
     if len({run.steps for run in runs}) == 1:
         return f"end, {runs[0].steps}", [run.pre for run in runs]
-    common = set.intersection(*({p.step for p in run.points if 0 < p.step <= run.full_rate[0]} for run in runs))
+    common = set.intersection(
+        *({p.step for p in run.points if 0 < p.step <= run.full_rate[0]} for run in runs))
     if not common:
         return None
     step = max(common)
@@ -175,11 +177,15 @@ def compare(ours: dict[int, Result], theirs: dict[int, Result]) -> Comparison:
     """Paired where the seeds are the same and draw the same initial weights."""
     a, b = list(ours.values()), list(theirs.values())
     paired = ours.keys() == theirs.keys() and drawn(a[0]) == drawn(b[0])
-    def at(point: tuple[str, list[float]] | None) -> tuple[str, Delta] | None:
-        return point and (point[0], delta(point[1][: len(a)], point[1][len(a) :], paired))
+
+    def differ(values: list[float]) -> Delta:
+        return delta(values[: len(a)], values[len(a) :], paired)
+
+    steps, seconds = equal_step(a + b), equal_time(a + b)
     return Comparison(
-        a[0].row, b[0].row, "paired" if paired else "Welch", delta([r.post for r in a], [r.post for r in b], paired),
-        at(equal_step(a + b)), at(equal_time(a + b)), delta([r.gap for r in a], [r.gap for r in b], paired), nan)
+        a[0].row, b[0].row, "paired" if paired else "Welch", differ([run.post for run in a + b]),
+        steps and (steps[0], differ(steps[1])), seconds and (seconds[0], differ(seconds[1])),
+        differ([run.gap for run in a + b]), nan)
 
 def compare_all(found: dict[str, dict[int, Result]], rows: dict[str, Any]) -> list[Comparison]:
     """Every row against each of its baselines, as far as there are runs of both."""
@@ -258,50 +264,73 @@ def gap_bars(found: dict[str, dict[int, Result]], rows: dict[str, Any]) -> plt.F
 PANELS = dict(mix="carried weight a", attn_scale="attention scale", mlp_scale="MLP scale",
               attn_shift="attention shift", mlp_shift="MLP shift")
 
+def histories(runs: Iterable[Result]) -> np.ndarray:
+    """Health of a row: mean of its seeds, [validations, layers, panels]."""
+    tables = [np.array([[[layer[key] for key in PANELS] for layer in p.health] for p in run.points])
+              for run in runs]
+    shortest = min(len(table) for table in tables)
+    return np.mean([table[:shortest] for table in tables], axis=0)
+
 def heat_maps(found: dict[str, dict[int, Result]], names: Sequence[str]) -> plt.Figure:
-    """Mix weight, scales and shifts of every effective layer (y) over training (x), mean of the seeds."""
-    figure, axes = plt.subplots(len(names), len(PANELS), figsize=(11, 0.5 + 1.5 * len(names)), squeeze=False,
+    """Mix weight, scales and shifts of every effective layer (down) over training (across)."""
+    figure, axes = plt.subplots(len(names), len(PANELS), figsize=(11, 1 + 1.3 * len(names)), squeeze=False,
                                 layout="constrained")
-    tables = {}
-    for name in names:
-        histories = [np.array([[[layer[key] for key in PANELS] for layer in p.health] for p in run.points])
-                     for run in found[name].values()]
-        shortest = min(len(h) for h in histories)
-        tables[name] = np.mean([h[:shortest] for h in histories], axis=0)  # [validations, layers, panels]
-    for column, (key, title) in enumerate(PANELS.items()):
-        low, high = (f([f(tables[n][..., column]) for n in names]) for f in (np.min, np.max))
+    tables = {name: histories(found[name].values()) for name in names}
+    for column, title in enumerate(PANELS.values()):
+        values = {name: table[..., column].T for name, table in tables.items()}
+        low, high = min(v.min() for v in values.values()), max(v.max() for v in values.values())
         for name, axis in zip(names, axes[:, column]):
-            steps = [p.step for p in next(iter(found[name].values())).points][: len(tables[name])]
-            image = axis.imshow(tables[name][..., column].T, aspect="auto", vmin=low, vmax=max(high, low + 1e-9),
-                                cmap="viridis", interpolation="nearest")
+            steps = [p.step for p in next(iter(found[name].values())).points][: values[name].shape[1]]
             axis.set_xticks([0, len(steps) - 1], [steps[0], steps[-1]], fontsize=7)
-            layers = len(tables[name][0])
-            axis.set_yticks([0, layers - 1], [0, layers - 1], fontsize=7)
-            if not column:
-                axis.set_ylabel(name, fontsize=9, rotation=0 if len(name) < 3 else 90)
+            axis.set_yticks([0, len(values[name]) - 1], [0, len(values[name]) - 1], fontsize=7)
+            axis.set_ylabel("" if column else name, fontsize=9)
+            if np.ptp(values[name]) > 0:
+                image = axis.imshow(values[name], aspect="auto", vmin=low, vmax=high, interpolation="nearest")
+            else:
+                axis.text(0.5, 0.5, "off", ha="center", va="center", color="gray", transform=axis.transAxes)
+                axis.set_xticks([])
+                axis.set_yticks([])
         axes[0, column].set_title(title, fontsize=9)
-        bar = figure.colorbar(image, ax=axes[:, column], location="bottom", fraction=0.05, pad=0.02)
-        bar.ax.tick_params(labelsize=7)
+        if high > low:
+            bar = figure.colorbar(image, ax=axes[:, column], location="bottom", aspect=25, pad=0.02)
+            bar.ax.tick_params(labelsize=7)
     return figure
+
+def labels(axis: plt.Axes, points: dict[str, tuple[float, float]]) -> None:
+    """Names beside points; points that lie on each other share a label."""
+    together: dict[tuple[int, int], list[str]] = {}
+    for name, point in points.items():
+        x, y = axis.transAxes.inverted().transform(axis.transData.transform(point))
+        together.setdefault((round(25 * x), round(30 * y)), []).append(name)
+    for names in together.values():
+        axis.annotate(" ".join(names), points[names[0]], fontsize=7, xytext=(5, 2),
+                      textcoords="offset points")
 
 def bytes_against_bpb(found: dict[str, dict[int, Result]], reference: Published) -> plt.Figure:
     """Script + artifact against bpb after int8: ours, and the reference's own figures."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for name, runs in found.items():
-        x, y = ([f(run) for run in runs.values()] for f in (lambda r: r.total_bytes / 1e6, lambda r: r.post))
-        axes[0].errorbar(mean(x), mean(y), yerr=stdev(y) if len(y) > 1 else None, fmt="o", color="tab:blue",
-                         markersize=4, capsize=2)
-        axes[0].annotate(name, (mean(x), mean(y)), fontsize=7, xytext=(4, 2), textcoords="offset points")
-    for name, run in reference.runs.items():
-        if "post_quant_bpb" in run:
-            at = run["model_bytes_int8_zlib"] / 1e6, run["post_quant_bpb"]
-            axes[1].plot(*at, "s", color="tab:orange", markersize=4)
-            axes[1].annotate(name, at, fontsize=7, xytext=(4, 2), textcoords="offset points")
-    for axis, title in zip(axes, ("ours: script + artifact", "published (PR 855): artifact alone")):
-        axis.axvline(SIZE_LIMIT / 1e6, color="tab:red", linestyle="--", linewidth=1, label="16 MB")
-        axis.set(xscale="log", xlabel="MB (10^6 bytes)", ylabel="val_bpb after int8", title=title)
-        axis.legend(frameon=False)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    ours = {name: (mean(run.total_bytes for run in runs.values()) / 1e6,
+                   mean(run.post for run in runs.values())) for name, runs in found.items()}
+    theirs = {name: (run["model_bytes_int8_zlib"] / 1e6, run["post_quant_bpb"])
+              for name, run in reference.runs.items() if "post_quant_bpb" in run}
+    for name, (x, y) in ours.items():
+        scores = [run.post for run in found[name].values()]
+        axes[0].errorbar(x, y, yerr=stdev(scores) if len(scores) > 1 else None, fmt="o", color=COLOURS[0],
+                         markersize=4, capsize=2, linewidth=0.8)
+    axes[1].plot(*zip(*theirs.values()), "s", color=COLOURS[1], markersize=4)
+    titles = "ours: script + artifact", "published (PR 855): artifact alone"
+    for axis, title, points in zip(axes, titles, (ours, theirs)):
+        axis.axvline(SIZE_LIMIT / 1e6, color="tab:red", linestyle="--", linewidth=1)
+        axis.set(xscale="log", xlabel="MB (10^6 bytes); dashed: 16 MB", title=title)
+        axis.set_ylabel("val_bpb after int8")
+        low = min(x for x, _ in points.values())
+        ticks = [x for x in (0.1, 0.2, 0.5, 1, 2, 5, 10, 16) if x > low / 1.5]
+        axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        axis.set_xticks([], minor=True)
+        axis.set_xlim(low / 1.3, 20)
         axis.grid(alpha=0.3)
+        figure.canvas.draw()
+        labels(axis, points)
     return figure
 
 def png(figure: plt.Figure) -> bytes:
@@ -312,16 +341,17 @@ def png(figure: plt.Figure) -> bytes:
 
 def pictures(found: dict[str, dict[int, Result]], rows: dict[str, Any]) -> dict[str, tuple[str, bytes]]:
     """Caption and PNG of every picture, by file name."""
-    made = {"gaps.png": ("Q-gap: mean and standard deviation over seeds", png(gap_bars(found, rows))),
-            "bytes.png": ("Bytes against val_bpb, with the 16 MB line", png(bytes_against_bpb(found, published())))}
+    made = {
+        "gaps.png": ("Q-gap: mean and standard deviation over seeds", png(gap_bars(found, rows))),
+        "bytes.png": ("Bytes against val_bpb; 16 MB", png(bytes_against_bpb(found, published())))}
     for series in dict.fromkeys(rows[name].series for name in found):
         names = [name for name in found if rows[name].series == series]
         made[f"{series}_loss.png"] = (
             f"{series}: validation against steps and against time; bands from the lowest to the highest seed",
             png(curves(found, names)))
         made[f"{series}_health.png"] = (
-            f"{series}: carried weight of the mix, effective scales and shifts of every effective layer (down) "
-            "over training (across), mean of the seeds", png(heat_maps(found, names)))
+            f"{series}: carried weight of the mix, effective scales and shifts of every effective layer "
+            "(down) over training (across), mean of the seeds", png(heat_maps(found, names)))
     return made
 
 # ---- 5. Tables -------------------------------------------------------------------------------------------
@@ -388,22 +418,26 @@ def hypotheses_sheet(found: dict[str, dict[int, Result]], rows: dict[str, Any]) 
 def origins(found: dict[str, dict[int, Result]]) -> list[str]:
     """Where the runs come from, one line a fact; more than one value means that they hardly compare."""
     runs = [run for by_seed in found.values() for run in by_seed.values()]
-    lines = [f"{len(runs)} runs of {len(found)} systems, seeds {', '.join(map(str, sorted({r.seed for r in runs})))}."]
+    seeds = ", ".join(str(seed) for seed in sorted({run.seed for run in runs}))
+    lines = [f"{len(runs)} runs of {len(found)} systems, seeds {seeds}."]
     for fact in runs[0].origin:
         values = sorted({run.origin[fact] for run in runs})
-        lines.append(f"{fact}: {' / '.join(values)}" + (" (they differ: compare with care)" if len(values) > 1 else ""))
+        warning = " (they differ: compare with care)" if len(values) > 1 else ""
+        lines.append(f"{fact}: {' / '.join(values)}{warning}")
     return lines
 
 NOTES = f"""A difference is the row minus its baseline, negative is better; ± is half of its {CONFIDENCE:.0%}
-confidence interval. The test is a paired t test where both have the same seeds and a seed draws the same initial
-weights for both (equal shapes), else Welch's. p is that of the single test; "p, Holm" adjusts the p of the column
-before it for the number of rows of the table. A seed draws the initial weights and nothing else: every run sees the
-same batches in the same order, so spread over seeds is not spread over data.
-"Equal steps" and "equal time" compare scores before int8. Where both runs ended after the same number of steps (or
-by the same cap on time) it is the score at the end; else it is read at the last step (second) at which both still
-had their full learning rate, because a rate that has fallen lowers the loss by itself. Such a comparison says what
-comes of time before the warm-down, not what a run of that length would have ended with. Between validations the
-score is taken as linear in the logarithm of time.
+confidence interval. The test is a paired t test where both have the same seeds and a seed draws the same
+initial weights for both (equal shapes), else Welch's. p is that of the single test; "p, Holm" adjusts the p
+of the column before it for the number of rows of the table. A seed draws the initial weights and nothing
+else: every run sees the same batches in the same order, so spread over seeds is not spread over data.
+
+"Equal steps" and "equal time" compare scores before int8. Where both runs ended after the same number of
+steps (or by the same cap on time) it is the score at the end; else it is read at the last step (second) at
+which both still had their full learning rate, because a rate that has fallen lowers the loss by itself. Such
+a comparison says what comes of time before the warm-down, not what a run of that length would have ended
+with. Between validations the score is taken as linear in the logarithm of time.
+
 Published figures are those of the recurrence study (PR 855), one seed each, on other data and hardware."""
 
 # ---- 6. The report ---------------------------------------------------------------------------------------
@@ -422,12 +456,14 @@ def html_table(sheet: Sheet) -> str:
     return (f"<h2>{sheet.title}</h2>\n<div class=wide><table>\n<thead><tr>{head}</tr></thead>\n"
             f"<tbody>{body}</tbody></table></div>\n")
 
-STYLE = """body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:1500px;padding:0 1rem;color:#222}
-.wide{overflow-x:auto}table{border-collapse:collapse;font-size:13px}td,th{padding:3px 9px;border-bottom:1px solid #ddd;
-text-align:left;white-space:nowrap}td.n{text-align:right;font-variant-numeric:tabular-nums}th{cursor:pointer;
-position:sticky;top:0;background:#f4f4f4;vertical-align:bottom;white-space:normal}th.up::after{content:" ▲"}
-th.down::after{content:" ▼"}tbody tr:hover{background:#f8f8ee}img{max-width:100%;height:auto}
-figure{margin:1.5rem 0}figcaption{color:#555}p{max-width:62rem}"""
+STYLE = """
+body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:1500px;padding:0 1rem;color:#222}
+.wide{overflow-x:auto}table{border-collapse:collapse;font-size:13px}
+td,th{padding:3px 9px;border-bottom:1px solid #ddd;text-align:left;white-space:nowrap}
+td.n{text-align:right;font-variant-numeric:tabular-nums}
+th{cursor:pointer;background:#f4f4f4;vertical-align:bottom;white-space:normal}
+th.up::after{content:" ▲"}th.down::after{content:" ▼"}tbody tr:hover{background:#f8f8ee}
+img{max-width:100%;height:auto}figure{margin:1.5rem 0}figcaption{color:#555}p{max-width:62rem}"""
 
 SCRIPT = """for (const th of document.querySelectorAll("th")) th.addEventListener("click", () => {
   const row = th.parentNode, body = th.closest("table").tBodies[0], column = [...row.cells].indexOf(th);
@@ -441,13 +477,16 @@ SCRIPT = """for (const th of document.querySelectorAll("th")) th.addEventListene
 
 def page(title: str, facts: list[str], sheets: list[Sheet], images: dict[str, tuple[str, bytes]]) -> str:
     """One file that needs no other and no network."""
-    figures = "".join(
-        f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>\n" for caption, data in images.values())
+    figures = ""
+    for caption, data in images.values():
+        source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+        figures += (f'<figure><img alt="{html.escape(caption)}" src="{source}">'
+                    f"<figcaption>{html.escape(caption)}</figcaption></figure>\n")
     listed = "".join(f"<li>{html.escape(fact)}</li>" for fact in facts)
     paragraphs = "".join(f"<p>{html.escape(text)}</p>\n" for text in NOTES.split("\n\n"))
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
-            f'<link rel="icon" href="data:,"><style>{STYLE}</style></head>\n<body><h1>{html.escape(title)}</h1>\n'
+    title = html.escape(title)
+    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
+            f'<link rel="icon" href="data:,"><style>{STYLE}</style></head>\n<body><h1>{title}</h1>\n'
             f"<ul>{listed}</ul>\n{''.join(map(html_table, sheets))}{paragraphs}{figures}"
             f"<script>{SCRIPT}</script></body></html>\n")
 

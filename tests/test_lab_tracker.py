@@ -42,7 +42,8 @@ def fake_wandb(fails: str, sent: list[dict[str, Any]]) -> types.ModuleType:
     return module
 
 @pytest.mark.parametrize(("fails", "count", "warning"), [
-    ("", 4, None), ("init", 0, "TRACKER is off: OSError: no network"), ("log", 2, "TRACKER is off: RuntimeError: quota")])
+    ("", 4, None), ("init", 0, "TRACKER is off: OSError: no network"),
+    ("log", 2, "TRACKER is off: RuntimeError: quota")])
 def test_a_tracker_that_fails_is_switched_off_and_named(
         fails: str, count: int, warning: str | None, corpus: dict, tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch) -> None:
