@@ -450,7 +450,8 @@ def markdown(sheet: Sheet) -> str:
 def html_table(sheet: Sheet) -> str:
     def cell(c: Cell) -> str:
         kind = "" if isinstance(c.key, str) else ' class="n"'
-        return f'<td{kind} data-key="{html.escape(str(c.key))}">{html.escape(c.text)}</td>'
+        key = html.escape(str(c.key).replace("inf", "Infinity") if kind else c.key)
+        return f'<td{kind} data-key="{key}">{html.escape(c.text)}</td>'
     head = "".join(f"<th>{html.escape(name)}</th>" for name in sheet.head)
     body = "".join(f"<tr>{''.join(map(cell, row))}</tr>\n" for row in sheet.body)
     return (f"<h2>{sheet.title}</h2>\n<div class=wide><table>\n<thead><tr>{head}</tr></thead>\n"
