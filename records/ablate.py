@@ -52,9 +52,16 @@ class Scale(NamedTuple):
     divide: dict[str, int]
     set: dict[str, str]
 
+class Claim(NamedTuple):
+    """What a source concludes from several pairs of rows, [row, baseline] each."""
+    name: str
+    what: str
+    pairs: list[list[str]]
+
 class Table(NamedTuple):
     rows: dict[str, Row]
     scales: dict[str, Scale]
+    claims: dict[str, Claim]
 
     def pick(self, names: Iterable[str]) -> list[Row]:
         """The rows that are named, by themselves, by their series or as `all`; ValueError for other names."""
@@ -78,19 +85,20 @@ def read_table(path: Path) -> Table:
             if entry.keys() != set(kind._fields) - {"name"}:
                 raise ValueError(f"{path}: {section}.{name} has {', '.join(entry)}; it needs "
                                  f"{', '.join(kind._fields[1:])}")
-            made[name] = kind(name, **entry | {"set": texts(entry["set"])})
+            made[name] = kind(name, **entry | ({"set": texts(entry["set"])} if "set" in entry else {}))
         return made
 
     try:
         data = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: {error}") from None
-    rows, scales = entries(Row, "run"), entries(Scale, "scale")
-    for row in rows.values():
-        for baseline in row.baselines:
-            if baseline not in rows:
-                raise ValueError(f"{path}: run {row.name} is compared with {baseline}, which is not a run")
-    return Table(rows, scales)
+    table = Table(entries(Row, "run"), entries(Scale, "scale"), entries(Claim, "claim"))
+    named = {f"run {row.name}": row.baselines for row in table.rows.values()}
+    named |= {f"claim {claim.name}": sum(claim.pairs, []) for claim in table.claims.values()}
+    for entry, names in named.items():
+        if missing := [name for name in names if name not in table.rows]:
+            raise ValueError(f"{path}: {entry} names {', '.join(missing)}, which is not a run")
+    return table
 
 # ---- 2. What a run is ------------------------------------------------------------------------------------
 
@@ -380,7 +388,7 @@ def show_report(table: Table, options: argparse.Namespace) -> int:
     name, scale = options.scale or "full", table.scales.get(options.scale)
     what = f"Scale {name}: {scale.what}." if scale else f"Scale {name} of train_gpt.py."
     folder = options.out.resolve() / name
-    for path in report.write(folder, table.rows, what, options.to or folder):
+    for path in report.write(folder, table, what, options.to or folder):
         print(path)
     return 0
 

@@ -12,7 +12,7 @@ import io
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import mean, stdev
@@ -186,6 +186,23 @@ def compare(ours: dict[int, Result], theirs: dict[int, Result]) -> Comparison:
         a[0].row, b[0].row, "paired" if paired else "Welch", differ([run.post for run in a + b]),
         steps and (steps[0], differ(steps[1])), seconds and (seconds[0], differ(seconds[1])),
         differ([run.gap for run in a + b]), nan)
+
+def claimed(found: dict[str, dict[int, Result]], pairs: Sequence[Sequence[str]],
+            at: Callable[[Sequence[Result]], list[float] | None]) -> tuple[int, Delta] | None:
+    """The mean difference over several pairs of rows: a t test over the seeds that all of them have.
+
+    `at` gives the scores of a pair's runs; None (also from it): there are no runs to compare.
+    """
+    if any(name not in found for pair in pairs for name in pair):
+        return None
+    seeds, columns = sorted(set.intersection(*(set(found[name]) for pair in pairs for name in pair))), []
+    for row, baseline in pairs:
+        values = at([found[name][seed] for name in (row, baseline) for seed in seeds])
+        if not values:
+            return None
+        columns.append([a - b for a, b in zip(values[: len(seeds)], values[len(seeds) :])])
+    effects = [mean(of_seed) for of_seed in zip(*columns)]
+    return len(seeds), delta(effects, [0.0] * len(effects), paired=True)
 
 def compare_all(found: dict[str, dict[int, Result]], rows: dict[str, Any]) -> list[Comparison]:
     """Every row against each of its baselines, as far as there are runs of both."""
@@ -411,6 +428,23 @@ def comparisons_sheet(made: list[Comparison], reference: Published) -> Sheet:
         body.append(cells)
     return Sheet("Comparisons", head, body)
 
+def claims_sheet(found: dict[str, dict[int, Result]], claims: Iterable[Any]) -> Sheet:
+    head = ["claim", "pairs", "seeds", "after int8, as run", "p", "p, Holm", "equal time, before int8", "p",
+            "Q-gap", "p"]
+    def timed(runs: Sequence[Result]) -> list[float] | None:
+        point = equal_time(runs)
+        return point and point[1]
+
+    made = [(claim, claimed(found, claim.pairs, lambda runs: [run.post for run in runs])) for claim in claims]
+    made, body = [(claim, *result) for claim, result in made if result], []
+    for (claim, seeds, post), p in zip(made, holm([post.p for _, _, post in made])):
+        time = claimed(found, claim.pairs, timed)
+        gap = claimed(found, claim.pairs, lambda runs: [run.gap for run in runs])
+        pairs = ", ".join(f"{row} - {baseline}" for row, baseline in claim.pairs)
+        body.append([word(claim.what), word(pairs), number(seeds, "d"), *change(post), number(p, ".2g"),
+                     *(change(time[1]) if time else [word("")] * 2), *change(gap[1])])
+    return Sheet("Claims, each over its pairs", head, body)
+
 def hypotheses_sheet(found: dict[str, dict[int, Result]], rows: dict[str, Any]) -> Sheet:
     return Sheet("Hypotheses", ["run", "hypothesis of its source"],
                  [[word(name), word(rows[name].hypothesis)] for name in found])
@@ -430,7 +464,8 @@ NOTES = f"""A difference is the row minus its baseline, negative is better; ± i
 confidence interval. The test is a paired t test where both have the same seeds and a seed draws the same
 initial weights for both (equal shapes), else Welch's. p is that of the single test; "p, Holm" adjusts the p
 of the column before it for the number of rows of the table. A seed draws the initial weights and nothing
-else: every run sees the same batches in the same order, so spread over seeds is not spread over data.
+else: every run sees the same batches in the same order, so spread over seeds is not spread over data. A claim
+is tested on the mean of its pairs' differences, seed by seed (t test, as many values as seeds).
 
 "Equal steps" and "equal time" compare scores before int8. Where both runs ended after the same number of
 steps (or by the same cap on time) it is the score at the end; else it is read at the last step (second) at
@@ -491,11 +526,12 @@ def page(title: str, facts: list[str], sheets: list[Sheet], images: dict[str, tu
             f"<ul>{listed}</ul>\n{''.join(map(html_table, sheets))}{paragraphs}{figures}"
             f"<script>{SCRIPT}</script></body></html>\n")
 
-def write(folder: Path, rows: dict[str, Any], scale: str, to: Path) -> list[Path]:
+def write(folder: Path, table: Any, scale: str, to: Path) -> list[Path]:
     """report.md, report.html and the pictures of the runs below `folder`, into `to`; the files."""
-    found, reference = load_all(folder, rows), published()
-    sheets = [runs_sheet(found, rows, reference), comparisons_sheet(compare_all(found, rows), reference),
-              hypotheses_sheet(found, rows)]
+    rows, reference = table.rows, published()
+    found = load_all(folder, rows)
+    sheets = [runs_sheet(found, rows, reference), claims_sheet(found, table.claims.values()),
+              comparisons_sheet(compare_all(found, rows), reference), hypotheses_sheet(found, rows)]
     images, facts, title = pictures(found, rows), [scale, *origins(found)], f"Runs at {folder.name} scale"
     text = (f"# {title}\n\n" + "\n".join(f"- {fact}" for fact in facts) + "\n\n" +
             "\n".join(map(markdown, sheets)) + f"\n{NOTES}\n")

@@ -80,7 +80,7 @@ def test_a_scale_divides_and_the_later_word_wins() -> None:
 
 @pytest.mark.parametrize(("text", "message"), [
     ("[run.X]\nbaselines = []\nset = {}", "run.X has .* it needs .*hypothesis"),
-    ("[run.X]\nhypothesis = ''\nbaselines = ['Y']\nset = {}", "X is compared with Y"),
+    ("[run.X]\nhypothesis = ''\nbaselines = ['Y']\nset = {}", "run X names Y, which is not a run"),
     ("[run.X", "t.toml: ")])
 def test_a_wrong_table_is_refused(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "t.toml").write_text(text.replace("]\n", "]\nseries = 's'\nwhat = ''\n", 1))

@@ -16,7 +16,8 @@ from records import ablate
 t = pytest.importorskip("scipy.stats").t
 report = pytest.importorskip("records.report", exc_type=ImportError)  # scipy, matplotlib
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-ROWS = ablate.read_table(ablate.ROOT / "records" / "runs.toml").rows
+TABLE = ablate.read_table(ablate.ROOT / "records" / "runs.toml")
+ROWS = TABLE.rows
 STEPS = range(0, 101, 10)
 
 def bpb_at(step: int, level: float) -> float:
@@ -95,6 +96,17 @@ def test_seeds_are_paired_only_where_they_draw_the_same_weights(runs: Path) -> N
     fewer = {seed: run for seed, run in found["O"].items() if seed < 3}
     assert report.compare(fewer, found["K"]).test == "Welch", "other seeds"
 
+def test_a_claim_is_tested_on_the_mean_of_its_pairs(runs: Path) -> None:
+    found, pairs = report.load_all(runs, ROWS), [["O", "K"], ["E", "K"]]
+    effects = [((found["O"][s].post - found["K"][s].post) + (found["E"][s].post - found["K"][s].post)) / 2
+               for s in (1, 2, 3)]
+    seeds, d = report.claimed(found, pairs, lambda of: [run.post for run in of])
+    assert seeds == 3 and d.mean == pytest.approx(mean(effects))
+    assert d.half == pytest.approx(4.3027 * math.sqrt(variance(effects) / 3), rel=1e-4), "t(0.975, 2)"
+    del found["E"][3]
+    assert report.claimed(found, pairs, lambda of: [run.post for run in of])[0] == 2, "the seeds all have"
+    assert report.claimed(found, [["O", "N"]], lambda of: [0.0]) is None, "no runs of N"
+
 def test_published_differences_are_those_of_the_study() -> None:
     reference = report.published()
     assert reference.post("C", "Cp") == pytest.approx(-0.0073, abs=5e-5)
@@ -110,7 +122,7 @@ def test_report_names_every_figure_and_warns_of_mixed_origins(runs: Path, tmp_pa
     result = json.loads(path.read_text())
     result["versions"]["script_sha256"] = "1" * 64
     path.write_text(json.dumps(result))
-    names = {file.name for file in report.write(runs, ROWS, "scale", tmp_path / "to")}
+    names = {file.name for file in report.write(runs, TABLE, "scale", tmp_path / "to")}
     assert {"report.md", "report.html", "gaps.png", "bytes.png", "series3_loss.png",
             "series3_health.png"} < names
     text = (tmp_path / "to" / "report.md").read_text()
@@ -123,7 +135,7 @@ def test_report_names_every_figure_and_warns_of_mixed_origins(runs: Path, tmp_pa
 
 def test_no_runs_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no finished run"):
-        report.write(tmp_path, ROWS, "", tmp_path)
+        report.write(tmp_path, TABLE, "", tmp_path)
 
 HARNESS = """<script>
 const wrong = [];
@@ -154,7 +166,7 @@ def browse(page: Path, *words: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
 def test_page_in_a_browser(runs: Path, tmp_path: Path) -> None:
-    report.write(runs, ROWS, "scale", tmp_path / "to")
+    report.write(runs, TABLE, "scale", tmp_path / "to")
     page = tmp_path / "checked.html"
     text = (tmp_path / "to" / "report.html").read_text()
     page.write_text(text.replace("<head>", "<head>" + HARNESS))
