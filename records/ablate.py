@@ -273,9 +273,9 @@ class Board:
         self.made, self.found = self.made + made, self.found + (not made)
         if made:
             result, left = json.loads((run.folder / "result.json").read_text()), self.seconds_left()
-            wall = json.loads((run.folder / "run.json").read_text())["wall_seconds"]
-            self.say(f"{place} {run}: val_bpb {result['roundtrip']['val_bpb']:.4f} in {wall:.0f} s, "
-                     f"{duration(left or 0)} left{'' if result['fits'] else '; TOO LARGE for a submission'}")
+            large = "" if result["fits"] else "; TOO LARGE for a submission"
+            self.say(f"{place} {run}: val_bpb {result['roundtrip']['val_bpb']:.4f}{large}, "
+                     f"{duration(left or 0)} left")
 
     def failed(self, run: Run, why: str) -> None:
         self.say(f"{self.place()} {run}: FAILED, {why}")

@@ -77,7 +77,8 @@ def load(folder: Path) -> Result:
     """A run from its folder <row>/seed<n>/."""
     result = json.loads((folder / "result.json").read_text())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    config, score, versions = result["config"], result["roundtrip"], result["versions"]
+    config = {f.name: f.default for f in fields(tg.Config)} | result["config"]  # of younger options
+    score, versions = result["roundtrip"], result["versions"]
     points = [Point(m["step"], m["train_seconds"], m["val_bpb"], m["health"])
               for m in lines if "val_bpb" in m]
     clock = SimpleNamespace(**config)
@@ -325,7 +326,7 @@ def labels(axis: plt.Axes, points: dict[str, tuple[float, float]]) -> None:
 
 def bytes_against_bpb(found: dict[str, dict[int, Result]], reference: Published) -> plt.Figure:
     """Script + artifact against bpb after int8: ours, and the reference's own figures."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5.5), layout="constrained")
     ours = {name: (mean(run.total_bytes for run in runs.values()) / 1e6,
                    mean(run.post for run in runs.values())) for name, runs in found.items()}
     theirs = {name: (run["model_bytes_int8_zlib"] / 1e6, run["post_quant_bpb"])
@@ -333,12 +334,12 @@ def bytes_against_bpb(found: dict[str, dict[int, Result]], reference: Published)
     for name, (x, y) in ours.items():
         scores = [run.post for run in found[name].values()]
         axes[0].errorbar(x, y, yerr=stdev(scores) if len(scores) > 1 else None, fmt="o", color=COLOURS[0],
-                         markersize=4, capsize=2, linewidth=0.8)
+                         ecolor="lightgray", markersize=4, zorder=3)
     axes[1].plot(*zip(*theirs.values()), "s", color=COLOURS[1], markersize=4)
     titles = "ours: script + artifact", "published (PR 855): artifact alone"
     for axis, title, points in zip(axes, titles, (ours, theirs)):
         axis.axvline(SIZE_LIMIT / 1e6, color="tab:red", linestyle="--", linewidth=1)
-        axis.set(xscale="log", xlabel="MB (10^6 bytes); dashed: 16 MB", title=title)
+        axis.set(xscale="log", xlabel="MB (10^6 bytes, logarithmic); dashed: 16 MB", title=title)
         axis.set_ylabel("val_bpb after int8")
         low = min(x for x, _ in points.values())
         ticks = [x for x in (0.1, 0.2, 0.5, 1, 2, 5, 10, 16) if x > low / 1.5]
@@ -352,7 +353,7 @@ def bytes_against_bpb(found: dict[str, dict[int, Result]], reference: Published)
 
 def png(figure: plt.Figure) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=100, metadata={"Software": None})
+    figure.savefig(buffer, dpi=80, metadata={"Software": None}, pil_kwargs={"optimize": True})
     plt.close(figure)
     return buffer.getvalue()
 
