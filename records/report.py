@@ -13,9 +13,9 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -91,6 +91,16 @@ def load(folder: Path) -> Result:
         dict(script=versions["script_sha256"][:12], device=versions["device"], torch=versions["torch"],
              ranks=str(result["world_size"]), validation=f"{score['val_tokens']:,} tokens"))
 
+def at_one_pace(runs: dict[int, Result]) -> dict[int, Result]:
+    """The runs of a row as if each step had taken the median of their step times.
+
+    Seeds do the same work, so what their times differ by is other load on the machine, which must not decide.
+    """
+    pace = median(run.seconds / run.steps for run in runs.values())
+    return {seed: replace(run, full_rate=(run.full_rate[0], run.full_rate[0] * pace),
+                          points=[p._replace(seconds=p.step * pace) for p in run.points])
+            for seed, run in runs.items()}
+
 def load_all(folder: Path, rows: Iterable[str]) -> dict[str, dict[int, Result]]:
     """The finished runs of each row below `folder`, by seed; rows without one are left out."""
     found = {}
@@ -98,7 +108,7 @@ def load_all(folder: Path, rows: Iterable[str]) -> dict[str, dict[int, Result]]:
         runs = sorted((load(path.parent) for path in (folder / row).glob("seed*/result.json")),
                       key=lambda run: run.seed)
         if runs:
-            found[row] = {run.seed: run for run in runs}
+            found[row] = at_one_pace({run.seed: run for run in runs})
     if not found:
         raise ValueError(f"{folder} holds no finished run of the table")
     return found
@@ -253,12 +263,12 @@ def curves(found: dict[str, dict[int, Result]], names: Sequence[str]) -> plt.Fig
         steps = sorted(set.intersection(*({p.step for p in run.points if p.step} for run in runs)))
         at = [[next(p for p in run.points if p.step == step) for run in runs] for step in steps]
         bpb = np.array([[p.bpb for p in points] for points in at])
-        seconds = [mean(p.seconds for p in points) for points in at]
+        seconds = [points[0].seconds for points in at]
         for axis, x in zip(axes, (steps, seconds)):
             axis.plot(x, bpb.mean(1), ".-", color=COLOURS[i % 10], label=name, linewidth=1.2)
             axis.fill_between(x, bpb.min(1), bpb.max(1), color=COLOURS[i % 10], alpha=0.15, linewidth=0)
     axes[0].set(xlabel="step", ylabel="val_bpb before int8")
-    axes[1].set(xlabel="seconds of training (mean of the seeds)")
+    axes[1].set(xlabel="seconds of training, at the row's median step time")
     axes[1].legend(frameon=False, fontsize=8)
     for axis in axes:
         axis.grid(alpha=0.3)
@@ -472,7 +482,8 @@ is tested on the mean of its pairs' differences, seed by seed (t test, as many v
 steps (or by the same cap on time) it is the score at the end; else it is read at the last step (second) at
 which both still had their full learning rate, because a rate that has fallen lowers the loss by itself. Such
 a comparison says what comes of time before the warm-down, not what a run of that length would have ended
-with. Between validations the score is taken as linear in the logarithm of time.
+with. Time is steps times the median step time of a row's seeds, so that other load on the machine in one of
+them does not decide. Between validations the score is taken as linear in the logarithm of time.
 
 Published figures are those of the recurrence study (PR 855), one seed each, on other data and hardware."""
 

@@ -78,6 +78,14 @@ def test_equal_steps_and_equal_time_disagree_as_they_must(runs: Path) -> None:
     assert c.time[1].mean == pytest.approx(-0.02 + 0.1 * math.log(1.7)), "fewer steps in the same time"
     assert c.gap.mean == pytest.approx(-0.02 * 0.002)
 
+def test_load_on_the_machine_during_one_seed_does_not_decide(runs: Path) -> None:
+    calm = report.compare_all(report.load_all(runs, ROWS), ROWS)
+    for name, key in (("metrics.jsonl", "train_seconds"), ("result.json", "train_seconds")):
+        path = runs / "O" / "seed2" / name
+        slower = re.sub(rf'("{key}": )([\d.]+)', lambda m: m[1] + str(3 * float(m[2])), path.read_text())
+        path.write_text(slower)
+    assert report.compare_all(report.load_all(runs, ROWS), ROWS)[0].time == calm[0].time
+
 def test_where_the_clock_ends_a_run_time_is_compared_at_the_end_and_steps_before_the_warm_down(
         tmp_path: Path) -> None:
     for row, pace, level in (("K", 0.1, 3.0), ("O", 0.11, 2.98)):
