@@ -433,7 +433,7 @@ def comparisons_sheet(made: list[Comparison], reference: Published) -> Sheet:
     for c in made:
         cells = [word(c.row), word(c.baseline), word(c.test), *change(c.post), number(c.holm, ".2g")]
         for where in (c.steps, c.time):
-            cells += [*change(where[1]), word(where[0])] if where else [word("")] * 3
+            cells += [*change(where[1]), word(where[0].replace(" ", "\u00a0"))] if where else [word("")] * 3
         cells += [*change(c.gap), number(reference.post(c.row, c.baseline), "+.4f"),
                   number(reference.steps(c.row, c.baseline), "+.4f")]
         body.append(cells)
@@ -505,11 +505,11 @@ def html_table(sheet: Sheet) -> str:
             f"<tbody>{body}</tbody></table></div>\n")
 
 STYLE = """
-body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:1500px;padding:0 1rem;color:#222}
+body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:1700px;padding:0 1rem;color:#222}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:13px}
-td,th{padding:3px 9px;border-bottom:1px solid #ddd;text-align:left;white-space:nowrap}
-td.n{text-align:right;font-variant-numeric:tabular-nums}
-th{cursor:pointer;background:#f4f4f4;vertical-align:bottom;white-space:normal}
+td,th{padding:3px 9px;border-bottom:1px solid #ddd;text-align:left}
+td.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
+th{cursor:pointer;background:#f4f4f4;vertical-align:bottom}
 th.up::after{content:" ▲"}th.down::after{content:" ▼"}tbody tr:hover{background:#f8f8ee}
 img{max-width:100%;height:auto}figure{margin:1.5rem 0}figcaption{color:#555}p{max-width:62rem}"""
 
