@@ -222,9 +222,9 @@ class Config(Architecture):
         return config
     def __post_init__(self) -> None:
         super().__post_init__()
-        entries, cap = self.schedule(), self.max_wallclock_seconds
-        require(entries[0][0] == 0 and all(a[0] < b[0] for a, b in zip(entries, entries[1:]))
-                and all(1 <= passes <= self.num_loops for _, passes in entries),
+        (starts, counts), cap = zip(*self.schedule()), self.max_wallclock_seconds
+        require(starts[0] == 0 and list(starts) == sorted(set(starts)) and len({x < 1 for x in starts[1:]}) < 2
+                and all(1 <= passes <= self.num_loops for passes in counts),
                 f"PASSES_SCHEDULE={self.passes_schedule} does not ascend from 0 with 1 to NUM_LOOPS="
                 f"{self.num_loops} passes, as 0:1,0.6:{self.num_loops} would")
         require(self.matrix_bits or not (self.qat_fraction or self.qat_lr_factor),
@@ -928,7 +928,7 @@ def training_mode(config: Config, step: int, seconds: float) -> Mode:
                 config.jacobian_per_pass)
 
 def training_modes(config: Config) -> list[Mode]:
-    ends = {training_mode(config, 0, 0.0), training_mode(config, config.iterations, 0.0)}
+    ends = {training_mode(config, step, 0.0)._replace(passes=0) for step in (0, config.iterations)}
     return [mode._replace(passes=passes) for mode in sorted(ends) for _, passes in config.schedule()]
 
 def muon_momentum(config: Config, step: int) -> float:
@@ -1252,7 +1252,7 @@ def row_clip(w: Tensor, bits: int, config: Config) -> Tensor:
     size, by_row, quantiles = w.abs(), config.quant_clip == "row", [0.999, 0.9995, 0.9999, 0.99999, 1.0]
     if config.quant_clip == "percentile":
         quantiles = [config.quant_clip_percentile / 100]
-    parts = torch.linspace(0.4, 1, 25, device=w.device)[:, None] * size.amax(1)
+    parts = torch.linspace(0.3, 1, 29, device=w.device)[:, None] * size.amax(1)
     clips = parts if by_row else torch.quantile(size, size.new_tensor(quantiles), dim=1)
     rounded = (dequantize_rows(*quantize_rows(w, clip, bits, config.quant_scale_floor)) for clip in clips)
     errors = torch.stack([(near - w).square().sum(1) for near in rounded])
