@@ -223,7 +223,7 @@ class Config(Architecture):
     def __post_init__(self) -> None:
         super().__post_init__()
         (starts, counts), cap = zip(*self.schedule()), self.max_wallclock_seconds
-        require(starts[0] == 0 and list(starts) == sorted(set(starts)) and len({x < 1 for x in starts[1:]}) < 2
+        require(starts[0] == 0 and sorted(set(starts)) == [*starts] and len({x < 1 for x in starts[1:]}) < 2
                 and all(1 <= passes <= self.num_loops for passes in counts),
                 f"PASSES_SCHEDULE={self.passes_schedule} does not ascend from 0 with 1 to NUM_LOOPS="
                 f"{self.num_loops} passes, as 0:1,0.6:{self.num_loops} would")
@@ -1210,7 +1210,7 @@ def recurrence_health(model: GPT, ids: Tensor, mode: Mode) -> list[dict[str, flo
 # ---- 11. Quantisation and artifact -----------------------------------------------------------------------
 # Magic and version, SHA-256 of the rest, codec, decompressed length; compressed: length of the header, header
 # (JSON: architecture; name and storage of every parameter), values in that order. Shapes follow from the
-# architecture; nothing is executed or unpickled. Integers take a byte: lzma and brotli beat packed bits.
+# architecture; nothing is executed or unpickled. A byte an integer: from 5 bits on, lzma beats packing.
 ARTIFACT_MAGIC = b"GOLFGPT\x02"  # the last byte is the version
 ARTIFACT_HEAD = struct.Struct("<8s32s8sQ")
 ARTIFACT, ARTIFACT_LIMIT = "model.ptz", 1 << 28  # in the run's folder; bytes, decompressed
