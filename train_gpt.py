@@ -301,7 +301,7 @@ SCALES: dict[str, dict[str, Any]] = {"tiny": dict(
     data_path="./data/datasets/sample_sp1024", tokenizer_path="./data/tokenizers/sample_1024_bpe.model",
     train_seq_len=256, train_batch_tokens=8192, micro_batch_tokens=8192, val_batch_size=16384, iterations=100,
     max_wallclock_seconds=110.0, warmup_steps=1, warmdown_iters=50, val_loss_every=0, train_log_every=25,
-    muon_momentum_warmup_steps=50, ema_decay=0.9)}
+    muon_momentum_warmup_steps=50, ema_decay=0.9, ttt_chunk_tokens=8192)}
 
 def preset_values(preset: str) -> dict[str, Any]:
     names = preset.split(",") if preset else []

@@ -120,7 +120,7 @@ def test_every_parameter_is_in_one_group(preset: str, tied: bool) -> None:
         elif name.endswith(("qkv.weight", "proj.weight", "fc.weight")):
             expected = tg.Muon, 0.01
         elif name.endswith("table"):
-            expected = torch.optim.AdamW, config.side_embed_lr
+            expected = torch.optim.AdamW, config.tied_embed_lr
         else:
             expected = torch.optim.AdamW, 0.02
         assert rate[id(p)] == expected, name

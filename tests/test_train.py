@@ -77,7 +77,7 @@ def test_health_measures_scales_and_growth() -> None:
         model.cond.beta[:, 0] = 0.0
         model.cond.beta[0, 1] = 2.0
         model.mlp[0].scale.zero_()
-    rows = tg.recurrence_health(model, torch.arange(32)[None])
+    rows = tg.recurrence_health(model, torch.arange(32)[None], model.scoring)
     assert rows[3]["attn_scale"] == pytest.approx(2.0) and rows[0]["mlp_shift"] == pytest.approx(2.0)
     x = tg.rms_norm(model.tok_emb[:32]) + 2.0  # in layer 0, mix, depth code and attention change nothing
     assert rows[0]["growth"] == pytest.approx(x.square().mean().sqrt().item(), rel=1e-4)
