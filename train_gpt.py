@@ -328,7 +328,7 @@ class World:
             group = dict(backend="nccl", device_id=self.device)
         elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
             libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD: keep freed memory instead of
-            libc.mallopt(-3, 1 << 30)  # faulting it in again at every step (half the page faults)
+            libc.mallopt(-3, 1 << 30)  # faulting it in again at every step
         if self.size > 1:
             dist.init_process_group(**group, timeout=datetime.timedelta(minutes=30))  # rank 0 packs alone
     def sum_(self, x: Tensor) -> Tensor:
@@ -853,7 +853,7 @@ class GPT(nn.Module):
 
 def head_loss(h: Tensor, head: Tensor, targets: Tensor, softcap: float) -> Tensor:
     """Mean cross-entropy of softcap * tanh(h head^T / softcap): h [N, D], head [V, D], targets [N]. On CPUs
-    512 rows at a time, so that their logits stay in the cache (0.91 of the time at D 128)."""
+    512 rows at a time, so that their logits stay in the cache."""
     rows, weight = len(h) if h.is_cuda or torch.compiler.is_compiling() else 512, head.to(h.dtype)
     logits = lambda x: softcap * torch.tanh(F.linear(x, weight).float() / softcap)  # noqa: E731
     parts = zip(h.split(rows), targets.split(rows))
@@ -1426,7 +1426,7 @@ def round_trip(scorer: Scorer, reloaded: tuple[Config, bytes, GPT, str], log: Lo
 def train_and_export(config: Config, world: World, scorer: Scorer) -> tuple[Log, dict[str, Any]]:
     """Trains a model and writes its artifact; log and figures of the run."""
     batches = world.on_all(lambda: Batches(Tokens(config, "train"), config, world), lambda b: b.tokens.total)
-    code(config.codec, 1, code(config.codec, 0, b"x"), 1)  # one that is missing is found before the training
+    world.gather(lambda: code(config.codec, 1, code(config.codec, 0, b"x"), 1))  # is the codec there, on all?
     log = open_log(config, world)
     torch.manual_seed(config.seed)
     model = GPT(config.architecture(), config.tied_embed_init_std, config.matrix_init == "orthogonal")

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from test_data import one_thread  # noqa: F401, a fixture for this file too
 from torch import Tensor
 
+import test_plan
 import train_gpt as tg
 
 DIMS = dict(vocab_size=64, model_dim=32, num_heads=4, num_kv_heads=2, train_seq_len=24, dtype="float32")
@@ -39,11 +40,7 @@ del COMPONENTS["bigram_dim"], COMPONENTS["ve_dim"]
 
 def random_model(a: tg.Architecture, seed: int = 0) -> tg.GPT:
     """With noise on every parameter, in float64."""
-    torch.manual_seed(seed)
-    model = tg.GPT(a, 0.1)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.2 * torch.randn_like(p))
+    model = test_plan.random_model(a, seed)
     model.dtype = torch.float64
     return model.double()
 
