@@ -21,7 +21,7 @@ import train_gpt as tg
 @torch.inference_mode()
 def next_logits(model: tg.GPT, ids: list[int]) -> Tensor:
     """float32 logits [V] of the token that follows."""
-    head = model.tok_emb if model.tied else model.lm_head
+    head = getattr(model, "lm_head", model.tok_emb)
     last = model.hidden(torch.tensor([ids], device=head.device), model.scoring)[0][0, -1].float()
     return (model.softcap * torch.tanh(head.float() @ last / model.softcap)).cpu()
 

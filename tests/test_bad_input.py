@@ -194,7 +194,7 @@ def evaluate(run: Run, corpus: dict, path: Path, **env: object) -> Result:
     return run(EVAL_ONLY=path, VAL_BATCH_SIZE=256, **places, **env)
 
 def with_checksum(body: bytes) -> bytes:
-    return tg.ARTIFACT_MAGIC + hashlib.sha256(body).digest() + body
+    return tg.MAGIC["artifact"] + hashlib.sha256(body).digest() + body
 
 DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "flipped bit": (lambda a: a[:500] + bytes([a[500] ^ 1]) + a[501:], "checksum"),
@@ -304,7 +304,7 @@ def test_non_finite_loss(run: Run, corpus: dict, tmp_path: Path, rate: str, iter
     result = run(**corpus | {rate: 1e38, "ITERATIONS": iterations, "RUN_ID": "x"})
     assert result.code == 3, result
     assert result.err.count("\n") == 1 and "step" in result.err and "finite" in result.err
-    step, loss = re.findall(r"^step:(\d+)/\d+ train_loss:(\S+)", result.out, re.M)[-1]
+    step, loss = re.findall(r"^step:(\d+)/\d+ train_loss:([\d.]+) ", result.out, re.M)[-1]
     assert f"step {step}, train_loss {loss}" in result.err
     assert sorted(tree(tmp_path / "logs/x")) == ["metrics.jsonl", "train.log"]
 

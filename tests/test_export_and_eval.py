@@ -208,7 +208,7 @@ def test_most_bits_that_fit(fits: int) -> None:
 
 def artifact(codec: bytes, length: int, body: bytes) -> bytes:
     rest = struct.pack("<8sQ", codec, length) + body
-    return tg.ARTIFACT_MAGIC + hashlib.sha256(rest).digest() + rest
+    return tg.MAGIC["artifact"] + hashlib.sha256(rest).digest() + rest
 
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("announced", [64, 1 << 20])

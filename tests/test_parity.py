@@ -201,7 +201,8 @@ def test_growing_loss_and_gradients(name: str) -> None:
                for k, s in case["params"].items())
     assert held == sum(p.numel() for p in model.parameters()), "the reference holds other parameters"
     ids = torch.tensor(np.random.default_rng(7).integers(0, dims["VOCAB_SIZE"], (2, dims["SEQ"] + 1)))
-    mode = tg.Mode(flags["passes"], 0, flags["core_qat_bits"], 1 / 127, flags["jacobian_weight"])
+    core = tg.Rounding(flags["core_qat_bits"], 1 / 127)
+    mode = tg.Mode(flags["passes"], core=core, jacobian=flags["jacobian_weight"])
     loss = model(ids[:, :-1], ids[:, 1:], mode)
     loss.backward()
     assert loss.item() == pytest.approx(case["loss"], abs=1e-5)

@@ -284,13 +284,13 @@ def test_flat_model_is_the_u_net_written_out() -> None:
     model, ids = random_model(a), tokens()
     x0 = tg.rms_norm(F.embedding(ids, model.tok_emb))
     x, outputs = x0, []
-    shared = tg.Shared(model.scoring, (model.cos, model.sin), [])
+    setting = tg.Setting(tg.Rounding(), model.rope.unbind())
     neutral = tg.Mod(torch.ones(1), torch.ones(1), torch.zeros(1))
     for v in range(5):
         if v in (2, 3):
             x = x + model.skip[v - 2] * outputs[3 - v]
-        x = model.attn[v](model.mix[v](x, x0), model.plans[1][v], neutral, shared)
-        x = model.mlp[v](x, neutral, model.scoring)
+        x = model.attn[v](model.mix[v](x, x0), neutral, setting)
+        x = model.mlp[v](x, neutral, setting.rounding)
         outputs.append(x)
     torch.testing.assert_close(model.hidden(ids, model.scoring)[0], tg.rms_norm(x))
 

@@ -1,7 +1,9 @@
 """Whole runs: every preset trains, exports, reloads and scores; ranks, processes and compilers agree."""
+import functools
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -114,7 +116,7 @@ def test_ranks_fail_together(corpus: dict, tmp_path: Path) -> None:
     path.write_bytes(data)
     done = start(env | {"DATA_PATH": str(folder)}, ranks=2)
     assert done.returncode != 0 and not (tmp_path / "run" / "model.ptz").exists()
-    assert f"[rank 1] {path} holds token 2000" in done.stderr and "[rank 0]" not in done.stderr
+    assert f"[rank 1] {path} holds token 2000" in done.stderr and f"[rank 0] {path}" not in done.stderr
 
 def test_same_seed_same_losses_to_the_last_bit(corpus: dict, tmp_path: Path) -> None:
     env = corpus | SMALL | {"PRESET": "T,tiny", "ITERATIONS": "4"}
@@ -177,7 +179,7 @@ def test_reference_bf16_rounds_tables_and_embedding(corpus: dict, tmp_path: Path
 
 @pytest.mark.parametrize("system", ["T", "M", "naive"])
 def test_one_graph_compiles_and_agrees(system: str) -> None:
-    """Run M with its 12 MLPs, too; and the compiled path (fused attention, plain head) equals the CPU's."""
+    """Run M with its 12 MLPs, too; and the compiled path, whose head takes all rows at once, equals the other."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     config = tg.Config.from_env({"PRESET": f"{system},tiny", "DTYPE": "float32", "TRAIN_SEQ_LEN": "32"})
@@ -197,6 +199,83 @@ def test_one_graph_compiles_and_agrees(system: str) -> None:
     for a, b in zip(gradients[compiled][1], gradients[model][1]):
         assert (a - b).norm() <= 1e-3 * b.norm() + 1e-7
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+def counting(monkeypatch: pytest.MonkeyPatch) -> torch._dynamo.testing.CompileCounter:
+    """Counts the graphs that torch.compile makes, and compiles nothing."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    return counter
+
+@pytest.mark.parametrize("system, loops", [("K", 2), ("K", 3), ("K", 6), ("M", 3)])
+def test_blocks_are_one_graph_at_any_depth(system: str, loops: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for all layers, of prelude, core and coda, one for the head; M has an MLP for every pass."""
+    counter = counting(monkeypatch)
+    config = tg.Config.from_env({"PRESET": f"{system},tiny", "DTYPE": "float32", "TRAIN_SEQ_LEN": "32",
+                                 "COMPILE": "block", "NUM_LOOPS": str(loops)})
+    torch.manual_seed(0)
+    model = tg.GPT(config.architecture(), 0.02)
+    for p in model.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    forward, ids = tg.compiled(model, config, tg.World({})), torch.randint(1024, (2, 33))
+    found = []
+    for f in (model, forward, forward):
+        model.zero_grad()
+        loss = f(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        found.append((loss.item(), model.tok_emb.grad.norm().item()))
+    assert found[1] == found[2] == pytest.approx(found[0], rel=1e-4)
+    assert counter.frame_count == 2
+
+def test_rates_and_momentum_make_no_new_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = counting(monkeypatch)
+    params = [tg.parameter("matrix", torch.randn(shape)) for shape in ((8, 8), (8, 16), (16, 8))]
+    muon = tg.Muon(params, 0.1, 0.9, 5)
+    muon.iterate = torch.compile(tg.newton_schulz, dynamic=False)
+    for step in range(4):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        muon.param_groups[0].update(lr=0.1 / (step + 1), momentum=0.9 + 0.01 * step)
+        muon.step()
+    assert counter.frame_count == 2, "two shapes: wide and tall are one stack"
+
+@pytest.mark.parametrize("backend", ["math", "flash"])
+def test_attention_backends_agree(backend: str) -> None:
+    config = tg.Config.from_env({"PRESET": "T,tiny", "DTYPE": "float32", "ATTN_BACKEND": backend})
+    torch.manual_seed(0)
+    model, ids = tg.GPT(config.architecture(), 0.02), torch.randint(1024, (2, 257))
+    with torch.nn.attention.sdpa_kernel(tg.KERNELS[backend]), torch.no_grad():
+        found = tg.compiled(model, config, tg.World({}))(ids[:, :-1], ids[:, 1:])
+        assert found.item() == pytest.approx(model(ids[:, :-1], ids[:, 1:]).item(), abs=1e-5)
+
+# A rank whose compiler fails, as FAILS says: on all ranks for whole models, on rank 1 alone for blocks, too.
+FALLING = """
+import os, sys, torch
+import train_gpt as tg
+build = torch.compile
+def broken(f=None, **options):
+    def fail(*_, **__):
+        raise RuntimeError("no compiler here")
+    whole, last = isinstance(f, torch.nn.Module), os.environ.get("RANK", "0") == os.environ["LAST"]
+    return fail if whole or last and f is tg.block else build(f, backend="eager", **options)
+torch.compile = broken
+sys.exit(tg.main())
+"""
+
+@pytest.mark.parametrize("ranks, last", [(1, "none"), (2, "1")])
+def test_a_rung_that_fails_on_one_rank_is_left_by_all(
+        ranks: int, last: str, corpus: dict, tmp_path: Path) -> None:
+    (tmp_path / "rank.py").write_text(FALLING)
+    env = corpus | SMALL | dict(PRESET="Bp,tiny", LOG_DIR=str(tmp_path), RUN_ID="run", OMP_NUM_THREADS="1",
+                                COMPILE="model", WARMUP_STEPS="1", LAST=last, MODEL_DIM="32",
+                                PYTHONPATH=str(Path(tg.__file__).parent))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [sys.executable, *(torchrun if ranks > 1 else []), str(tmp_path / "rank.py")]
+    done = subprocess.run(command, env=CLEAN | env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    log = (tmp_path / "run" / "train.log").read_text()
+    fallen = re.findall(r"^warning: COMPILE=(\w+) failed.*: Traceback", log, re.MULTILINE)
+    assert fallen == ["model", "block"][:ranks] and "no compiler here" in done.stdout
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("system", ["T", "M"])
