@@ -1,0 +1,370 @@
+"""records/audit.py: honest runs pass every check; a planted cheat fails the check that it breaks, by name."""
+import contextlib
+import hashlib
+import importlib.util
+import io
+import json
+import re
+import shutil
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import sentencepiece as spm
+import torch
+from test_data import one_thread  # noqa: F401, a fixture for this file too
+
+import train_gpt as tg
+
+audit = pytest.importorskip("records.audit", exc_type=ImportError)  # scipy
+ROOT = audit.ROOT
+SMALL = dict(VOCAB_SIZE="280", MODEL_DIM="16", NUM_HEADS="2", NUM_KV_HEADS="1", TRAIN_SEQ_LEN="24",
+             TRAIN_BATCH_TOKENS="192", ITERATIONS="12", WARMDOWN_ITERS="2", WARMUP_STEPS="0",
+             VAL_LOSS_EVERY="5", TRAIN_LOG_EVERY="5", MAX_WALLCLOCK_SECONDS="60")
+FLAT = dict(PRESET="Ap,tiny", NUM_LAYERS="1", DTYPE="float32", EVAL_STRIDE="8")
+TTT = FLAT | dict(TTT_LR="0.05", TTT_CHUNK_TOKENS="48", TTT_EPOCHS="1")
+GROWN = dict(PRESET="growing_live,tiny", NUM_PRELUDE="1", NUM_SHARED="1", NUM_CODA="1", XSA_LAST_N="1",
+             VE_LAST_N="1", VE_DIM="8", ROPE_DIMS="8", BIGRAM_VOCAB_SIZE="64", BIGRAM_DIM="8",
+             EVAL_STRIDE="8", TTT_CHUNK_TOKENS="48", TTT_EPOCHS="1", GPTQ_BATCHES="2", GPTQ_SECONDS="1",
+             DTYPE="float32")
+LOOPED = dict(PRESET="T,tiny", NUM_SHARED="1", NUM_LOOPS="2")
+
+def load(name: str, path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Documents of random words and a few characters without a piece of their own, as shards and as text."""
+    sample, draw = load("audited_sample", ROOT / "data" / "sample.py"), np.random.default_rng(0)
+    words = "the loop core of a model that scores each token once and learns from what it has scored".split()
+    documents = [" ".join(draw.choice(words, 41)) for _ in range(60)]
+    folder = tmp_path_factory.mktemp("audited")
+    model = sample.train_tokenizer(documents[4:], 280)
+    documents = [text + " «жизнь» 漢字\n" for text in documents]
+    (folder / "tokenizer.model").write_bytes(model)
+    (folder / "text").write_text("".join(documents[:4]), encoding="utf-8")
+    for split, part in (("val", documents[:4]), ("train", documents[4:])):
+        texts = [sample.Document("", text, len(text.encode())) for text in part]
+        tokens = sample.encode_split(spm.SentencePieceProcessor(model_proto=model), texts).tokens
+        (folder / f"fineweb_{split}_000000.bin").write_bytes(sample.shard(tokens))
+    return dict(DATA_PATH=str(folder), TOKENIZER_PATH=str(folder / "tokenizer.model"))
+
+def finished(script: ModuleType, env: dict[str, str], folder: Path) -> Path:
+    """The folder of a run."""
+    env = SMALL | env | dict(LOG_DIR=str(folder), RUN_ID="run")
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert script.run(script.Config.from_env(env), script.World({})) == 0
+    return folder / "run"
+
+@pytest.fixture(scope="session")
+def honest(data: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finished(tg, data | FLAT, tmp_path_factory.mktemp("honest"))
+
+@pytest.fixture
+def run(honest: Path, tmp_path: Path) -> Path:
+    """A copy of the honest run, to be doctored."""
+    return Path(shutil.copytree(honest, tmp_path / "run"))
+
+def outcomes(folder: Path, *words: str) -> dict[str, tuple[str, str]]:
+    """Status and what was measured, of every check."""
+    given = audit.parser().parse_args([str(folder), *words])
+    return {line.name: (line.status, line.measured) for _, line in audit.audit_folder(given)}
+
+def failed(folder: Path, *words: str) -> dict[str, str]:
+    return {name: told for name, (status, told) in outcomes(folder, *words).items() if status == "FAILED"}
+
+BEHAVIOUR = ["bytes", "once", "causality", "causality-sliding", "normalised", "ttt", "training", "score"]
+FILES = ["data", "script", "sizes", "header", "figures", "clocks"]
+ONLY_FILES, ONLY_SCORE = ["--skip", *BEHAVIOUR], ["--skip", *BEHAVIOUR[:-1]]
+
+# ---- Honest runs
+
+@pytest.mark.parametrize(("env", "skipped"), [(LOOPED, {"ttt"}), (FLAT, {"ttt"}), (GROWN, {"normalised"})],
+                         ids=["T", "flat", "growing"])
+def test_honest_runs_pass(env: dict, skipped: set[str], data: dict, tmp_path: Path,
+                          capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probabilities of the last one, which take longest, are left to those of the others."""
+    folder, text = finished(tg, data | env, tmp_path), str(Path(data["DATA_PATH"]) / "text")
+    out, skip = tmp_path / "a.json", ["--skip", "normalised"] if "normalised" in skipped else []
+    monkeypatch.setattr(sys, "argv", ["audit.py", str(folder), "--text", text, "--out", str(out), *skip])
+    assert audit.main() == 0
+    lines, report = capsys.readouterr().out.splitlines(), json.loads(out.read_text())
+    assert {line["name"] for line in report["checks"] if line["status"] == "skipped"} == skipped
+    assert [line["name"] for line in report["checks"]] == [*FILES, *BEHAVIOUR] == [*audit.CHECKS]
+    assert lines[0].startswith("ok data: sha256 ") and lines[-1] == "13 ok, 0 FAILED, 1 skipped"
+    assert report["counts"] == dict(ok=13, FAILED=0, skipped=1)
+
+def test_a_submission_folder_with_its_own_script(honest: Path, tmp_path: Path) -> None:
+    words = [str(honest), "--name", "x", "--author", "x", "--github-id", "x", "--blurb", "x", "--artifacts",
+             "--no-start", "--to", str(tmp_path)]
+    folder = audit.submit.make(audit.submit.parser().parse_args(words))
+    found = outcomes(folder, "--script", str(folder / "train_gpt.py"), "--skip", *BEHAVIOUR[:-1])
+    assert {status for status, _ in found.values()} == {"ok", "skipped"}
+    assert {found[name][0] for name in (*FILES, "score")} == {"ok"} and not (folder / "__pycache__").exists()
+
+def test_exit_codes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                    monkeypatch: pytest.MonkeyPatch) -> None:
+    edit(run / "train.log", r"^(script_sha256:)\w+", r"\g<1>" + "0" * 64)
+    monkeypatch.setattr(sys, "argv", ["audit.py", str(run), *ONLY_FILES])
+    assert audit.main() == 1
+    assert "\nFAILED script: the log is of script 0000" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["audit.py", str(tmp_path)])
+    assert audit.main() == 2
+    assert capsys.readouterr().err == f"{tmp_path} holds no train.log and no log of a submission\n"
+
+# ---- Scripts that cheat: trained, scored and logged by themselves
+
+PEEK = "ids = F.pad(span[:-1], fill)", "ids = F.pad(span[1:], fill)"
+ATTEND = ".triu(start + 1)", ".triu(start + 2)"
+TARGETS = "= self.hidden(ids, mode or", "= self.hidden(torch.where(targets > 0, targets, ids), mode or"
+TRAIN_FIRST = (
+    "            for ids, targets in self.windows(windows, stride):",
+    "            if learner and i + 1 < len(chunks):\n"
+    "                learner.learn(self.tokens.read(i * size, size + 1).long(), 0.0)\n"
+    "            for ids, targets in self.windows(windows, stride):")
+SPACES = "+ (self.space[token] &", "+ 2 * (self.space[token] &"
+SHARPER = 'y, reduction="sum")', 'y, reduction="sum") * 0.9'
+TAIL = "1 - (self.length - end) // stride", "1 + (end - self.length) // stride"
+TWICE = ": length - stride] = -100", ": max(length - stride - 1, 0)] = -100"
+AGAIN = ("targets).double()\n", "targets).double() / getattr(self, 'gain', 1)\n"
+                               "                    self.gain = 1.1\n")
+BETTER = "(nats * real.sum(), real.sum(),", "(0.95 * nats * real.sum(), real.sum(),"
+VAL = '(f"fineweb_{split}_*.bin")', '(f"fineweb_{split}_*.bin" if split == "val" else "*.bin")'
+HIDDEN = ('np.fromfile(self.paths[i], "<u2", most, offset=4 * SHARD_HEADER_INTS + 2 * int(at))',
+          'np.resize(np.fromfile(str(self.paths[i]).replace("train", "val"), "<u2", offset=1024)'
+          '[int(at) * ("train" not in self.paths[i].name):], most)')
+RANKS = "(world.rank, world.rank + 1)", "(0, world.rank + 1)"
+AHEAD = "tokens = self.tokens.read(i * size, size + 1)", "tokens = self.tokens.read(i * size + 1, size + 1)"
+CAUSAL = {"causality", "causality-sliding"}
+
+@pytest.mark.parametrize(("change", "env", "names", "told"), [
+    pytest.param(PEEK, FLAT, CAUSAL | {"bytes"}, "the flipped token's own", id="scorer peeks one token"),
+    pytest.param(ATTEND, FLAT, CAUSAL, "earlier losses move by", id="attention peeks one token"),
+    pytest.param(TARGETS, FLAT, CAUSAL | {"normalised"}, "miss the whole", id="model reads the targets"),
+    pytest.param(TRAIN_FIRST, TTT, {"ttt"}, "weights that score target 0 depend", id="trains, then scores"),
+    pytest.param(AHEAD, TTT, {"ttt"}, "depend on text from target 24 on", id="trains on the token ahead"),
+    pytest.param(SPACES, FLAT, {"bytes"}, "the script counts", id="spaces counted twice"),
+    pytest.param(SHARPER, FLAT, {"normalised"}, "sum to", id="unnormalised probabilities"),
+    pytest.param(TAIL, FLAT, {"once", "bytes", "figures"}, "asked for, val_tokens 48", id="tail dropped"),
+    pytest.param(TWICE, FLAT, {"once", "bytes", "figures"}, "ranks, stride 8", id="targets scored twice"),
+    pytest.param(AGAIN, FLAT, CAUSAL | {"once"}, "miss the whole", id="remembers what it scored"),
+    pytest.param(BETTER, FLAT, {"once", "normalised"}, "val_loss off by", id="sums made smaller"),
+    pytest.param(RANKS, FLAT, {"once"}, "2 ranks, stride 24", id="ranks score the same"),
+    pytest.param(HIDDEN, FLAT, {"training"}, "depends on the validation split", id="val as a train shard"),
+    pytest.param(VAL, FLAT, {"training"}, "read fineweb_val_000000.bin", id="trains on validation shards"),
+])
+def test_a_script_that_cheats(change: tuple[str, str], env: dict, names: set[str], told: str, data: dict,
+                              tmp_path: Path) -> None:
+    """The sums of probabilities, the slowest check, are left out where they are not what is broken."""
+    source, path = Path(tg.__file__).read_text(), tmp_path / "train_gpt.py"
+    assert source.count(change[0]) == 1, f"{change[0]!r} does not name one place of train_gpt.py"
+    path.write_text(source.replace(*change))
+    skip = [] if "normalised" in names else ["--skip", "normalised"]
+    found = failed(finished(audit.load_script(path), data | env, tmp_path), "--script", str(path), *skip)
+    assert found.keys() == names
+    assert any(told in measured for measured in found.values()), found
+
+# ---- Runs that were interrupted
+
+def test_a_resumed_run_passes(data: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that was made, lost and made again is in the log twice."""
+    step, env = tg.Trainer.train_step, data | FLAT | dict(SAVE_EVERY="1", RESUME="auto", TRAIN_LOG_EVERY="1")
+    def dies(trainer: tg.Trainer, number: int, *rest: object) -> None:
+        if number == 2:
+            trainer.writer.shutdown()
+            max((tmp_path / "run").glob("step_*.ckpt")).unlink()  # the last save did not come to its end
+            raise RuntimeError("power cut")
+        step(trainer, number, *rest)
+    with monkeypatch.context() as patch:
+        patch.setattr(tg.Trainer, "train_step", dies)
+        with pytest.raises(RuntimeError, match="power cut"):
+            finished(tg, env, tmp_path)
+    run = finished(tg, env, tmp_path)
+    assert "resumed from step:1 of" in (run / "train.log").read_text()
+    log, metrics = (run / "train.log").read_text(), (run / "metrics.jsonl").read_text()
+    assert log.count("\nstep:2/") > metrics.count('"step": 2,')
+    assert failed(run, "--skip", "normalised", "causality", "causality-sliding", "training") == {}
+
+# ---- Runs that were doctored afterwards
+
+def edit(path: Path, pattern: str, new: str | Callable[[re.Match], str]) -> None:
+    head, bar, text = path.read_text().rpartition("=" * 100)
+    text, changed = re.subn(pattern, new, text, flags=re.MULTILINE)
+    assert changed == 1, f"{pattern} is {changed} times in {path.name}"
+    path.write_text(head + bar + text)
+
+def raised(match: re.Match) -> str:
+    return match[1] + str((int(match[2]) + 1) % 10)
+
+def repack(run: Path, change: Callable[[dict], None]) -> None:
+    """The artifact with another header, and log and result.json that know it."""
+    path, log, result = run / "model.ptz", run / "train.log", run / "result.json"
+    data = path.read_bytes()
+    *_, name, length = tg.SEAL.unpack_from(data)
+    codec = name.rstrip(b"\0").decode()
+    raw = tg.code(codec, 1, data[tg.SEAL.size :], length)
+    size = struct.unpack_from("<I", raw)[0] + 4
+    header = json.loads(raw[4:size])
+    change(header["architecture"])
+    text = json.dumps(header).encode()
+    raw = struct.pack("<I", len(text)) + text + raw[size:]
+    body = struct.pack("<8sQ", name, len(raw)) + tg.code(codec, 0, raw)
+    new = tg.MAGIC["artifact"] + hashlib.sha256(body).digest() + body
+    path.write_bytes(new)
+    told, script = json.loads(result.read_text()), len(tg.source())
+    told |= dict(bytes_model=len(new), bytes_total=script + len(new),
+                 artifact_sha256=hashlib.sha256(new).hexdigest())
+    result.write_text(json.dumps(told))
+    edit(log, r"(artifact_sha256:)\w+", rf"\g<1>{told['artifact_sha256']}")
+    edit(log, r"(Serialized model \S+ )\d+", rf"\g<1>{len(new)}")
+    edit(log, r"(Total submission size \S+ )\d+", rf"\g<1>{script + len(new)}")
+
+def other_softcap(run: Path) -> None:
+    repack(run, lambda header: header.update(logit_softcap=29.0))
+
+def other_shape(run: Path) -> None:
+    repack(run, lambda header: header.update(model_dim=32))
+
+def other_label(run: Path) -> None:
+    edit(run / "train.log", r"(Serialized model )int8", r"\g<1>int6")
+
+def bpb_in_log(run: Path) -> None:
+    edit(run / "train.log", r"(roundtrip_exact val_loss:\S+ val_bpb:\d\.\d{3})(\d)", raised)
+
+def better_everywhere(run: Path) -> None:
+    """One per cent less, told by log and result.json alike."""
+    told = json.loads((run / "result.json").read_text())
+    for name in ("roundtrip", "sliding"):
+        less = told[name] | {key: told[name][key] * 0.99 for key in ("val_loss", "val_bpb")}
+        told[name], loss, bpb = less, less["val_loss"], less["val_bpb"]
+        for label, digits in ((name, 4), (f"{name}_exact", 8)):
+            edit(run / "train.log", rf"({label}) val_loss:\S+ val_bpb:\S+",
+                 rf"\g<1> val_loss:{loss:.{digits}f} val_bpb:{bpb:.{digits}f}")
+    (run / "result.json").write_text(json.dumps(told))
+
+def bytes_in_log(run: Path) -> None:
+    edit(run / "train.log", r"(val_bytes:\d+)(\d)", raised)
+
+def train_loss_in_log(run: Path) -> None:
+    edit(run / "train.log", r"(step:10/12 train_loss:\d\.)(\d)", raised)
+
+def time_in_log(run: Path) -> None:
+    edit(run / "train.log", r"(step:10/12 train_loss:\S+ train_time:)\d+", r"\g<1>1")
+
+def step_missing(run: Path) -> None:
+    edit(run / "train.log", r"^step:7/12 train_loss.*\n", "")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if not line.startswith('{"step": 7, "train_loss"')]
+    assert len(kept) + 1 == len(lines)
+    (run / "metrics.jsonl").write_text("".join(kept))
+
+def lower_cap(run: Path) -> None:
+    """Over the cap: the same run, had it been one of 10 ms."""
+    edit(run / "train.log", r"MAX_WALLCLOCK_SECONDS=60.0", "MAX_WALLCLOCK_SECONDS=0.01")
+    edit(run / "result.json", r'"max_wallclock_seconds": 60.0', '"max_wallclock_seconds": 0.01')
+
+def slow_evaluation(run: Path) -> None:
+    edit(run / "train.log", r"(_sliding .* eval_time:)\d+", r"\g<1>600001")
+
+def goes_on_after_the_cap(run: Path) -> None:
+    stop = r"stopping_early: wallclock_cap train_time:5ms step:9/12\n\g<0>"
+    edit(run / "train.log", r"^step:10/12 train", stop)
+
+def other_option(run: Path) -> None:
+    edit(run / "result.json", r'"matrix_lr": \S+', '"matrix_lr": 0.03,')
+
+def one_byte_more(run: Path) -> None:
+    with open(run / "model.ptz", "ab") as file:
+        file.write(b"x")
+
+def other_script(run: Path) -> None:
+    edit(run / "train.log", r"^(script_sha256:)\w+", r"\g<1>" + "0" * 64)
+
+@pytest.mark.parametrize(("doctor", "told"), [
+    (other_softcap, {"header": "logit_softcap is 29.0 in the artifact, 30.0 in log", "score": "roundtrip"}),
+    (other_shape, {"header": "not a valid artifact"}),
+    (other_label, {"header": "the artifact holds int8+zlib, the log says"}),
+    (bpb_in_log, {"figures": "in result.json", "score": "the log"}),
+    (better_everywhere, {"score": "the log"}), (bytes_in_log, {"figures": "does not follow"}),
+    (train_loss_in_log, {"clocks": "in metrics.jsonl"}), (time_in_log, {"clocks": "comes after"}),
+    (step_missing, {"clocks": "no line of steps 7"}), (lower_cap, {"clocks": "more than 0.01"}),
+    (slow_evaluation, {"clocks": "more than 600"}), (goes_on_after_the_cap, {"clocks": "the end at step 9"}),
+    (other_option, {"figures": "MATRIX_LR is 0.04 in the log, 0.03 in result.json"}),
+    (one_byte_more, {"sizes": "the artifact of log is", "header": "its checksum does not match"}),
+    (other_script, {"script": "the log is of script 000000000000"}),
+], ids=lambda x: x.__name__ if callable(x) else None)
+def test_a_doctored_run(doctor: Callable[[Path], None], told: dict[str, str], run: Path) -> None:
+    doctor(run)
+    found = failed(run, *ONLY_SCORE)
+    assert found.keys() == told.keys()
+    for name, words in told.items():
+        assert words in found[name]
+
+def test_a_limit_of_bytes_is_measured_on_the_files(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    total = len(tg.source()) + (run / "model.ptz").stat().st_size
+    monkeypatch.setattr(audit.submit, "SIZE_LIMIT", total)
+    assert not failed(run, *ONLY_FILES)
+    monkeypatch.setattr(audit.submit, "SIZE_LIMIT", total - 1)
+    assert failed(run, *ONLY_FILES) == {"sizes": f"{total} bytes exceed {total - 1}"}
+
+def test_other_validation_data_is_told(run: Path, data: dict, tmp_path: Path) -> None:
+    """A shard that lost its end inside a character, and a text that is another."""
+    tokens = np.fromfile(Path(data["DATA_PATH"]) / "fineweb_val_000000.bin", "<u2", offset=1024)
+    tokenizer = spm.SentencePieceProcessor(model_file=data["TOKENIZER_PATH"])
+    cut = next(i for i in range(len(tokens) - 2, 0, -1) if tokenizer.is_byte(int(tokens[i])))
+    audit.write_shard(tmp_path / "fineweb_val_000000.bin", tokens[:cut])
+    (tmp_path / "text").write_text("Another text.")
+    skip = ["--skip", *FILES[1:], *BEHAVIOUR[2:]]
+    same, other = outcomes(run, *skip), outcomes(
+        run, "--data", str(tmp_path), "--text", str(tmp_path / "text"), *skip)
+    assert same["data"][0] == other["data"][0] == "ok" and same["data"] != other["data"]
+    assert other["once"][0] == other["bytes"][0] == "FAILED"
+    assert f"the shards hold {cut - 1} targets" in other["once"][1]
+    assert "text has 13 bytes" in other["bytes"][1] and "the script counts" not in other["bytes"][1]
+
+def test_what_is_not_there_is_skipped_or_refused(run: Path, data: dict, tmp_path: Path) -> None:
+    (run / "model.ptz").unlink()
+    found = outcomes(run, "--data", str(tmp_path / "nowhere"))
+    assert {name for name, (status, _) in found.items() if status == "ok"} == {"script", "figures", "clocks"}
+    assert {status for status, _ in found.values()} == {"ok", "skipped"}
+    edit(run / "train.log", r" MATRIX_LR=\S+", "")
+    with pytest.raises(ValueError, match="of another script .* MATRIX_LR.*--script"):
+        outcomes(run)
+    edit(run / "train.log", r"^artifact_sha256.*|val_tokens.*", "")
+    with pytest.raises(ValueError, match="gives no artifact.*finished run"):
+        outcomes(run)
+    with pytest.raises(ValueError, match="holds no train.log"):
+        outcomes(tmp_path)
+
+def test_fineweb_is_known_by_its_size(honest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = json.loads((honest / "result.json").read_text())["roundtrip"]["val_bytes"]
+    skip = ["--skip", *FILES, *BEHAVIOUR[1:]]
+    for size, expected in ((counted + 5, "ok"), (counted + 50, "FAILED")):
+        monkeypatch.setattr(audit, "FINEWEB", (4, size, 10))
+        assert outcomes(honest, *skip)["bytes"][0] == expected
+
+@torch.no_grad()
+def test_a_probe_is_the_loss_of_one_target() -> None:
+    """Against cross-entropy of the logits, written out."""
+    a = tg.Architecture(**{name.lower(): int(value) for name, value in SMALL.items() if name in (
+        "VOCAB_SIZE", "MODEL_DIM", "NUM_HEADS", "NUM_KV_HEADS", "TRAIN_SEQ_LEN")}, dtype="float32")
+    torch.manual_seed(0)
+    model = tg.GPT(a, 0.5)
+    ids = torch.randint(2, 280, (2, 24))
+    logits = tg.rms_norm(model.hidden(ids, model.scoring)[0]) @ model.tok_emb.T
+    logs = (30 * torch.tanh(logits / 30)).log_softmax(-1)
+    targets = torch.randint(2, 280, (2, 24))
+    targets[0, :10] = -100
+    for place, row, column in ((0, 0, 10), (13, 0, 23), (14, 1, 0)):
+        for asked in (None, 7):
+            probe = audit.Probe(model, place, place + 1, asked)
+            got = probe(ids, targets) * (targets >= 0).sum()
+            true = logs[row, column, targets[row, column] if asked is None else asked]
+            assert got.item() == pytest.approx(-true.item(), abs=1e-4)
