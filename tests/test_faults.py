@@ -1,0 +1,241 @@
+"""Runs that are killed, stopped or damaged, and go on. records/faults.py does this at a larger scale.
+
+Ranks are forked from a server that has imported PyTorch: a run takes a second, and ten under torchrun.
+"""
+import json
+import math
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt as tg
+
+STEPS, FAULT_STEP = 10, 5  # steps of a run; where the fault is, from 0
+SMALL = dict(
+    PRESET="T,tiny", MODEL_DIM="32", NUM_HEADS="2", NUM_KV_HEADS="1", NUM_LOOPS="2",
+    PASSES_SCHEDULE="0:1,4:2", AVERAGE="ema", DTYPE="float32", TRAIN_SEQ_LEN="64", TRAIN_BATCH_TOKENS="512",
+    VAL_BATCH_SIZE="4096", ITERATIONS=str(STEPS), WARMDOWN_ITERS="4", WARMUP_STEPS="0", SAVE_EVERY="2",
+    MAX_WALLCLOCK_SECONDS="0", TRAIN_LOG_EVERY="1", MATRIX_LR="0.01", SCALAR_LR="0.01", TIED_EMBED_LR="0.02",
+    RESUME="auto")
+
+# ---- 1. Ranks --------------------------------------------------------------------------------------------
+
+def spoil(fault: str, last: bool) -> None:
+    """Makes a fault happen in this process: a signal to itself, inside a save or in FAULT_STEP of the `last`
+    rank, or a loss that is not a number there."""
+    train_step, write = tg.Trainer.train_step, tg.write_atomically
+    def broken(self: tg.Trainer, step: int, *rest: Any) -> None:
+        forward, here = self.forward, last and step == FAULT_STEP
+        if here and fault == "nan":
+            self.forward = lambda *args: forward(*args) * math.nan
+        elif here and fault.startswith("SIG"):
+            os.kill(os.getpid(), signal.Signals[fault])
+        train_step(self, step, *rest)
+        self.forward = forward
+    def cut(path: Path, data: bytes) -> None:
+        if path.suffix == ".ckpt" and str(FAULT_STEP + 1) in path.stem:
+            path.with_name(path.name + ".tmp").write_bytes(data[: len(data) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(path, data)
+    tg.Trainer.train_step, tg.write_atomically = broken, cut if fault == "save" else write
+
+def rank(env: dict[str, str], fault: str, out: Path) -> None:
+    """What a process does: one rank. Its output goes to `out`, and the sum of its weights after training."""
+    with open(out, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    for name in os.environ.keys() & {name.upper() for name in tg.Config.__dataclass_fields__}:
+        del os.environ[name]
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    spoil(fault, int(env["RANK"]) == int(env["WORLD_SIZE"]) - 1)
+    train = tg.Trainer.train
+    def traced(self: tg.Trainer, *rest: Any) -> Any:
+        done = train(self, *rest)
+        weights = sum(p.double().sum().item() for p in self.params)
+        print(f"skipped {int(self.numbers[0])} weights {weights!r}", flush=True)
+        return done
+    tg.Trainer.train = traced
+    os._exit(tg.main())
+
+def launch(env: dict[str, str], ranks: int, fault: str = "") -> tuple[list[int], list[str]]:
+    """Runs all ranks; their exit codes (-9: killed) and outputs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE=str(ranks))
+    server, processes, outs = multiprocessing.get_context("forkserver"), [], []
+    server.set_forkserver_preload(["torch._dynamo", "train_gpt"])
+    for i in range(ranks):
+        outs.append(Path(env["LOG_DIR"]) / f"{env['RUN_ID']}.{time.monotonic_ns()}.out")
+        processes.append(server.Process(target=rank, args=(env | place | {"RANK": str(i)}, fault, outs[-1])))
+        processes[-1].start()
+    for process in processes:
+        process.join(60)
+        process.kill()
+        process.join()
+    return [process.exitcode for process in processes], [out.read_text() for out in outs]
+
+def metrics(folder: Path) -> list[tuple[int, float]]:
+    """Step and training loss, as logged."""
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [(row["step"], row["train_loss"]) for row in rows if "train_loss" in row]
+
+def artifact(folder: Path) -> bytes:
+    return (folder / tg.ARTIFACT).read_bytes()
+
+@pytest.fixture(scope="module")
+def env(corpus: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return corpus | SMALL | {"LOG_DIR": str(tmp_path_factory.mktemp("faults"))}
+
+@pytest.fixture(scope="module")
+def whole(env: dict[str, str]) -> list[Path]:
+    """Folders of an uninterrupted run on one rank, and of one on two."""
+    for ranks in (1, 2):
+        codes, texts = launch(env | {"RUN_ID": f"whole{ranks}"}, ranks)
+        assert codes == [0] * ranks, texts
+    return [Path(env["LOG_DIR"]) / f"whole{ranks}" for ranks in (1, 2)]
+
+@pytest.fixture(scope="module")
+def killed(env: dict[str, str]) -> Path:
+    """Folder of a run that was killed inside the save after step 6."""
+    codes, texts = launch(env | {"RUN_ID": "killed"}, 1, "save")
+    assert codes == [-signal.SIGKILL], texts
+    return Path(env["LOG_DIR"]) / "killed"
+
+@pytest.fixture(scope="module")
+def stopped(env: dict[str, str]) -> Path:
+    """Folder of a run on two ranks of which the second got SIGTERM in step 6."""
+    codes, texts = launch(env | {"RUN_ID": "stopped"}, 2, "SIGTERM")
+    assert codes == [tg.EXIT_STOPPED] * 2, texts
+    assert all(f"[rank {i}] step 6: stopped by SIGTERM" in text for i, text in enumerate(texts))
+    return Path(env["LOG_DIR"]) / "stopped"
+
+def copied(env: dict[str, str], folder: Path, name: str) -> dict[str, str]:
+    """Variables of a run that goes on in a copy of `folder`."""
+    shutil.copytree(folder, Path(env["LOG_DIR"]) / name)
+    return env | {"RUN_ID": name}
+
+def resume(env: dict[str, str]) -> Path:
+    """Ends a run in this process; its folder."""
+    config = tg.Config.from_env(env)
+    assert tg.run(config, tg.World({})) == 0
+    return Path(config.log_dir) / config.run_id
+
+# ---- 2. Tests --------------------------------------------------------------------------------------------
+
+def test_killed_inside_a_save_and_resumed_to_the_last_bit(env: dict, whole: list[Path], killed: Path) -> None:
+    assert sorted(path.name for path in killed.glob("*ckpt*")) == [
+        "step_00000002.ckpt", "step_00000004.ckpt", "step_00000006.ckpt.tmp"]
+    with open(killed / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "train_l')  # cut off as well
+    codes, texts = launch(copied(env, killed, "killed_resumed"), 1)
+    assert codes == [0] and "resumed from step:4 of" in texts[0]
+    folder = Path(env["LOG_DIR"]) / "killed_resumed"
+    assert artifact(folder) == artifact(whole[0]) and metrics(folder) == metrics(whole[0])
+    assert [step for step, _ in metrics(folder)] == [*range(1, STEPS + 1)]
+
+def test_one_damaged_checkpoint_is_passed_over_two_are_refused(env: dict, whole: list, killed: Path) -> None:
+    names = copied(env, killed, "flipped")
+    first, last = sorted((Path(env["LOG_DIR"]) / "flipped").glob("*.ckpt"))
+    for path in (last, first):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+        if path == last:
+            folder = resume(copied(names, path.parent, "flipped_last"))
+            log = (folder / "train.log").read_text()
+            assert "step_00000004.ckpt is damaged" in log and "resumed from step:2 of" in log
+            assert artifact(folder) == artifact(whole[0]) and metrics(folder) == metrics(whole[0])
+    with pytest.raises(tg.InputError, match=r"RESUME=auto: .*step_00000004.ckpt is damaged"):
+        resume(names)
+
+@pytest.mark.parametrize(("name", "value"), [("MATRIX_LR", "0.02"), ("SEED", "1"), ("MODEL_DIM", "64")])
+def test_another_configuration_is_refused(env: dict, killed: Path, name: str, value: str) -> None:
+    names = copied(env, killed, f"other_{name}")
+    with pytest.raises(tg.InputError, match=f"{name} was {env.get(name, 1337)}, is {value}"):
+        resume(names | {name: value})
+
+def test_a_finished_run_is_refused(env: dict, whole: list[Path]) -> None:
+    before = artifact(whole[0])
+    with pytest.raises(tg.InputError, match="holds a finished run"):
+        resume(env | {"RUN_ID": "whole1"})
+    assert artifact(whole[0]) == before
+
+def test_stopped_on_two_ranks_and_resumed_to_the_last_bit(env: dict, whole: list, stopped: Path) -> None:
+    codes, texts = launch(copied(env, stopped, "stopped_resumed"), 2)
+    assert codes == [0, 0], texts
+    assert "resumed from step:6 of" in texts[0]
+    folder = Path(env["LOG_DIR"]) / "stopped_resumed"
+    assert artifact(folder) == artifact(whole[1]) and metrics(folder) == metrics(whole[1])
+
+def test_resumed_on_another_number_of_ranks(env: dict, whole: list[Path], stopped: Path) -> None:
+    one, two = metrics(resume(copied(env, stopped, "on_one"))), metrics(whole[1])
+    assert [step for step, _ in one] == [step for step, _ in two]
+    assert [loss for _, loss in one] == pytest.approx([loss for _, loss in two], abs=1e-4)
+
+def test_a_killed_rank_ends_the_other_within_seconds(env: dict) -> None:
+    began = time.perf_counter()
+    codes, texts = launch(env | {"RUN_ID": "lost", "SAVE_EVERY": "0"}, 2, "SIGKILL")
+    assert codes == [tg.EXIT_LOST, -signal.SIGKILL], texts
+    assert time.perf_counter() - began < 30
+    assert re.search(r"^\[rank 0\] step 6: lost ranks: \[1\]", texts[0], re.MULTILINE)
+    assert [path.name for path in (Path(env["LOG_DIR"]) / "lost").glob("*.ckpt")] == ["step_00000005.ckpt"]
+
+def test_a_step_that_is_not_finite_is_left_out_on_all_ranks(env: dict) -> None:
+    codes, texts = launch(env | {"RUN_ID": "nan"}, 2, "nan")
+    assert codes == [0, 0], texts
+    first, second = (re.findall(r"^skipped 1 weights .*$", text, re.MULTILINE) for text in texts)
+    assert first == second and len(first) == 1
+
+def test_begun_again_at_step_0_every_step_is_logged_once(env: dict, whole: list, killed: Path) -> None:
+    names = copied(env, killed, "nothing_saved")
+    for path in (Path(env["LOG_DIR"]) / "nothing_saved").glob("*.ckpt"):
+        path.unlink()
+    folder = resume(names)
+    assert artifact(folder) == artifact(whole[0]) and metrics(folder) == metrics(whole[0])
+
+def test_data_that_cannot_be_read_end_a_run_that_can_go_on(
+        env: dict, whole: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    names, micro = env | {"RUN_ID": "unread", "SAVE_EVERY": "0"}, tg.Batches.micro
+    def broken(self: tg.Batches, step: int) -> Any:
+        if step == FAULT_STEP:
+            raise OSError("the disk is gone")
+        return micro(self, step)
+    monkeypatch.setattr(tg.Batches, "micro", broken)
+    with pytest.raises(OSError, match="the disk is gone"):
+        resume(names)
+    monkeypatch.undo()
+    folder = resume(names)
+    assert f"resumed from step:{FAULT_STEP} of" in (folder / "train.log").read_text()
+    assert artifact(folder) == artifact(whole[0])
+
+def test_restarts_on_several_nodes_with_a_store_that_is_used_are_refused() -> None:
+    env = dict(RANK="0", WORLD_SIZE="2", TORCHELASTIC_MAX_RESTARTS="1", TORCHELASTIC_USE_AGENT_STORE="True",
+               GROUP_WORLD_SIZE="2")
+    with pytest.raises(tg.InputError, match="needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        tg.World(env)
+
+def test_training_draws_no_random_numbers(env: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Why a checkpoint holds no random state."""
+    states, train = [], tg.Trainer.train
+    def state() -> str:
+        return repr((torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()))
+    def watched(*args: Any) -> Any:
+        states.append(state())
+        done = train(*args)
+        states.append(state())
+        return done
+    monkeypatch.setattr(tg.Trainer, "train", watched)
+    resume(env | {"RUN_ID": "random", "ITERATIONS": "4", "WARMDOWN_ITERS": "0", "SAVE_EVERY": "0"})
+    assert states[0] == states[1]
