@@ -9,8 +9,8 @@ Shapes: B sequences, T tokens, D model width, H query heads, K key/value heads, 
 R effective layers. Parameters, tables, optimizer states are float32; operands and residual stream DTYPE.
 """
 from __future__ import annotations
-import contextlib, ctypes, datetime, functools, hashlib, importlib, itertools, json, lzma, math  # noqa: E401
-import os, platform, re, signal, struct, sys, time, traceback, uuid, zlib  # noqa: E401
+import contextlib, ctypes, datetime, difflib, functools, hashlib, importlib, itertools, json  # noqa: E401
+import lzma, math, os, platform, re, signal, struct, sys, time, traceback, uuid, zlib  # noqa: E401
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 import numpy as np, sentencepiece as spm  # noqa: E401
 import torch, torch.distributed as dist, torch.nn.functional as F  # noqa: E401
-from torch import Tensor, nn
+from torch import Tensor, nn, zeros_like
 
 # ---- 1. Configuration ------------------------------------------------------------------------------------
 class InputError(ValueError):
@@ -44,13 +44,6 @@ def parse(name: str, text: str, kind: Any) -> Any:
         raise InputError(f"{name}={text!r} is not {'an integer' if kind is int else 'a number'}") from None
 def show(value: Any) -> str:
     return str(int(value)) if isinstance(value, bool) else str(value)
-def edit_distance(a: str, b: str) -> int:
-    """Insertions, deletions, substitutions and swaps of neighbours that turn a into b."""
-    d = {(i, 0): i for i in range(len(a) + 1)} | {(0, j): j for j in range(len(b) + 1)}  # of a[:i] and b[:j]
-    for i, j in itertools.product(range(1, len(a) + 1), range(1, len(b) + 1)):
-        swap = d[i - 2, j - 2] + 1 if i > 1 < j and a[i - 2 : i] == b[j - 2 : j][::-1] else math.inf
-        d[i, j] = min(d[i - 1, j] + 1, d[i, j - 1] + 1, d[i - 1, j - 1] + (a[i - 1] != b[j - 1]), swap)
-    return d[len(a), len(b)]
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
@@ -194,10 +187,8 @@ class Config(Architecture):
         """Defaults, presets, then explicit variables; InputError for what is unknown, malformed or inert."""
         kinds = {name.upper(): kind for name, kind in get_type_hints(cls).items()} | {"USE_DEPTH_EMBED": bool}
         for name in env.keys() - kinds.keys():
-            alike = ((edit_distance(name, k), k) for k in kinds if len({*k} ^ {*name}) <= 4)  # by 2 edits
-            edits, known = min(alike, default=(math.inf, ""))
-            require(edits > (2 if len(known) > 5 else 1),
-                    f"{name} is not an option; did you mean {known}? (unset it to go on)")
+            alike = difflib.get_close_matches(name, kinds, 1, 0.8)  # spares the names of usual environments
+            require(not alike, f"{name} is not an option; did you mean {' '.join(alike)}? (or unset it)")
         explicit = {n.lower(): parse(n, env[n], kind) for n, kind in kinds.items() if n in env}
         if "use_depth_embed" in explicit:  # public name; learned in series 4 of PR 855, sinusoidal in 5
             require("DEPTH_EMBED" not in env, "USE_DEPTH_EMBED and DEPTH_EMBED are both set; drop one")
@@ -326,8 +317,9 @@ class World:
         if self.asked and not training:
             raise Ended(EXIT_STOPPED, f"{place}: stopped by {self.asked}")
     def interrupt(self, number: int, _: Any) -> None:
-        self.asked = signal.Signals(number).name
-        self.enter(self.place, self.training)
+        if not self.asked:  # torchrun sends once more what all have got from a terminal, amid the save
+            self.asked = signal.Signals(number).name
+            self.enter(self.place, self.training)
     def meet(self, call: Callable[..., Any], x: Any, *values: Any) -> Any:
         """`x` after call(x, *values) with all ranks; Ended if one is gone or late (30 minutes: packing)."""
         try:
@@ -372,6 +364,9 @@ class Log:
     def __init__(self, folder: Path, is_main: bool, tracker: str = "none") -> None:
         self.folder, self.metrics, self.is_main = folder, folder / "metrics.jsonl", is_main
         self.watched, self.tracker = is_main and sys.stderr.isatty(), tracker if is_main else "none"
+    def size(self) -> int:
+        """Bytes of metrics."""
+        return self.metrics.stat().st_size if self.metrics.exists() else 0
     def to_file(self, text: str, name: str = "train.log") -> None:
         if self.is_main:
             try:
@@ -443,7 +438,7 @@ def unseal(kind: str, data: bytes, source: str, limit: int, read: Callable[..., 
             f"{source} is damaged or truncated: its checksum does not match; copy it again")
     try:
         *_, name, length = SEAL.unpack_from(data)
-        require(4 <= length <= min(limit, 128 * len(data)), f"impossible length {length}")  # weights: 42
+        require(4 <= length <= min(limit, 128 * len(data)), f"impossible length {length}")  # a bomb
         codec = name.rstrip(b"\0").decode()
         raw = code(codec, 1, data[SEAL.size :], length)
         require(len(raw) == length, f"{length} bytes announced, {len(raw)} found")
@@ -864,7 +859,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, params: list[nn.Parameter], lr: float, momentum: float, steps: int, decay: float = 0):
         super().__init__(params, dict(lr=lr, momentum=momentum))
         self.steps, self.decay = steps, decay
-        self.state.update({p: dict(velocity=torch.zeros_like(p)) for p in params})
+        self.state.update({p: dict(velocity=zeros_like(p)) for p in params})
         self.dtype, self.iterate = torch.bfloat16 if params[0].is_cuda else torch.float32, newton_schulz
     @torch.no_grad()
     def step(self) -> None:
@@ -888,16 +883,14 @@ class Muon(torch.optim.Optimizer):
 def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
     """[Adam, Muon]. Every parameter is in exactly one group, chosen by its role."""
     params = list(model.parameters())
-    matrices = [p for p in params if ROLES[p.role].optimizer == "muon"]
     groups = [dict(params=[p for p in params if p.role == name], lr=getattr(config, role.lr),
                    weight_decay=config.adam_wd if role.decays or config.decay_scalars else 0.0)
               for name, role in ROLES.items() if role.optimizer == "adam"]
     adam = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
     for p in (p for group in groups for p in group["params"]):  # made now, checkpoints always have one form
-        moments = dict(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-        adam.state[p] = dict(step=p.new_zeros(()), **moments)
+        adam.state[p] = dict(step=p.new_zeros(()), exp_avg=zeros_like(p), exp_avg_sq=zeros_like(p))
     options = config.matrix_lr, config.muon_momentum, config.muon_backend_steps, config.muon_wd
-    return [adam, Muon(matrices, *options)]
+    return [adam, Muon([p for p in params if ROLES[p.role].optimizer == "muon"], *options)]
 def lr_factor(config: Config, step: int, seconds: float) -> float:
     """Fraction of the learning rates: falls to 0 over the last WARMDOWN_ITERS steps, or their time."""
     span, cap = config.warmdown_iters, config.training_seconds
@@ -936,7 +929,8 @@ class Clock:
             self.step, self.seconds = step, seen[0][0]
             soon = min(self.cap - self.seconds, 10) / self.per_step / 2  # in half of what is left, or 5 s
             self.due = step + int(min(max(soon, 1), 10))
-            self.asked = max(asked for _, asked in seen)
+            if asked := max(asked for _, asked in seen):
+                self.asked = self.world.asked = asked
         return self.seconds + (step - self.step) * self.per_step
 RUNGS = ("model", "block", "off")  # of COMPILE
 BACKEND = torch.nn.attention.SDPBackend
@@ -977,7 +971,8 @@ class Trainer:
             self.optimizers[1].iterate = torch.compile(newton_schulz, dynamic=False)
         self.step, self.clock = 0, Clock(self.world, self.config.training_seconds)  # steps made
         self.average = [p.detach().clone() for p in self.params if self.config.average != "none"]
-        self.averaged, self.writer = 0, ThreadPoolExecutor(1)  # weights in it; who writes checkpoints
+        self.averaged, self.logged = 0, 0  # weights in it; bytes of metrics when training ended
+        self.writer = ThreadPoolExecutor(1)  # of checkpoints
         self.numbers = torch.zeros(7, device=self.world.device)  # steps not finite, first; rest: by `save`
     def train_step(self, step: int, seconds: float, micro: Iterable[Any], mode: Mode | None = None) -> None:
         """One optimizer step on this rank's micro-batches. Nothing here waits for the device."""
@@ -1031,7 +1026,7 @@ class Trainer:
                 self.forward = compiled(self.model, config, world)
         for mode in modes * steps:
             self.train_step(0, 0.0, [micro] * self.batches.accumulation, mode)
-        torch._foreach_copy_(self.state()[: len(before)], before)
+        torch._foreach_copy_([p.data for p in self.params], before)
         self.begin()
         world.synchronize()
     @torch.no_grad()
@@ -1057,12 +1052,13 @@ class Trainer:
         clock.started = time.perf_counter() - clock.seconds
         while True:
             step, at = self.step, f"step:{self.step}/{config.iterations}"
-            soon = clock.read(step) + 2 * clock.per_step * (step > 1)  # to spare; the first is no measure
-            last = step == config.iterations or soon > clock.cap
+            seconds = clock.read(step)  # a step is to spare at the end; the time of the first is no measure
+            last = step == config.iterations or seconds + 2 * clock.per_step * (step > 1) > clock.cap
             if last or config.val_loss_every and step % config.val_loss_every == 0:
                 seconds, paused = clock.read(step, now=True), time.perf_counter()
                 if step < config.iterations and last:
                     log(f"stopping_early: wallclock_cap train_time:{1e3 * seconds:.0f}ms {at}")
+                self.logged = log.size() * last  # a run that goes on from its end scores again
                 if last and config.save_every:
                     self.save(log)
                 passes = training_mode(config, step, seconds).passes
@@ -1071,7 +1067,6 @@ class Trainer:
                 if last:
                     return seconds, score
             world.enter(f"step {step + 1}", training=True)
-            seconds = clock.read(step)
             before, mode = mode, training_mode(config, step, seconds)
             if mode != before:
                 log(f"{at} passes:{mode.passes} bits:{mode.outside.bits} core_bits:{mode.core.bits}")
@@ -1096,8 +1091,7 @@ class Trainer:
         path, step, clock = log.folder / f"step_{self.step:08d}.ckpt", self.step, self.clock
         self.numbers[2:] = torch.tensor([step, self.averaged, clock.read(step), clock.per_step, clock.due])
         values, facts = torch.cat([t.flatten() for t in self.state()]).cpu().numpy(), dict(
-            config=asdict(self.config), tokens=self.batches.tokens.total,
-            metrics=log.metrics.stat().st_size if log.metrics.exists() else 0)
+            config=asdict(self.config), tokens=self.batches.tokens.total, metrics=self.logged or log.size())
         def write() -> None:
             try:
                 write_atomically(path, seal("checkpoint", "none", facts, [values.tobytes()]))
@@ -1118,11 +1112,11 @@ class Trainer:
             differ = [name for name in us if name not in MAY_DIFFER and us[name] != told[name]]
             require(not differ, ", ".join(f"{n.upper()} was {told[n]}, is {us[n]}" for n in differ))
             flat.copy_(torch.frombuffer(bytearray(raw), dtype=torch.float32).view_as(flat))
-            require(flat.isfinite().all() and 0 <= flat[-5] <= self.config.iterations, "it is of no such run")
+            require(flat.isfinite().all() and 0 <= flat[-5] <= self.config.iterations, f"step {flat[-5]}")
             return int(header["metrics"])
         def find() -> str:
-            found, size, paths = "", 0, sorted(log.folder.glob("step_*.ckpt"))[::-1]
-            for path in paths if auto else (paths := [Path(self.config.resume)]):
+            found, size = "", 0
+            for path in sorted(log.folder.glob("step_*.ckpt"))[::-1] if auto else [Path(self.config.resume)]:
                 try:
                     data = path.read_bytes()
                     found, size = path.name, unseal("checkpoint", data, str(path), len(data), read)
@@ -1130,9 +1124,9 @@ class Trainer:
                 except KNOWN as error:
                     log(f"warning: {error}")
                     errors.append(str(error))
-            require(found or not paths, f"RESUME={self.config.resume}: {' / '.join(errors)}")
+            require(found or not errors, f"RESUME={self.config.resume}: {' / '.join(errors)}")
             if auto and log.metrics.exists():
-                os.truncate(log.metrics, min(size, log.metrics.stat().st_size))  # what follows comes again
+                os.truncate(log.metrics, min(size, log.size()))  # what follows comes again
             return found
         if found := world.on_main(find):
             world.meet(dist.broadcast, flat, 0)
@@ -1311,9 +1305,8 @@ def store(p: nn.Parameter, config: Config, hessian: Tensor | None) -> tuple[str,
 def pack(model: GPT, config: Config, hessians: Mapping[str, Tensor] | None = None) -> bytes:
     """The artifact of a model; `hessians` are those of `Trainer.calibrate`."""
     held = {name: store(p, config, (hessians or {}).get(name)) for name, p in model.named_parameters()}
-    entries = [(name, stored) for name, (stored, _) in held.items()]
     values = (t.cpu().numpy().tobytes() for _, tensors in held.values() for t in tensors)
-    header = dict(architecture=asdict(config.architecture()), tensors=entries)
+    header = dict(architecture=asdict(config.architecture()), tensors=[(n, s) for n, (s, _) in held.items()])
     return seal("artifact", config.codec, header, values)
 def pack_to_fit(model: GPT, config: Config, hessians: Mapping[str, Tensor], log: Log) -> bytes:
     """The artifact; for MATRIX_BITS=0 that of the most bits with which it and the script fit."""
@@ -1420,7 +1413,10 @@ def train_and_export(config: Config, world: World, scorer: Scorer) -> tuple[Log,
     trainer = Trainer(config, world, model.to(world.device), batches)
     parameters = sum(p.numel() for p in model.parameters())
     log(f"model_params:{parameters} effective_layers:{len(model.plans[config.num_loops])}")
-    log(f"world_size:{world.size} grad_accum_steps:{batches.accumulation} compile:{rung(config, world)}")
+    blocks = config.attn_backend == "auto" and not world.on_cuda
+    kernels = "blocks" if blocks else ">".join(kernel.name for kernel in KERNELS[config.attn_backend])
+    log(f"world_size:{world.size} grad_accum_steps:{batches.accumulation} compile:{rung(config, world)} "
+        f"attention:{kernels}")
     log(f"train_loader:shards:{len(batches.tokens.paths)} tokens:{batches.tokens.total}")
     watched = scorer.tokens.read(0, config.train_seq_len).to(world.device).long()[None]
     def validate(step: int, seconds: float, mode: Mode | None = None, weights: str = "last") -> Score:
@@ -1437,28 +1433,32 @@ def train_and_export(config: Config, world: World, scorer: Scorer) -> tuple[Log,
     trainer.warm_up(log)
     if config.resume:
         trainer.resume(log)
+    weights, kept = [p.data for p in trainer.params], []
     try:
         (seconds, last), steps = trainer.train(log, validate), trainer.step
-    except (Ended, *KNOWN) as end:  # a signal, a lost rank, data that cannot be read
+        log(f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20 if world.on_cuda else 0} MiB")
+        if trainer.averaged:
+            kept = [w.clone() for w in weights]
+            torch._foreach_copy_(weights, trainer.average)
+        hessians, spent = trainer.calibrate(steps, log)
+        score, seconds = last, seconds + spent
+        if config.average != "none":  # of no weights: the last ones are exported
+            log(f"AVERAGE={config.average} of {trainer.averaged} weights")
+            score = validate(steps, seconds, weights=config.average)
+        if training_mode(config, steps, seconds).passes != config.schedule()[-1][1]:
+            log(f"warning: PASSES_SCHEDULE={config.passes_schedule} did not come to its last entry")
+        if 0 < config.max_wallclock_seconds < seconds:
+            log(f"not a submission: training and calibration took {seconds:.1f} s")
+        world.enter("export")
+        packed = functools.partial(pack_to_fit, model, config, hessians, log)
+        world.on_main(lambda: write_atomically(log.folder / ARTIFACT, packed()))
+    except (Ended, *KNOWN) as end:  # a signal, a lost rank, data that cannot be read, a full disk
         if not isinstance(end, Ended) or end.args[0] != EXIT_NON_FINITE:
+            torch._foreach_copy_(weights, kept or weights)
             trainer.save(log)
         raise
     finally:
         trainer.writer.shutdown()
-    log(f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20 if world.on_cuda else 0} MiB")
-    if trainer.averaged:
-        torch._foreach_copy_(trainer.state()[: len(trainer.params)], trainer.average)
-    hessians, spent = trainer.calibrate(steps, log)
-    score, seconds = last, seconds + spent
-    if config.average != "none":  # of no weights: the last ones are exported
-        log(f"AVERAGE={config.average} of {trainer.averaged} weights")
-        score = validate(steps, seconds, weights=config.average)
-    if training_mode(config, steps, seconds).passes != config.schedule()[-1][1]:
-        log(f"warning: PASSES_SCHEDULE={config.passes_schedule} did not come to its last entry")
-    if 0 < config.max_wallclock_seconds < seconds:
-        log(f"not a submission: training and calibration took {seconds:.1f} s")
-    world.enter("export")
-    world.on_main(lambda: write_atomically(log.folder / ARTIFACT, pack_to_fit(model, config, hessians, log)))
     return log, dict(model_params=parameters, steps=steps, train_seconds=seconds, pre_quant=score._asdict(),
                      last_weights=last._asdict(), skipped_steps=int(trainer.numbers[0]),
                      tokens_per_second=steps * config.train_batch_tokens / max(seconds, 1e-9))

@@ -52,6 +52,10 @@ def to_rank(number: int, sent: signal.Signals) -> Callable[[Job], None]:
 def to_launcher(sent: signal.Signals) -> Callable[[Job], None]:
     return lambda job: job.popen.send_signal(sent)
 
+def to_all(sent: signal.Signals) -> Callable[[Job], None]:
+    """As Slurm does: torchrun then passes its own on to the ranks, which get a second one."""
+    return lambda job: [os.kill(pid, sent) for pid in job.processes()] and None
+
 def own_data(name: str) -> None:
     shutil.copytree(WORK / "data", WORK / "broken", dirs_exist_ok=True)
 
@@ -124,6 +128,9 @@ CASES = (
          mark=PLACES["warm-up"], env={"WARMUP_STEPS": 100}),
     Case("SIGTERM in evaluation", **ONE_STOPPED, mark=PLACES["evaluation"]),
     Case("SIGTERM in export", **ONE_STOPPED, mark=r"^packed"),
+    Case("SIGTERM in export, SAVE_EVERY=0", **ONE_STOPPED, mark=r"^packed", env={"SAVE_EVERY": 0}),
+    Case("SIGTERM to torchrun and both ranks in evaluation, SAVE_EVERY=0", **BOTH_STOPPED, act=to_all(TERM),
+         mark=PLACES["evaluation"], env={"SAVE_EVERY": 0}),
     Case("SIGTERM in scoring", **ONE_STOPPED, mark=PLACES["scoring"]),
     Case("SIGTERM in training", **ONE_STOPPED),
     Case("SIGTERM to torchrun in training, 2 ranks", **BOTH_STOPPED, act=to_launcher(TERM)),

@@ -169,7 +169,9 @@ def prepare(source: Path) -> None:
     (WORK / "data").mkdir(parents=True, exist_ok=True)
     parts = ("train", 0, 30_000), ("train", 30_000, 30_000), ("val", 0, 5_001)
     for i, (split, start, count) in enumerate(parts):
-        path = sorted(source.glob(f"fineweb_{split}_*.bin"))[0]
+        path = next(iter(sorted(source.glob(f"fineweb_{split}_*.bin"))), None)
+        if path is None:
+            sys.exit(f"--data {source} holds no fineweb_{split}_*.bin")
         header = np.fromfile(path, "<i4", 256)
         tokens, header[2] = np.fromfile(path, "<u2", count, offset=1024 + 2 * start), count
         (WORK / "data" / f"fineweb_{split}_{i:06d}.bin").write_bytes(header.tobytes() + tokens.tobytes())

@@ -2,10 +2,11 @@
 
     python records/rate.py --set PRESET=T,tiny [KEY=VALUE ...] --seeds 3 --out records/rate/NAME.json
 
-Trains a run of train_gpt.py in this process once a seed, collects GPTQ's Hessians as a run does, and exports the
-same weights with each setting of `ROUNDINGS`. For each: the bytes that every codec makes of the parameters, with a
-byte an integer (what artifacts hold) and with the integers' bits packed tightly; val_bpb of the reloaded artifact;
-seconds to round, to compress and to score. Prints a table, writes JSON. Brotli is left out where it is missing.
+Trains a run of train_gpt.py in this process once a seed, collects GPTQ's Hessians as a run does, and exports
+the same weights with each setting of `ROUNDINGS`. For each: the bytes that every codec makes of the
+parameters, with a byte an integer (what artifacts hold) and with the integers' bits packed tightly; val_bpb
+of the reloaded artifact; seconds to round, to compress and to score. Prints a table, writes JSON. Brotli is
+left out where it is missing.
 """
 from __future__ import annotations
 
@@ -49,7 +50,8 @@ class Trained:
         self.scorer, log = tg.Scorer(config, self.world), tg.Log(folder, True)
         batches = tg.Batches(tg.Tokens(config, "train"), config, self.world)
         torch.manual_seed(config.seed)
-        self.model = tg.GPT(config.architecture(), config.tied_embed_init_std, config.matrix_init == "orthogonal")
+        orthogonal = config.matrix_init == "orthogonal"
+        self.model = tg.GPT(config.architecture(), config.tied_embed_init_std, orthogonal)
         trainer = tg.Trainer(config, self.world, self.model.to(self.world.device), batches)
         trainer.warm_up()
         self.steps, self.seconds, _ = trainer.train(log, lambda *_: None)

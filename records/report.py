@@ -82,7 +82,8 @@ def load(folder: Path) -> Result:
     points = [Point(m["step"], m["train_seconds"], m["val_bpb"], m["health"])
               for m in lines if "val_bpb" in m and m.get("weights", "last") == "last"]
     calibration = config["gptq_seconds"] * (config["gptq_batches"] > 0)
-    clock = SimpleNamespace(**config, training_seconds=max(config["max_wallclock_seconds"] - calibration, 0.0))
+    training = max(config["max_wallclock_seconds"] - calibration, 0.0)
+    clock = SimpleNamespace(**config, training_seconds=training)
     full = [(m["step"], m["train_seconds"]) for m in lines
             if tg.lr_factor(clock, m["step"], m["train_seconds"]) == 1]
     return Result(

@@ -185,7 +185,8 @@ def command(log: Log) -> str:
     settings, kinds = log.settings(), tg.get_type_hints(tg.Config)
     config = tg.Config(**{name.lower(): tg.parse(name, value, kinds[name.lower()])
                           for name, value in settings.items() if name.lower() in kinds})
-    idle = {f.name.upper() for f in fields(tg.Config) if any(map(config.hindrance, f.metadata["needs"].split()))}
+    idle = {f.name.upper() for f in fields(tg.Config)
+            if any(map(config.hindrance, f.metadata["needs"].split()))}
     defaults = {f.name.upper(): tg.show(f.default) for f in fields(tg.Config)}
     words = [f"{name}={value}" for name, value in settings.items()
              if name not in idle | {"PRESET"} and value != defaults.get(name)]

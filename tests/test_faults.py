@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,8 @@ SMALL = dict(
 
 def spoil(fault: str, last: bool) -> None:
     """Makes a fault happen in this process: a signal to itself, inside a save or in FAULT_STEP of the `last`
-    rank, or a loss that is not a number there."""
-    train_step, write = tg.Trainer.train_step, tg.write_atomically
+    rank, or a loss that is not a number there; or SIGTERM in export, and again when that is saved."""
+    train_step, write, pack = tg.Trainer.train_step, tg.write_atomically, tg.pack_to_fit
     def broken(self: tg.Trainer, step: int, *rest: Any) -> None:
         forward, here = self.forward, last and step == FAULT_STEP
         if here and fault == "nan":
@@ -48,7 +49,14 @@ def spoil(fault: str, last: bool) -> None:
             path.with_name(path.name + ".tmp").write_bytes(data[: len(data) // 2])
             os.kill(os.getpid(), signal.SIGKILL)
         write(path, data)
-    tg.Trainer.train_step, tg.write_atomically = broken, cut if fault == "save" else write
+    def terminate(then: Any, *args: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return then(*args)
+    tg.Trainer.train_step = broken
+    if fault == "save":
+        tg.write_atomically = cut
+    elif fault == "export":
+        tg.pack_to_fit, tg.write_atomically = partial(terminate, pack), partial(terminate, write)
 
 def rank(env: dict[str, str], fault: str, out: Path) -> None:
     """What a process does: one rank. Its output goes to `out`, and the sum of its weights after training."""
@@ -90,6 +98,11 @@ def metrics(folder: Path) -> list[tuple[int, float]]:
     """Step and training loss, as logged."""
     rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [(row["step"], row["train_loss"]) for row in rows if "train_loss" in row]
+
+def scores(folder: Path) -> list[tuple[int, str, float]]:
+    """Step, weights and validation loss, as logged."""
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [(row["step"], row["weights"], row["val_loss"]) for row in rows if "val_loss" in row]
 
 def artifact(folder: Path) -> bytes:
     return (folder / tg.ARTIFACT).read_bytes()
@@ -219,6 +232,15 @@ def test_data_that_cannot_be_read_end_a_run_that_can_go_on(
     folder = resume(names)
     assert f"resumed from step:{FAULT_STEP} of" in (folder / "train.log").read_text()
     assert artifact(folder) == artifact(whole[0])
+
+def test_stopped_twice_in_export_the_training_is_kept(env: dict, whole: list) -> None:
+    names = env | {"RUN_ID": "export", "SAVE_EVERY": "0"}
+    codes, texts = launch(names, 1, "export")
+    assert codes == [tg.EXIT_STOPPED] and "export: stopped by SIGTERM" in texts[0], texts
+    folder = resume(names)
+    assert f"resumed from step:{STEPS} of" in (folder / "train.log").read_text()
+    assert artifact(folder) == artifact(whole[0]) and metrics(folder) == metrics(whole[0])
+    assert scores(folder) == scores(whole[0]) and len(scores(folder)) == 2  # of the last weights, of EMA
 
 def test_restarts_on_several_nodes_with_a_store_that_is_used_are_refused() -> None:
     env = dict(RANK="0", WORLD_SIZE="2", TORCHELASTIC_MAX_RESTARTS="1", TORCHELASTIC_USE_AGENT_STORE="True",

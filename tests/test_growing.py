@@ -588,17 +588,20 @@ def grow(env: dict[str, str], folder: Path) -> list[float]:
     trainer.train(tg.Log(folder, True), lambda *_: tg.Score(0.0, 0.0, 0, 0, 0.0))
     return losses(folder)
 
+@pytest.mark.parametrize(("rung", "graphs"), [("model", 6), ("block", 4)])
 def test_growth_compiles_nothing_on_the_clock(
-        corpus: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One graph for each mode and each shape of matrices, all made in the warm-up; losses are those of a run without it."""
+        corpus: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rung: str, graphs: int) -> None:
+    """All graphs are made in the warm-up, and losses are those of a run without it. One graph for 1, 2 and 3
+    passes with and without rounding; or for a layer, one with rounding, one with a value embedding, and the
+    loss. Besides, one for each of three shapes of matrices."""
     torch._dynamo.reset()
     counter, made = torch._dynamo.testing.CompileCounter(), []
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
     warm_up, env = tg.Trainer.warm_up, corpus | GROWTH
     count = lambda trainer, _=print: warm_up(trainer, print) or made.append(counter.frame_count)  # noqa: E731
     monkeypatch.setattr(tg.Trainer, "warm_up", count)
-    compiled = grow(env | {"COMPILE": "model"}, tmp_path / "compiled")
-    assert made == [6 + 3], "1, 2 and 3 passes with and without rounding; three shapes of matrices for Muon"
+    compiled = grow(env | {"COMPILE": rung}, tmp_path / "compiled")
+    assert made == [graphs + 3]
     assert counter.frame_count == made[0]
     eager, cold = (grow(env | {"COMPILE": "off", "WARMUP_STEPS": n}, tmp_path / n) for n in ("1", "0"))
     assert eager == cold and counter.frame_count == made[0]

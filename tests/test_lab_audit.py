@@ -287,6 +287,14 @@ def one_byte_more(run: Path) -> None:
 def other_script(run: Path) -> None:
     edit(run / "train.log", r"^(script_sha256:)\w+", r"\g<1>" + "0" * 64)
 
+@pytest.mark.parametrize(("text", "loss", "wrong"), [
+    ("3.2000", 3.20004, 0), ("nan", None, 0), ("inf", None, 0), ("nan", 3.2, 1), ("3.2000", None, 1),
+    ("3.2000", 3.3, 1)])
+def test_loss_of_a_skipped_step(text: str, loss: float | None, wrong: int) -> None:
+    row = audit.Row(13, "train", text, 1300, 100.0)
+    entry = dict(step=13, train_loss=loss, train_seconds=1.3, tokens_per_second=1000.0)
+    assert len([*audit.metric_faults([row], [entry], 100)]) == wrong
+
 @pytest.mark.parametrize(("doctor", "told"), [
     (other_softcap, {"header": "logit_softcap is 29.0 in the artifact, 30.0 in log", "score": "roundtrip"}),
     (other_shape, {"header": "not a valid artifact"}),

@@ -88,7 +88,8 @@ def reference_names(model: tg.GPT, a: tg.Architecture) -> dict[str, list[tuple[t
         prefix = (f"blocks.{i}" if not a.num_shared else f"prelude_blocks.{i}" if i < first
                   else f"coda_blocks.{i - first - passes}" if i >= first + passes
                   else f"{'unique_mlps' if a.share_attn_only else 'shared_blocks'}.{i - first}")
-        names |= {f"{prefix}.mlp_scale": [(mlp.scale, ...)], f"{prefix}.mlp.fc.weight": [(mlp.fc.weight, ...)],
+        names |= {f"{prefix}.mlp_scale": [(mlp.scale, ...)],
+                  f"{prefix}.mlp.fc.weight": [(mlp.fc.weight, ...)],
                   f"{prefix}.mlp.proj.weight": [(mlp.proj.weight, ...)]}
     return names
 
@@ -98,7 +99,8 @@ def attention_names(prefix: str, attn: tg.Attention, mix: torch.nn.Module) -> di
     mixed = "resid_mix_logit" if mix.convex else "resid_mix"
     rows = {"c_q": slice(0, d), "c_k": slice(d, d + kv), "c_v": slice(d + kv, d + 2 * kv)}
     return {f"{prefix}.attn_scale": [(attn.scale, ...)], f"{prefix}.{mixed}": [(mix.weight, ...)],
-            f"{prefix}.attn.q_gain": [(attn.q_gain, ...)], f"{prefix}.attn.proj.weight": [(attn.proj.weight, ...)],
+            f"{prefix}.attn.q_gain": [(attn.q_gain, ...)],
+            f"{prefix}.attn.proj.weight": [(attn.proj.weight, ...)],
             **{f"{prefix}.attn.{n}.weight": [(attn.qkv.weight, r)] for n, r in rows.items()}}
 
 
@@ -135,9 +137,11 @@ def growing_architecture(case: dict, dims: dict) -> tg.Architecture:
     on = lambda name, value: value if flags[name] else 0  # noqa: E731
     values = tg.PLAIN | tg.core(start, end - start, dims.get("NUM_LOOPS", 3), dims["NUM_LAYERS"] - end)
     return tg.Architecture(**values | dict(
-        dtype="float32", train_seq_len=dims["SEQ"], vocab_size=dims["VOCAB_SIZE"], model_dim=dims["MODEL_DIM"],
+        dtype="float32", train_seq_len=dims["SEQ"],
+        vocab_size=dims["VOCAB_SIZE"], model_dim=dims["MODEL_DIM"],
         num_heads=dims["NUM_HEADS"], num_kv_heads=dims["NUM_KV_HEADS"], mlp_mult=float(dims["MLP_MULT"]),
-        core_skips="published", smear_gate="published", pass_scale_init=0.5 if flags["residual_scale"] else 1.0,
+        core_skips="published", smear_gate="published",
+        pass_scale_init=0.5 if flags["residual_scale"] else 1.0,
         feedback_rank=on("feedback", dims["FEEDBACK_RANK"]), interpass_norm=flags["interpass_norm"],
         ln_scale=flags["ln_scale"], rope_dims=flags["rope_dims"], xsa_last_n=flags["xsa_last"],
         bigram_vocab_size=on("bigram", dims["BIGRAM_VOCAB_SIZE"]), bigram_dim=dims["BIGRAM_DIM"],
@@ -156,7 +160,8 @@ def growing_names(model: tg.GPT, a: tg.Architecture) -> dict[str, list[tuple[tor
              "skip_weights": [(p, ...) for p in model.skip]}
     for i, (mix, attn, mlp) in enumerate(zip(model.mix, model.attn, model.mlp)):
         names |= {f"blocks.{i}.attn_scale": [(attn.scale, ...)], f"blocks.{i}.mlp_scale": [(mlp.scale, ...)],
-                  f"blocks.{i}.resid_mix": [(mix.weight, ...)], f"blocks.{i}.attn.q_gain": [(attn.q_gain, ...)]}
+                  f"blocks.{i}.resid_mix": [(mix.weight, ...)],
+                  f"blocks.{i}.attn.q_gain": [(attn.q_gain, ...)]}
     for ours, theirs in (("bigram", "bigram"), ("value", "ve_shared")):
         if side := getattr(model, ours, None):
             names |= {f"{theirs}.scale": [(side.scale, 0)], f"{theirs}.embed.weight": [(side.table, ...)],
@@ -194,7 +199,8 @@ def test_growing_loss_and_gradients(name: str) -> None:
     with torch.no_grad():
         for key, shape in case["params"].items():
             value, places = growing_fill(key, shape, dims, flags), homes[key]
-            for piece, (p, index) in zip([value] if len(places) == 1 and key != "skip_weights" else value, places):
+            whole = len(places) == 1 and key != "skip_weights"
+            for piece, (p, index) in zip([value] if whole else value, places):
                 p[index] = piece
     unused = {"skip_weights": a.num_prelude - len(model.skip), "residual_scale.scales": 1}
     held = sum(np.prod(s, dtype=int) - unused.get(k, 0) * np.prod(s[1:], dtype=int)

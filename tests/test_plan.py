@@ -106,7 +106,8 @@ def test_model_holds_what_the_plan_names(a: tg.Architecture) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_parameter_is_in_one_group(preset: str, tied: bool) -> None:
     config = replace(tg.Config.from_env({"PRESET": preset}), **SMALL, tie_embeddings=tied, matrix_lr=0.01,
-                     ttt_lr=0.0, eval_stride=0, scalar_lr=0.02, tied_embed_lr=0.03, embed_lr=0.04, head_lr=0.05)
+                     ttt_lr=0.0, eval_stride=0, scalar_lr=0.02, tied_embed_lr=0.03, embed_lr=0.04,
+                     head_lr=0.05)
     model = tg.GPT(config.architecture(), 0.1)
     adam, muon = tg.make_optimizers(model, config)
     groups = [(type(o), group) for o in (adam, muon) for group in o.param_groups]
@@ -160,7 +161,8 @@ def test_hidden_states_do_not_see_the_future(preset: str) -> None:
 def test_shorter_input_is_a_prefix(preset: str) -> None:
     model, ids = random_model(architecture(preset)), tokens()
     with torch.no_grad():
-        torch.testing.assert_close(model.hidden(ids[:, :9], model.scoring)[0], model.hidden(ids, model.scoring)[0][:, :9], rtol=0, atol=1e-5)
+        short, whole = (model.hidden(x, model.scoring)[0] for x in (ids[:, :9], ids))
+    torch.testing.assert_close(short, whole[:, :9], rtol=0, atol=1e-5)
 
 @pytest.mark.parametrize("length", [1, 2, 127, 128, 129, 200, 256])
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (4, 1), (6, 2)])
@@ -254,7 +256,7 @@ def test_gamma_is_capped(sign: float) -> None:
     with torch.no_grad():
         for model, value in zip(models, (4.0, 400.0)):
             model.cond.gamma.fill_(sign * value)
-    assert torch.equal(models[0].hidden(tokens(), models[0].scoring)[0], models[1].hidden(tokens(), models[1].scoring)[0])
+    assert torch.equal(*(model.hidden(tokens(), model.scoring)[0] for model in models))
 
 @pytest.mark.parametrize("preset", ["T", "M", "naive"])
 def test_layers_as_initialised_pass_the_embedding_on(preset: str) -> None:

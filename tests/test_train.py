@@ -179,7 +179,7 @@ def test_reference_bf16_rounds_tables_and_embedding(corpus: dict, tmp_path: Path
 
 @pytest.mark.parametrize("system", ["T", "M", "naive"])
 def test_one_graph_compiles_and_agrees(system: str) -> None:
-    """Run M with its 12 MLPs, too; and the compiled path, whose head takes all rows at once, equals the other."""
+    """Run M with its 12 MLPs, too; the compiled path, whose head takes all rows at once, equals the other."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     config = tg.Config.from_env({"PRESET": f"{system},tiny", "DTYPE": "float32", "TRAIN_SEQ_LEN": "32"})
