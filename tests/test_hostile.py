@@ -299,7 +299,9 @@ def artifacts() -> Parser:
 
 class Quiet:
     """What a run logs to."""
-    folder = metrics = Path("/nowhere")
+    folder = Path("/nowhere")
+    def size(self) -> int:
+        return 0
     def __call__(self, text: str) -> None:
         assert text.isprintable() and len(text) < 2000
 
