@@ -13,7 +13,7 @@ import contextlib, ctypes, datetime, difflib, functools, hashlib, importlib, ite
 import lzma, math, os, platform, re, signal, struct, sys, time, traceback, uuid, zlib  # noqa: E401
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -124,7 +124,7 @@ class Config(Architecture):
     compile: Literal["auto", "model", "block", "off"] = opt("auto")  # auto: model on CUDA, off on CPU
     attn_backend: Literal["auto", "cudnn", "flash", "math"] = opt("auto")  # of attention
     deterministic: bool = opt(False)  # CUDA, too, repeats a run to the last bit, or says what cannot; slower
-    save_every: int = opt(0)  # steps between checkpoints; 0: only when a signal or a lost rank ends the run
+    save_every: int = opt(0)  # steps between checkpoints; 0: only at a signal or, on CPUs, a lost rank
     resume: str = opt("")  # path of a checkpoint, or auto: the last one of RUN_ID, if there is one
     rank_timeout_seconds: float = opt(60.0, 5)  # that a step waits for a rank before all ranks end
     max_skipped_steps: int = opt(10)  # steps that are not finite and are left out before a run ends
@@ -329,12 +329,13 @@ class World:
                 call(x, *values)
             return x
         except RuntimeError as e:
-            silent: Any = "0 or torchrun, the store is gone"
+            lost, more = [0], " or torchrun, the store is gone"
             with contextlib.suppress(RuntimeError):
                 self.store.set(f"waits {self.rank}", "")
                 time.sleep(3)  # those that are there say so as well
-                silent = [rank for rank in range(self.size) if not self.store.check([f"waits {rank}"])]
-            raise Ended(EXIT_LOST, f"{self.place}: lost ranks: {silent} ({str(e).splitlines()[0]})") from None
+                lost, more = [r for r in range(self.size) if not self.store.check([f"waits {r}"])], ""
+            self.is_main = self.rank == min({*range(self.size)} - {*lost})  # the first that is left saves
+            raise Ended(EXIT_LOST, f"{self.place}: lost ranks: {lost}{more} ({str(e).splitlines()[0]})")
     def sum_(self, x: Tensor) -> Tensor:
         return self.meet(dist.all_reduce, x)
     def gather(self, job: Callable[[], Any]) -> list[Any]:
@@ -364,8 +365,7 @@ class Log:
     def __init__(self, folder: Path, is_main: bool, tracker: str = "none") -> None:
         self.folder, self.metrics, self.is_main = folder, folder / "metrics.jsonl", is_main
         self.watched, self.tracker = is_main and sys.stderr.isatty(), tracker if is_main else "none"
-    def size(self) -> int:
-        """Bytes of metrics."""
+    def size(self) -> int:  # of the metrics, bytes
         return self.metrics.stat().st_size if self.metrics.exists() else 0
     def to_file(self, text: str, name: str = "train.log") -> None:
         if self.is_main:
@@ -961,6 +961,7 @@ class Trainer:
         self.config, self.world, self.model, self.batches = config, world, model, batches
         self.forward, self.params = compiled(model, config, world), list(model.parameters())
         self.flat = flat_gradients(self.params)
+        self.writer, self.written = ThreadPoolExecutor(1), []  # of checkpoints; the last one
         self.between_passes = [(p, p.grad) for p in model.core.parameters()]
         for p in self.params:
             world.meet(dist.broadcast, p.data, 0)  # unlike processors may draw unlike weights
@@ -972,7 +973,6 @@ class Trainer:
         self.step, self.clock = 0, Clock(self.world, self.config.training_seconds)  # steps made
         self.average = [p.detach().clone() for p in self.params if self.config.average != "none"]
         self.averaged, self.logged = 0, 0  # weights in it; bytes of metrics when training ended
-        self.writer = ThreadPoolExecutor(1)  # of checkpoints
         self.numbers = torch.zeros(7, device=self.world.device)  # steps not finite, first; rest: by `save`
     def train_step(self, step: int, seconds: float, micro: Iterable[Any], mode: Mode | None = None) -> None:
         """One optimizer step on this rank's micro-batches. Nothing here waits for the device."""
@@ -1008,24 +1008,24 @@ class Trainer:
                 t.copy_(t.bfloat16() if t.dim() else t)
     def warm_up(self, log: Callable[[str], Any] = print) -> None:
         """WARMUP_STEPS steps of every mode, then all is as before. If COMPILE fails, all go a rung lower."""
-        config, world, length = self.config, self.world, self.config.train_seq_len
-        before, steps = [p.detach().clone() for p in self.params], config.warmup_steps
+        config, world, modes = self.config, self.world, training_modes(self.config)
+        before, length = [p.detach().clone() for p in self.params], config.train_seq_len
         random, count = torch.Generator().manual_seed(0), self.batches.sequences * length + 1
         span = torch.randint(config.vocab_size, (count,), generator=random).to(world.device)
-        micro = (span[:-1].view(-1, length), span[1:].view(-1, length))  # laid out as real ones: no new graph
+        pair = (span[:-1].view(-1, length), span[1:].view(-1, length))  # laid out as real ones: no new graph
         world.enter("warm-up")
-        modes = training_modes(config) if steps else []
         while (level := rung(config, world)) != "off":
             try:  # what a rank can compile before it meets the others
-                world.gather(lambda: [self.forward(*micro, mode).backward() for mode in modes])
+                world.gather(lambda: [self.forward(*pair, mode).backward() for mode in modes]
+                             and self.optimizers[1].step())  # which is compiled, too
                 break
             except InputError as error:
                 log(f"warning: COMPILE={level} failed on a rank: {error}")
                 world.fallen += 1
                 torch._dynamo.reset()
-                self.forward = compiled(self.model, config, world)
-        for mode in modes * steps:
-            self.train_step(0, 0.0, [micro] * self.batches.accumulation, mode)
+                self.forward, _ = compiled(self.model, config, world), self.begin()
+        for mode in modes * config.warmup_steps:
+            self.train_step(0, 0.0, [pair] * self.batches.accumulation, mode)
         torch._foreach_copy_([p.data for p in self.params], before)
         self.begin()
         world.synchronize()
@@ -1079,17 +1079,19 @@ class Trainer:
             if clock.asked:
                 raise Ended(EXIT_STOPPED, f"step {step}: stopped by {clock.asked}")
             if config.save_every and step % config.save_every == 0 and step < config.iterations:
-                self.save(log)
+                self.save(log, patience=config.rank_timeout_seconds / 4)  # of other ranks in a step
     def state(self) -> list[Tensor]:
         """All that training changes, in a fixed order. Nothing random: after the weights none is drawn."""
         states = [o.state[p] for o in self.optimizers for group in o.param_groups for p in group["params"]]
         moments = [t for state in states for t in state.values()]
         return [*(p.data for p in self.params), *moments, *self.average, self.numbers]
-    def save(self, log: Log) -> None:
-        """A checkpoint, of which two are kept: copied now, written by a thread of rank 0."""
-        self.writer.shutdown()  # the one before is written
+    def save(self, log: Log, patience: float | None = None) -> None:
+        """A checkpoint, of which two are kept: copied now, written by a thread, unless the last still is."""
         path, step, clock = log.folder / f"step_{self.step:08d}.ckpt", self.step, self.clock
-        self.numbers[2:] = torch.tensor([step, self.averaged, clock.read(step), clock.per_step, clock.due])
+        if wait(self.written, patience).not_done:
+            return log(f"warning: no checkpoint of step {step}: the one before is not written yet")
+        seconds = clock.seconds + (step - clock.step) * clock.per_step  # `read` may meet others
+        self.numbers[2:] = torch.tensor([step, self.averaged, seconds, clock.per_step, clock.due])
         values, facts = torch.cat([t.flatten() for t in self.state()]).cpu().numpy(), dict(
             config=asdict(self.config), tokens=self.batches.tokens.total, metrics=self.logged or log.size())
         def write() -> None:
@@ -1100,9 +1102,8 @@ class Trainer:
             except OSError as error:
                 path.with_name(path.name + ".tmp").unlink(missing_ok=True)  # the artifact may need the room
                 log(f"warning: no checkpoint of step {step}: {error}")
-        self.writer = ThreadPoolExecutor(1)
         if self.world.is_main:
-            self.writer.submit(write)
+            self.written = [self.writer.submit(write)]
     def resume(self, log: Log) -> None:
         """Goes on from the checkpoint RESUME names, or for auto from the run's last one that is whole."""
         state, world, auto, errors = self.state(), self.world, self.config.resume == "auto", []
@@ -1344,17 +1345,15 @@ def load_model(data: bytes, source: str, eval_passes: int = 0) -> tuple[GPT, Arc
     return model, architecture, kind
 
 # ---- 12. The run -----------------------------------------------------------------------------------------
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 @functools.cache
 def source() -> bytes:
     """This script as it is when the run begins; editing it meanwhile changes neither size nor hash."""
     return Path(__file__).read_bytes()
 def versions(world: World) -> dict[str, str]:
-    cpu = f"{platform.machine()}, {torch.get_num_threads()} threads a rank"
+    cpu, ours = f"{platform.machine()}, {torch.get_num_threads()} threads a rank", hashlib.sha256(source())
     return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
                 sentencepiece=spm.__version__, cuda=f"{torch.version.cuda}, {torch.backends.cudnn.version()}",
-                device=torch.cuda.get_device_name() if world.on_cuda else cpu, script_sha256=sha256(source()))
+                device=torch.cuda.get_device_name() if world.on_cuda else cpu, script_sha256=ours.hexdigest())
 def open_log(config: Config, world: World) -> Log:
     """Makes the run's folder, which must be new or resumed; the log opens with source, versions, options."""
     name = config.run_id or time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:6]
@@ -1366,8 +1365,7 @@ def open_log(config: Config, world: World) -> Log:
     world.on_main(lambda: folder.mkdir(parents=True, exist_ok=known))
     log = Log(folder, world.is_main, config.tracker)
     log.to_file("" if known else source().decode() + "=" * 100)
-    for name, value in versions(world).items():
-        log(f"{name}:{value}")
+    log("\n".join(f"{name}:{value}" for name, value in versions(world).items()))
     log("config:" + " ".join(f"{name.upper()}={show(value)}" for name, value in asdict(config).items()))
     if config.warmdown_iters >= config.iterations and not config.eval_only:
         log(f"warning: WARMDOWN_ITERS={config.warmdown_iters}: the learning rate falls from step 0 on")
@@ -1396,7 +1394,8 @@ def round_trip(scorer: Scorer, reloaded: tuple[Config, bytes, GPT, str], log: Lo
     if (spent := sum(score.eval_seconds for score in scores.values())) > config.eval_limit_seconds:
         log(f"not a submission: {spent:.1f} s exceed EVAL_LIMIT_SECONDS={config.eval_limit_seconds}")
     texts = b"".join(path.read_bytes() for path in (*scorer.tokens.paths, Path(config.tokenizer_path)))
-    hashes = dict(artifact_sha256=sha256(data), data_sha256=sha256(texts))
+    hashes = dict(artifact_sha256=hashlib.sha256(data).hexdigest(),
+                  data_sha256=hashlib.sha256(texts).hexdigest())
     log(f"val_tokens:{score.val_tokens} val_bytes:{score.val_bytes} "
         + " ".join(f"{name}:{value}" for name, value in hashes.items()))
     if (over := total - config.size_limit_bytes) > 0:
@@ -1449,11 +1448,12 @@ def train_and_export(config: Config, world: World, scorer: Scorer) -> tuple[Log,
             log(f"warning: PASSES_SCHEDULE={config.passes_schedule} did not come to its last entry")
         if 0 < config.max_wallclock_seconds < seconds:
             log(f"not a submission: training and calibration took {seconds:.1f} s")
-        world.enter("export")
-        packed = functools.partial(pack_to_fit, model, config, hessians, log)
-        world.on_main(lambda: write_atomically(log.folder / ARTIFACT, packed()))
-    except (Ended, *KNOWN) as end:  # a signal, a lost rank, data that cannot be read, a full disk
-        if not isinstance(end, Ended) or end.args[0] != EXIT_NON_FINITE:
+        world.enter("export")  # by a thread: signals wait until a codec returns, with brotli half a minute
+        packed = functools.partial(ThreadPoolExecutor(1).submit, pack_to_fit, model, config, hessians, log)
+        world.on_main(lambda: write_atomically(log.folder / ARTIFACT, packed().result()))
+    except (Exception, Ended) as end:  # a signal, a lost rank, a full disk, too little memory
+        whole = not world.training or isinstance(end, (Ended, *KNOWN))  # others may come amid an update
+        if whole and not (isinstance(end, Ended) and end.args[0] == EXIT_NON_FINITE):
             torch._foreach_copy_(weights, kept or weights)
             trainer.save(log)
         raise

@@ -28,6 +28,7 @@ import time
 import traceback
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -343,7 +344,7 @@ def checkpoints(folder: Path) -> Parser:
     log = Quiet()
     log.folder = folder
     trainer().save(log)
-    trainer().writer.shutdown()
+    wait(trainer().written)
     return Parser([path.read_bytes() for path in folder.glob("*.ckpt")], mutated_checkpoint, read_checkpoint)
 
 # ---- Shards
