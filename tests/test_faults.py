@@ -32,15 +32,17 @@ SMALL = dict(
 
 # ---- 1. Ranks --------------------------------------------------------------------------------------------
 
-def spoil(fault: str, last: bool) -> None:
-    """Makes a fault happen in this process: a signal to itself, inside a save or in FAULT_STEP of the `last`
-    rank, or a loss that is not a number there; or SIGTERM in export, and again when that is saved."""
-    train_step, write, pack = tg.Trainer.train_step, tg.write_atomically, tg.pack_to_fit
+def spoil(fault: str, here: bool) -> None:
+    """Makes a fault happen in this process: a signal to itself, inside a save or in FAULT_STEP of a rank that
+    is `here`, or a loss that is not a number there; or SIGTERM in export, and again when that is saved."""
+    train_step, write, pack, read = tg.Trainer.train_step, tg.write_atomically, tg.pack_to_fit, tg.Clock.read
     def broken(self: tg.Trainer, step: int, *rest: Any) -> None:
-        forward, here = self.forward, last and step == FAULT_STEP
-        if here and fault == "nan":
+        forward, now = self.forward, here and step == FAULT_STEP
+        if now and fault == "nan":
             self.forward = lambda *args: forward(*args) * math.nan
-        elif here and fault.startswith("SIG"):
+        elif now and fault == "late":
+            tg.Muon.step = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+        elif now and fault.startswith("SIG"):
             os.kill(os.getpid(), signal.Signals[fault])
         train_step(self, step, *rest)
         self.forward = forward
@@ -52,7 +54,10 @@ def spoil(fault: str, last: bool) -> None:
     def terminate(then: Any, *args: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         return then(*args)
-    tg.Trainer.train_step = broken
+    def always_due(self: tg.Clock, *args: Any, **kwargs: Any) -> float:
+        self.due = 0
+        return read(self, *args, **kwargs)
+    tg.Trainer.train_step, tg.Clock.read = broken, always_due if fault == "late" else read
     if fault == "save":
         tg.write_atomically = cut
     elif fault == "export":
@@ -67,7 +72,8 @@ def rank(env: dict[str, str], fault: str, out: Path) -> None:
         del os.environ[name]
     os.environ.update(env)
     torch.set_num_threads(1)
-    spoil(fault, int(env["RANK"]) == int(env["WORLD_SIZE"]) - 1)
+    fault, _, at = fault.partition("@")  # the last rank, if none is named
+    spoil(fault, int(env["RANK"]) == (int(at) if at else int(env["WORLD_SIZE"]) - 1))
     train = tg.Trainer.train
     def traced(self: tg.Trainer, *rest: Any) -> Any:
         done = train(self, *rest)
@@ -197,13 +203,27 @@ def test_resumed_on_another_number_of_ranks(env: dict, whole: list[Path], stoppe
     assert [step for step, _ in one] == [step for step, _ in two]
     assert [loss for _, loss in one] == pytest.approx([loss for _, loss in two], abs=1e-4)
 
-def test_a_killed_rank_ends_the_other_within_seconds(env: dict) -> None:
+@pytest.mark.parametrize(("fault", "lost", "saved"), [("SIGKILL", 1, 5), ("SIGKILL@0", 0, 5), ("late", 1, 6)])
+def test_a_killed_rank_ends_the_other_within_seconds(env: dict, fault: str, lost: int, saved: int) -> None:
+    """In a step, or after its gradients were summed, when the clock is to be read. The other one saves."""
     began = time.perf_counter()
-    codes, texts = launch(env | {"RUN_ID": "lost", "SAVE_EVERY": "0"}, 2, "SIGKILL")
-    assert codes == [tg.EXIT_LOST, -signal.SIGKILL], texts
+    codes, texts = launch(env | {"RUN_ID": f"lost_{fault}", "SAVE_EVERY": "0"}, 2, fault)
+    assert (codes[lost], codes[1 - lost]) == (-signal.SIGKILL, tg.EXIT_LOST), texts
     assert time.perf_counter() - began < 30
-    assert re.search(r"^\[rank 0\] step 6: lost ranks: \[1\]", texts[0], re.MULTILINE)
-    assert [path.name for path in (Path(env["LOG_DIR"]) / "lost").glob("*.ckpt")] == ["step_00000005.ckpt"]
+    assert re.search(rf"^\[rank {1 - lost}\] step 6: lost ranks: \[{lost}\]", texts[1 - lost], re.MULTILINE)
+    found = (Path(env["LOG_DIR"]) / f"lost_{fault}").glob("*.ckpt")
+    assert [path.name for path in found] == [f"step_0000000{saved}.ckpt"]
+
+def test_a_slow_disk_ends_no_run(env: dict, whole: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other ranks would wait RANK_TIMEOUT_SECONDS for the one that writes; it waits a quarter of that."""
+    write = tg.write_atomically
+    def slow(path: Path, data: bytes) -> None:
+        time.sleep(2 if path.suffix == ".ckpt" else 0)
+        write(path, data)
+    monkeypatch.setattr(tg, "write_atomically", slow)
+    folder = resume(env | {"RUN_ID": "slow", "RANK_TIMEOUT_SECONDS": "5"})
+    assert "warning: no checkpoint of step 4: the one before is not" in (folder / "train.log").read_text()
+    assert artifact(folder) == artifact(whole[0])
 
 def test_a_step_that_is_not_finite_is_left_out_on_all_ranks(env: dict) -> None:
     codes, texts = launch(env | {"RUN_ID": "nan"}, 2, "nan")
@@ -218,19 +238,25 @@ def test_begun_again_at_step_0_every_step_is_logged_once(env: dict, whole: list,
     folder = resume(names)
     assert artifact(folder) == artifact(whole[0]) and metrics(folder) == metrics(whole[0])
 
-def test_data_that_cannot_be_read_end_a_run_that_can_go_on(
-        env: dict, whole: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    names, micro = env | {"RUN_ID": "unread", "SAVE_EVERY": "0"}, tg.Batches.micro
-    def broken(self: tg.Batches, step: int) -> Any:
-        if step == FAULT_STEP:
-            raise OSError("the disk is gone")
-        return micro(self, step)
-    monkeypatch.setattr(tg.Batches, "micro", broken)
-    with pytest.raises(OSError, match="the disk is gone"):
+def read_batch(_: tg.Batches, step: int) -> None:
+    if step == FAULT_STEP:
+        raise OSError("the disk is gone")
+
+def compile_the_score(*_: Any) -> None:
+    raise RuntimeError("no room")
+
+@pytest.mark.parametrize(("place", "name", "fail", "step"), [
+    (tg.Batches, "micro", read_batch, FAULT_STEP), (tg.Scorer, "score", compile_the_score, STEPS)])
+def test_what_fails_ends_a_run_that_can_go_on(
+        place: type, name: str, fail: Any, step: int, env: dict, whole: list,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    names, does = env | {"RUN_ID": f"failed_{name}", "SAVE_EVERY": "0"}, getattr(place, name)
+    monkeypatch.setattr(place, name, lambda *args: fail(*args) or does(*args))
+    with pytest.raises((OSError, RuntimeError), match="the disk is gone|no room"):
         resume(names)
     monkeypatch.undo()
     folder = resume(names)
-    assert f"resumed from step:{FAULT_STEP} of" in (folder / "train.log").read_text()
+    assert f"resumed from step:{step} of" in (folder / "train.log").read_text()
     assert artifact(folder) == artifact(whole[0])
 
 def test_stopped_twice_in_export_the_training_is_kept(env: dict, whole: list) -> None:
