@@ -942,6 +942,7 @@ def rung(config: Config, world: World) -> str:
     return RUNGS[min(RUNGS.index(first) + world.fallen, 2)]
 def compiled(model: GPT, config: Config, world: World) -> Callable[..., Tensor]:
     """The model as COMPILE says: whole, a graph a mode; by blocks, a graph a kind of layer; or as it is."""
+    torch.compiler.config.cache_key_tag = config.attn_backend  # torch's cache of graphs is blind to it
     torch._dynamo.config.recompile_limit = 8 + 2 * len(training_modes(config))  # beyond, torch stops the run
     build, level = functools.partial(torch.compile, dynamic=False, fullgraph=True), rung(config, world)
     parts = {} if config.attn_backend == "auto" else dict(attend=functools.partial(attend, block=0))
@@ -1010,8 +1011,7 @@ class Trainer:
         """WARMUP_STEPS steps of every mode, then all is as before. If COMPILE fails, all go a rung lower."""
         config, world, modes = self.config, self.world, training_modes(self.config)
         before, length = [p.detach().clone() for p in self.params], config.train_seq_len
-        random, count = torch.Generator().manual_seed(0), self.batches.sequences * length + 1
-        span = torch.randint(config.vocab_size, (count,), generator=random).to(world.device)
+        span = torch.arange(self.batches.sequences * length + 1, device=world.device) % config.vocab_size
         pair = (span[:-1].view(-1, length), span[1:].view(-1, length))  # laid out as real ones: no new graph
         world.enter("warm-up")
         while (level := rung(config, world)) != "off":
@@ -1153,7 +1153,7 @@ class Trainer:
         for hook in hooks:
             hook.remove()
         sums = {name: self.world.sum_(x_xt) for name, x_xt in sums.items()}
-        seconds = self.world.on_main(lambda: time.perf_counter() - started)
+        seconds = self.world.on_main(lambda: self.world.synchronize() or time.perf_counter() - started)
         if count:
             log(f"gptq_calibration batches:{count} time:{1e3 * seconds:.0f}ms")
         return sums, seconds
@@ -1425,9 +1425,9 @@ def train_and_export(config: Config, world: World, scorer: Scorer) -> tuple[Log,
         trainer.check_finite(step, score)  # the last update alone may have ruined the weights
         log(f"step:{step}/{config.iterations} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f} "
             f"train_time:{1e3 * seconds:.0f}ms step_avg:{1e3 * seconds / max(step, 1):.2f}ms")
-        if world.is_main:
-            log.metric(step=step, train_seconds=seconds, passes=mode.passes, weights=weights,
-                       **score._asdict(), health=recurrence_health(model, watched, mode))
+        world.on_main(lambda: log.metric(  # others wait here: a tracker may take minutes to begin
+            step=step, train_seconds=seconds, passes=mode.passes, weights=weights, **score._asdict(),
+            health=recurrence_health(model, watched, mode)))
         return score
     trainer.warm_up(log)
     if config.resume:

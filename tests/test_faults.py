@@ -34,7 +34,8 @@ SMALL = dict(
 
 def spoil(fault: str, here: bool) -> None:
     """Makes a fault happen in this process: a signal to itself, inside a save or in FAULT_STEP of a rank that
-    is `here`, or a loss that is not a number there; or SIGTERM in export, and again when that is saved."""
+    is `here`, or a loss that is not a number there; SIGTERM in export, and again when that is saved; a tracker
+    that takes six seconds."""
     train_step, write, pack, read = tg.Trainer.train_step, tg.write_atomically, tg.pack_to_fit, tg.Clock.read
     def broken(self: tg.Trainer, step: int, *rest: Any) -> None:
         forward, now = self.forward, here and step == FAULT_STEP
@@ -58,7 +59,9 @@ def spoil(fault: str, here: bool) -> None:
         self.due = 0
         return read(self, *args, **kwargs)
     tg.Trainer.train_step, tg.Clock.read = broken, always_due if fault == "late" else read
-    if fault == "save":
+    if fault == "tracker":
+        tg.Log.send = lambda _, values: time.sleep(6 * ("val_loss" in values))
+    elif fault == "save":
         tg.write_atomically = cut
     elif fault == "export":
         tg.pack_to_fit, tg.write_atomically = partial(terminate, pack), partial(terminate, write)
@@ -213,6 +216,12 @@ def test_a_killed_rank_ends_the_other_within_seconds(env: dict, fault: str, lost
     assert re.search(rf"^\[rank {1 - lost}\] step 6: lost ranks: \[{lost}\]", texts[1 - lost], re.MULTILINE)
     found = (Path(env["LOG_DIR"]) / f"lost_{fault}").glob("*.ckpt")
     assert [path.name for path in found] == [f"step_0000000{saved}.ckpt"]
+
+def test_a_slow_tracker_ends_no_run(env: dict) -> None:
+    """After a validation in the middle, where the next thing that other ranks do is a step."""
+    slow = {"RUN_ID": "tracker", "TRACKER": "wandb", "VAL_LOSS_EVERY": "8", "RANK_TIMEOUT_SECONDS": "5"}
+    codes, texts = launch(env | slow, 2, "tracker")
+    assert codes == [0, 0], texts
 
 def test_a_slow_disk_ends_no_run(env: dict, whole: list, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other ranks would wait RANK_TIMEOUT_SECONDS for the one that writes; it waits a quarter of that."""

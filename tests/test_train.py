@@ -248,6 +248,22 @@ def test_attention_backends_agree(backend: str) -> None:
         found = tg.compiled(model, config, tg.World({}))(ids[:, :-1], ids[:, 1:])
         assert found.item() == pytest.approx(model(ids[:, :-1], ids[:, 1:]).item(), abs=1e-5)
 
+def test_a_compiled_graph_of_another_attention_is_not_taken_from_the_cache(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch keeps compiled graphs on disk, by keys without the kernel that attention was given."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    counts = torch._dynamo.utils.counters["aot_autograd"]
+    counts.clear()
+    for backend, hits in (("math", 0), ("flash", 0), ("math", 1)):
+        torch._dynamo.reset()
+        config = tg.Config.from_env({"PRESET": "naive,tiny", "NUM_LAYERS": "1", "TRAIN_SEQ_LEN": "16",
+                                     "DTYPE": "float32", "ATTN_BACKEND": backend, "COMPILE": "model"})
+        torch.manual_seed(0)
+        model, ids = tg.GPT(config.architecture(), 0.02), torch.zeros(1, 16, dtype=torch.int64)
+        with torch.nn.attention.sdpa_kernel(tg.KERNELS[backend], set_priority=True), torch.no_grad():
+            tg.compiled(model, config, tg.World({}))(ids, ids.clone())
+        assert counts["autograd_cache_hit"] == hits
+
 # A rank whose compiler fails for whole models, on rank LAST for blocks, too; or, if that is "all", always.
 FALLING = """
 import os, sys, torch
