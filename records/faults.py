@@ -274,9 +274,10 @@ def report(options: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def rows(options: argparse.Namespace) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A function that adds rows to <out>/<command>.jsonl, the first of which says what was run on what."""
+    """A function that writes rows to <out>/<command>.jsonl, the first of which says what was run on what;
+    `--only` adds to what is there."""
     options.out.mkdir(parents=True, exist_ok=True)
-    with open(options.out / f"{options.command}.jsonl", "a") as file:
+    with open(options.out / f"{options.command}.jsonl", "a" if options.only else "w") as file:
         def write(row: dict[str, Any]) -> None:
             print(json.dumps(row), file=file, flush=True)
             print(json.dumps(row), flush=True)
