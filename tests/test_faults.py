@@ -34,8 +34,8 @@ SMALL = dict(
 
 def spoil(fault: str, here: bool) -> None:
     """Makes a fault happen in this process: a signal to itself, inside a save or in FAULT_STEP of a rank that
-    is `here`, or a loss that is not a number there; SIGTERM in export, and again when that is saved; a tracker
-    that takes six seconds."""
+    is `here`, or a loss that is not a number there; SIGTERM in export, and again when that is saved; six
+    seconds for packing, or for the first word to a tracker."""
     train_step, write, pack, read = tg.Trainer.train_step, tg.write_atomically, tg.pack_to_fit, tg.Clock.read
     def broken(self: tg.Trainer, step: int, *rest: Any) -> None:
         forward, now = self.forward, here and step == FAULT_STEP
@@ -60,7 +60,9 @@ def spoil(fault: str, here: bool) -> None:
         return read(self, *args, **kwargs)
     tg.Trainer.train_step, tg.Clock.read = broken, always_due if fault == "late" else read
     if fault == "tracker":
-        tg.Log.send = lambda _, values: time.sleep(6 * ("val_loss" in values))
+        tg.Log.send = lambda _, values: time.sleep(6 * (values["step"] == 0))
+    elif fault == "packing":
+        tg.pack_to_fit = lambda *args: time.sleep(6) or pack(*args)
     elif fault == "save":
         tg.write_atomically = cut
     elif fault == "export":
@@ -182,6 +184,10 @@ def test_one_damaged_checkpoint_is_passed_over_two_are_refused(env: dict, whole:
     with pytest.raises(tg.InputError, match=r"RESUME=auto: .*step_00000004.ckpt is damaged"):
         resume(names)
 
+def test_what_does_not_change_training_may_differ(env: dict, whole: list[Path], killed: Path) -> None:
+    other = {"SAVE_EVERY": "3", "TRAIN_LOG_EVERY": "5", "VAL_LOSS_EVERY": "4", "MAX_SKIPPED_STEPS": "1"}
+    assert artifact(resume(copied(env, killed, "may_differ") | other)) == artifact(whole[0])
+
 @pytest.mark.parametrize(("name", "value"), [("MATRIX_LR", "0.02"), ("SEED", "1"), ("MODEL_DIM", "64")])
 def test_another_configuration_is_refused(env: dict, killed: Path, name: str, value: str) -> None:
     names = copied(env, killed, f"other_{name}")
@@ -217,10 +223,12 @@ def test_a_killed_rank_ends_the_other_within_seconds(env: dict, fault: str, lost
     found = (Path(env["LOG_DIR"]) / f"lost_{fault}").glob("*.ckpt")
     assert [path.name for path in found] == [f"step_0000000{saved}.ckpt"]
 
-def test_a_slow_tracker_ends_no_run(env: dict) -> None:
-    """After a validation in the middle, where the next thing that other ranks do is a step."""
-    slow = {"RUN_ID": "tracker", "TRACKER": "wandb", "VAL_LOSS_EVERY": "8", "RANK_TIMEOUT_SECONDS": "5"}
-    codes, texts = launch(env | slow, 2, "tracker")
+@pytest.mark.parametrize("fault", ["tracker", "packing"])
+def test_what_rank_0_does_alone_ends_no_run(env: dict, fault: str) -> None:
+    """Also after a validation in the middle, where the next thing that other ranks do is a step."""
+    slow = {"RUN_ID": fault, "TRACKER": "wandb" if fault == "tracker" else "none", "VAL_LOSS_EVERY": "8",
+            "RANK_TIMEOUT_SECONDS": "5"}
+    codes, texts = launch(env | slow, 2, fault)
     assert codes == [0, 0], texts
 
 def test_a_slow_disk_ends_no_run(env: dict, whole: list, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,11 +242,42 @@ def test_a_slow_disk_ends_no_run(env: dict, whole: list, monkeypatch: pytest.Mon
     assert "warning: no checkpoint of step 4: the one before is not" in (folder / "train.log").read_text()
     assert artifact(folder) == artifact(whole[0])
 
+def test_a_full_disk_ends_no_run(env: dict, whole: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And leaves no room taken by checkpoints that were not written to their end."""
+    write = tg.write_atomically
+    def full(path: Path, data: bytes) -> None:
+        if path.suffix == ".ckpt":
+            path.with_name(path.name + ".tmp").write_bytes(data[:9])
+            raise OSError("No space left on device")
+        write(path, data)
+    monkeypatch.setattr(tg, "write_atomically", full)
+    folder = resume(env | {"RUN_ID": "full"})
+    log = (folder / "train.log").read_text()
+    warned = re.findall(r"^warning: no checkpoint of step (\d+): No space", log, re.MULTILINE)
+    assert warned == ["2", "4", "6", "8", "10"] and not [*folder.glob("*.tmp")]
+    assert artifact(folder) == artifact(whole[0])
+
+def test_files_are_on_the_disk_before_they_get_their_names(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    for name in ("fsync", "replace"):
+        does = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, n=name, does=does: calls.append(n) or does(*args))
+    tg.write_atomically(tmp_path / "file", b"data")
+    assert calls == ["fsync", "replace"] and (tmp_path / "file").read_bytes() == b"data"
+
 def test_a_step_that_is_not_finite_is_left_out_on_all_ranks(env: dict) -> None:
     codes, texts = launch(env | {"RUN_ID": "nan"}, 2, "nan")
     assert codes == [0, 0], texts
     first, second = (re.findall(r"^skipped 1 weights .*$", text, re.MULTILINE) for text in texts)
     assert first == second and len(first) == 1
+
+def test_too_many_steps_left_out_end_a_run(env: dict) -> None:
+    """One is too many of none, although the weights are finite."""
+    codes, texts = launch(env | {"RUN_ID": "nans", "MAX_SKIPPED_STEPS": "0"}, 2, "nan")
+    assert codes == [tg.EXIT_NON_FINITE] * 2, texts
+    assert all("step 6 is not finite (skipped 1" in text for text in texts)
+    assert not (Path(env["LOG_DIR"]) / "nans" / tg.ARTIFACT).exists()
 
 def test_begun_again_at_step_0_every_step_is_logged_once(env: dict, whole: list, killed: Path) -> None:
     names = copied(env, killed, "nothing_saved")
@@ -267,6 +306,38 @@ def test_what_fails_ends_a_run_that_can_go_on(
     folder = resume(names)
     assert f"resumed from step:{step} of" in (folder / "train.log").read_text()
     assert artifact(folder) == artifact(whole[0])
+
+def test_an_update_that_fails_is_not_saved(env: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adam has made its part, Muon has not."""
+    def fails(_: tg.Muon) -> None:
+        raise RuntimeError("no memory")
+    monkeypatch.setattr(tg.Muon, "step", fails)
+    with pytest.raises(RuntimeError, match="no memory"):
+        resume(env | {"RUN_ID": "half", "SAVE_EVERY": "0"})
+    assert not [*(Path(env["LOG_DIR"]) / "half").glob("*.ckpt")]
+
+def test_the_clock_goes_on_and_validation_is_not_on_it(env: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five steps of 0.3 s, then fast ones in a run that goes on; each validation takes a second."""
+    names = env | {"RUN_ID": "clock", "SAVE_EVERY": "0", "VAL_LOSS_EVERY": "2"}
+    train_step, score, load, clocks = tg.Trainer.train_step, tg.Scorer.score, tg.Trainer.resume, []
+    def slow(self: tg.Trainer, step: int, *rest: Any) -> None:
+        if step == FAULT_STEP:
+            clocks.append((self.clock.per_step, self.clock.due))
+            raise OSError("the disk is gone")
+        time.sleep(0.3)
+        train_step(self, step, *rest)
+    def loaded(self: tg.Trainer, log: tg.Log) -> None:
+        load(self, log)
+        clocks.append((self.clock.per_step, self.clock.due))
+    monkeypatch.setattr(tg.Scorer, "score", lambda *args: time.sleep(1) or score(*args))
+    monkeypatch.setattr(tg.Trainer, "train_step", slow)
+    with pytest.raises(OSError, match="the disk is gone"):
+        resume(names)
+    monkeypatch.setattr(tg.Trainer, "train_step", train_step)
+    monkeypatch.setattr(tg.Trainer, "resume", loaded)
+    seconds = json.loads((resume(names) / "result.json").read_text())["train_seconds"]
+    assert 1.5 < seconds < 4, "with validations it would be above 7"
+    assert clocks[1] == pytest.approx(clocks[0], rel=1e-6) and clocks[0][0] > 0.3
 
 def test_stopped_twice_in_export_the_training_is_kept(env: dict, whole: list) -> None:
     names = env | {"RUN_ID": "export", "SAVE_EVERY": "0"}
