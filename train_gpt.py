@@ -1471,16 +1471,15 @@ def run(config: Config, world: World) -> int:
     torch.use_deterministic_algorithms(config.deterministic)
     scorer = world.on_all(lambda: Scorer(config, world), lambda scorer: (same, scorer.tokens.total))
     if config.eval_only:
-        log, figures = open_log(config, world), {}
+        log, result = open_log(config, world), {}
     else:
-        log, figures = train_and_export(config, world, scorer)
+        log, result = train_and_export(config, world, scorer)
         config, *rest = reload(log.folder / ARTIFACT, config, world)
     world.enter("scoring of the artifact")
-    figures |= round_trip(scorer, (config, *rest), log)
-    figures |= dict(config=asdict(config), versions=versions(world), world_size=world.size)
-    data = json.dumps(figures, indent=1).encode()
-    world.on_main(lambda: write_atomically(log.folder / "result.json", data))
-    return 0 if figures["fits"] else EXIT_SIZE
+    result |= round_trip(scorer, (config, *rest), log)
+    result |= dict(config=asdict(config), versions=versions(world), world_size=world.size)
+    world.on_main(lambda: write_atomically(log.folder / "result.json", json.dumps(result, indent=1).encode()))
+    return 0 if result["fits"] else EXIT_SIZE
 def main() -> int:  # what a user can mend is one line without a traceback
     try:
         config = Config.from_env(os.environ)
@@ -1490,7 +1489,8 @@ def main() -> int:  # what a user can mend is one line without a traceback
         with torch.nn.attention.sdpa_kernel(KERNELS[config.attn_backend], set_priority=True):
             code = run(config, world)
         world.gather(lambda: None)  # nobody leaves before all are done
-    except (Ended, *KNOWN) as error:
+    except (Ended, SystemError, *KNOWN) as e:
+        error = e.__cause__ or e  # SystemError is what C code may make of a signal that comes amid it
         code, message = error.args if isinstance(error, Ended) else (EXIT_INPUT, error)
         print(f"[rank {os.environ.get('RANK', 0)}] {message}", file=sys.stderr)
     if dist.is_initialized():  # no teardown: it waits for ranks that failed, and gloo's can abort a good run

@@ -307,6 +307,17 @@ def test_what_fails_ends_a_run_that_can_go_on(
     assert f"resumed from step:{step} of" in (folder / "train.log").read_text()
     assert artifact(folder) == artifact(whole[0])
 
+def test_a_signal_that_meets_c_code_stops_a_run(
+        env: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """What the handler raises in a callback of np.fromfile comes out as SystemError."""
+    def run(*_: Any) -> None:
+        raise SystemError("returned a result with an exception set") from tg.Ended(5, "scoring: stopped")
+    monkeypatch.setattr(tg, "run", run)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    for name, value in (env | {"RUN_ID": "c_code"}).items():
+        monkeypatch.setenv(name, value)
+    assert tg.main() == tg.EXIT_STOPPED and capsys.readouterr().err == "[rank 0] scoring: stopped\n"
+
 def test_an_update_that_fails_is_not_saved(env: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """Adam has made its part, Muon has not."""
     def fails(_: tg.Muon) -> None:
