@@ -78,7 +78,8 @@ def demand(wrong: list[str]) -> None:
 
 # ---- 1. The run and its script ---------------------------------------------------------------------------
 
-LOADED, compiled = itertools.count(), functools.cache(partial(compile, mode="exec"))  # of bytes and path
+LOADED = itertools.count()
+compile_once = functools.cache(partial(compile, mode="exec"))  # source and path -> code
 
 def load_script(path: Path) -> types.ModuleType:
     """The script as a new module. Its source is what runs, never a cached file beside it."""
@@ -86,7 +87,7 @@ def load_script(path: Path) -> types.ModuleType:
     module = types.ModuleType(name)
     module.__file__ = str(path)
     sys.modules[name] = module  # dataclasses look their module up
-    exec(compiled(path.read_bytes(), str(path)), module.__dict__)
+    exec(compile_once(path.read_bytes(), str(path)), module.__dict__)
     return module
 
 @dataclass
@@ -298,14 +299,14 @@ def check_causality(audit: Audit, stride: int) -> str:
     """One token is flipped, at the ends of windows and at FLIPS places drawn: no earlier target's loss may
     change, nor what was expected in its place. Nor may losses depend on which targets are asked for, or on
     what was scored before. Every text meets a module that has seen no other. A leak into a share s of the
-    places is missed with probability (1 - s)^FLIPS; what begins after the first windows is not seen."""
+    places is missed with probability (1 - s)^FLIPS at most; what begins after these windows is not seen."""
     def begin(text: np.ndarray) -> tuple[Any, Any]:
         fresh = audit.anew()
         return fresh.script.Scorer(fresh.split(text), fresh.world), fresh.model().to(fresh.world.device)
     T, tokens = audit.length, audit.tokens[: 2 * audit.length + audit.length // 2 + 2]
-    first, end, worst, own = begin(tokens), len(tokens) - 1, 0.0, 0.0
-    before = digest(first[1])
-    whole = nats(*first, stride, (0, end))  # before anything else was scored
+    scorer, model = begin(tokens)
+    end, worst, own, before = len(tokens) - 1, 0.0, 0.0, digest(model)
+    whole = nats(scorer, model, stride, (0, end))  # before anything else was scored
     drawn = DRAW.sample(range(2, end + 1), min(FLIPS, end - 1))
     places = sorted({p for p in (T // 2, T - 1, T + 1, 2 * T - T // 3, end, *drawn) if 2 <= p <= end})
     for p in places:
@@ -313,16 +314,17 @@ def check_causality(audit: Audit, stride: int) -> str:
         other = begin(flipped)
         for span, instead in (((0, p - 1), None), ((p - 2, p - 1), None),
                               ((p - 1, p), int(tokens[p])), ((p - 1, p), int(flipped[p]))):
-            one, two = (nats(*pair, stride, span, instead) / (span[1] - span[0]) for pair in (first, other))
+            one, two = (nats(*pair, stride, span, instead) / (span[1] - span[0])
+                        for pair in ((scorer, model), other))
             moved = abs(one - two) if math.isfinite(one - two) else math.inf
             worst, own = (worst, max(own, moved)) if instead is not None else (max(worst, moved), own)
     cuts = [0, end // 3, end // 2, end]
-    parts = sum(nats(*first, stride, span) for span in itertools.pairwise(cuts))
+    parts = sum(nats(scorer, model, stride, span) for span in itertools.pairwise(cuts))
     apart = abs(parts - whole) / end
     measured = (f"{len(places)} flips in {-(-end // T)} windows of {T}, stride {stride}: earlier losses move "
                 f"by {worst:.1e}, the flipped token's own distribution by {own:.1e} nats; losses of parts "
                 f"miss the whole by {apart:.1e} a target (at most {CONSTANT:.0e})")
-    changed = digest(first[1]) != before
+    changed = digest(model) != before
     if changed or not all(moved <= CONSTANT for moved in (worst, own, apart)):
         raise Failed(measured + "; scoring changed the weights" * changed)
     return measured
@@ -330,7 +332,7 @@ def check_causality(audit: Audit, stride: int) -> str:
 def check_normalised(audit: Audit) -> str:
     """Every token of the vocabulary is asked for at the last target of a window and at SUMS drawn ones:
     probabilities sum to 1. That is a forward pass for every token and place, long at full size on a CPU. What
-    is wrong at a share s of a window's targets, the last not among them, is missed with (1 - s)^SUMS."""
+    is wrong at a share s of the other targets is missed with probability (1 - s)^SUMS at most."""
     length, size = audit.length, audit.config.vocab_size
     config = audit.split(audit.tokens[: length + 1])
     scorer, model = audit.script.Scorer(config, audit.world), audit.model().to(audit.world.device)
@@ -385,7 +387,8 @@ def check_once(audit: Audit) -> str:
 
 def check_ttt(audit: Audit) -> str:
     """All tokens from a chunk on are replaced, one of the first three of twelve or of STARTS drawn among the
-    rest: earlier losses and the weights it meets stay as they were. What begins later is not seen."""
+    rest: earlier losses and the weights it meets stay as they were. What is done in a single later chunk is
+    seen only if that one is drawn, what begins later never."""
     T = audit.length
     if not audit.config.ttt_lr:
         raise Skipped("TTT_LR=0 in this run")
@@ -427,8 +430,8 @@ class Seen:
 def training_seen(script: types.ModuleType) -> Iterator[Seen]:
     read, step, backward = script.Tokens.read, script.Trainer.train_step, torch.autograd.backward
     seen, inside = Seen(set()), []
-    def watched_read(tokens: Any, *args: Any) -> Any:
-        found, names = read(tokens, *args), {path.name for path in tokens.paths}
+    def watched_read(tokens: Any, *args: Any, **kwargs: Any) -> Any:
+        found, names = read(tokens, *args, **kwargs), {path.name for path in tokens.paths}
         seen.tokens += len(found) * any("_train_" in name for name in names)
         seen.names |= names if inside else set()
         return found
@@ -483,8 +486,7 @@ def check_training(audit: Audit) -> str:
         raise Skipped(f"{audit.config.data_path} holds no train shard")
     T, wrong = audit.length, []
     train = np.fromfile(paths[0], "<u2", count=4 * T + 2, offset=1024)
-    texts = {True: audit.tokens[: 2 * T + 2], False: audit.tokens}
-    for scored, text in texts.items():
+    for text, scored in ((audit.tokens[: 2 * T + 2], True), (audit.tokens, False)):
         pair = [train_briefly(audit, train, x, scored) for x in (text, flip(text, slice(None)))]
         wrong += itertools.chain(*(faults for _, faults in pair))
         if len({artifact for artifact, _ in pair}) > 1:
