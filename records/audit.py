@@ -8,17 +8,22 @@ trains for a moment. Audit a stranger's script in a container without network or
 
 Every check is a line, `ok|FAILED|skipped name: what was measured`; the exit code is 0 if none failed, 1 if
 one did, 2 if there was nothing to audit. Losses are measured through the script's own Scorer and Learner.
+Some places are drawn anew each time, so that no script can know them: an honest run passes wherever they
+fall; a cheat in a narrow stretch may be missed by one audit and found by the next.
 """
 from __future__ import annotations
 
 import argparse
 import contextlib
 import copy
+import functools
 import hashlib
 import io
 import itertools
 import json
 import math
+import os
+import random
 import re
 import sys
 import tempfile
@@ -48,6 +53,8 @@ FINEWEB = 50_000, 151_080_891, 30_000  # documents, bytes (PR 1804), and how far
 FOLDED = 2e-4  # the same difference as a share: what a tokenizer that folds text may change of --text
 UNLOGGED = 0.1  # seconds of training time that result.json may have and the log not: between its lines
 SCORES = ("roundtrip", "sliding", "ttt")
+DRAW = random.SystemRandom()
+FLIPS, SUMS, STARTS = 16, 4, 3  # places that are drawn: of flips, of sums over the vocabulary, of TTT's flips
 
 class Failed(Exception):
     """What a check found wrong."""
@@ -71,13 +78,16 @@ def demand(wrong: list[str]) -> None:
 
 # ---- 1. The run and its script ---------------------------------------------------------------------------
 
+LOADED = itertools.count()
+compile_once = functools.cache(partial(compile, mode="exec"))  # source and path -> code
+
 def load_script(path: Path) -> types.ModuleType:
-    """The script as a module of its own. Its source is what runs, never a cached file beside it."""
-    name = f"audited_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
+    """The script as a new module. Its source is what runs, never a cached file beside it."""
+    name = f"audited_{next(LOADED)}"
     module = types.ModuleType(name)
     module.__file__ = str(path)
     sys.modules[name] = module  # dataclasses look their module up
-    exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
+    exec(compile_once(path.read_bytes(), str(path)), module.__dict__)
     return module
 
 @dataclass
@@ -138,10 +148,15 @@ class Audit:
         self.script, self.run, self.given, self.scratch = script, run, given, scratch
         paths = dict(data_path=given.data, tokenizer_path=given.tokenizer)
         self.config = replace(config_of(run, script), **{name: str(x) for name, x in paths.items() if x})
-        self.world, self.splits = script.World({}), itertools.count()
+        self.world = script.World({})
         self.length = self.config.train_seq_len
         factor = next(n for n in range(2, self.length + 1) if self.length % n == 0)
         self.sliding = self.config.eval_stride or self.length // factor  # also where a run did not slide
+
+    def anew(self) -> Audit:
+        """The same with a module of its own, and with its configuration and world: what a script keeps of one
+        text, it does not know in another's. Only what it hides elsewhere in the process goes along."""
+        return Audit(load_script(Path(self.script.__file__)), self.run, self.given, self.scratch)
 
     def shards(self, split: str) -> list[Path]:
         return sorted(Path(self.config.data_path).glob(f"fineweb_{split}_*.bin"))
@@ -166,8 +181,7 @@ class Audit:
 
     def split(self, tokens: np.ndarray, **changes: Any) -> Any:
         """A configuration whose validation split is `tokens`; batches of two windows."""
-        folder = self.scratch / str(next(self.splits))
-        folder.mkdir()
+        folder = Path(tempfile.mkdtemp(dir=self.scratch))
         write_shard(folder / "fineweb_val_000000.bin", tokens)
         length = changes.get("train_seq_len", self.length)
         small = dict(data_path=str(folder), val_batch_size=2 * length, eval_stride=0, ttt_lr=0.0,
@@ -249,6 +263,16 @@ def digest(model: torch.nn.Module) -> str:
         sums.update(p.detach().cpu().numpy().tobytes())
     return sums.hexdigest()
 
+def by_windows(model: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """The model as a function of which a scorer sees nothing else, and which asks for one window at a time:
+    losses that depend on how the scorer calls are another score then."""
+    def mean_loss(ids: Tensor, targets: Tensor) -> Tensor:
+        count = (targets >= 0).sum(1)
+        rows = [row for row, n in enumerate(count.tolist()) if n]
+        sums = [model(ids[i : i + 1], targets[i : i + 1]).double() * count[i] for i in rows]
+        return sum(sums, torch.zeros((), dtype=torch.float64, device=ids.device)) / count.sum().clamp_min(1)
+    return mean_loss
+
 class Watched:
     """A model that notes before every call how many targets came before, its weights, and the loss."""
 
@@ -272,20 +296,26 @@ def flip(tokens: np.ndarray, places: slice | int) -> np.ndarray:
     return other
 
 def check_causality(audit: Audit, stride: int) -> str:
-    """One token is flipped: no earlier target's loss may change, nor what was expected in its place. Nor may
-    losses depend on which targets are asked for, or on what was scored before."""
-    T, model = audit.length, audit.model().to(audit.world.device)
-    tokens, before = audit.tokens[: 2 * T + T // 2 + 2], digest(model)
-    scorer = audit.script.Scorer(audit.split(tokens), audit.world)
-    end, worst, own = len(tokens) - 1, 0.0, 0.0
+    """One token is flipped, at the ends of windows and at FLIPS places drawn: no earlier target's loss may
+    change, nor what was expected in its place. Nor may losses depend on which targets are asked for, or on
+    what was scored before. Every text meets a module that has seen no other. A leak into a share s of the
+    places is missed with probability (1 - s)^FLIPS at most; what begins after these windows is not seen."""
+    def begin(text: np.ndarray) -> tuple[Any, Any]:
+        fresh = audit.anew()
+        return fresh.script.Scorer(fresh.split(text), fresh.world), fresh.model().to(fresh.world.device)
+    T, tokens = audit.length, audit.tokens[: 2 * audit.length + audit.length // 2 + 2]
+    scorer, model = begin(tokens)
+    end, worst, own, before = len(tokens) - 1, 0.0, 0.0, digest(model)
     whole = nats(scorer, model, stride, (0, end))  # before anything else was scored
-    places = sorted({p for p in (T // 2, T - 1, T + 1, 2 * T - T // 3, end) if 2 <= p <= end})
+    drawn = DRAW.sample(range(2, end + 1), min(FLIPS, end - 1))
+    places = sorted({p for p in (T // 2, T - 1, T + 1, 2 * T - T // 3, end, *drawn) if 2 <= p <= end})
     for p in places:
         flipped = flip(tokens, p)
-        other = audit.script.Scorer(audit.split(flipped), audit.world)
+        other = begin(flipped)
         for span, instead in (((0, p - 1), None), ((p - 2, p - 1), None),
                               ((p - 1, p), int(tokens[p])), ((p - 1, p), int(flipped[p]))):
-            one, two = (nats(x, model, stride, span, instead) / (span[1] - span[0]) for x in (scorer, other))
+            one, two = (nats(*pair, stride, span, instead) / (span[1] - span[0])
+                        for pair in ((scorer, model), other))
             moved = abs(one - two) if math.isfinite(one - two) else math.inf
             worst, own = (worst, max(own, moved)) if instead is not None else (max(worst, moved), own)
     cuts = [0, end // 3, end // 2, end]
@@ -300,12 +330,14 @@ def check_causality(audit: Audit, stride: int) -> str:
     return measured
 
 def check_normalised(audit: Audit) -> str:
-    """Every token of the vocabulary is asked for at a few places: probabilities sum to 1."""
-    length, size = min(16, audit.length), audit.config.vocab_size
-    config = audit.split(audit.tokens[: length + 1], train_seq_len=length)
+    """Every token of the vocabulary is asked for at the last target of a window and at SUMS drawn ones:
+    probabilities sum to 1. That is a forward pass for every token and place, long at full size on a CPU. What
+    is wrong at a share s of the other targets is missed with probability (1 - s)^SUMS at most."""
+    length, size = audit.length, audit.config.vocab_size
+    config = audit.split(audit.tokens[: length + 1])
     scorer, model = audit.script.Scorer(config, audit.world), audit.model().to(audit.world.device)
     sums = {}
-    for place in sorted({length // 4, length - 1}):
+    for place in sorted({length - 1, *DRAW.sample(range(length - 1), min(SUMS, length - 1))}):
         losses = (nats(scorer, model, 0, (place, place + 1), v) for v in range(size))
         sums[place] = math.fsum(math.exp(-loss) for loss in losses)
     told = ", ".join(f"{total:.7f} at target {place}" for place, total in sums.items())
@@ -354,19 +386,23 @@ def check_once(audit: Audit) -> str:
     return f"{targets} targets of the split, and {count} small splits on 1 to 3 ranks: each once, in order"
 
 def check_ttt(audit: Audit) -> str:
-    """All tokens from a chunk on are replaced: earlier losses and the weights it meets stay as they were."""
+    """All tokens from a chunk on are replaced, one of the first three of twelve or of STARTS drawn among the
+    rest: earlier losses and the weights it meets stay as they were. What is done in a single later chunk is
+    seen only if that one is drawn, what begins later never."""
     T = audit.length
     if not audit.config.ttt_lr:
         raise Skipped("TTT_LR=0 in this run")
     if len(audit.tokens) < 2 * T + 2:
         raise Skipped(f"the validation split has no two chunks of {T} tokens")
-    tokens, stride = audit.tokens[: 3 * T + T // 2 + 2], audit.config.eval_stride
-    starts = range(0, len(tokens) - 1, T)
+    tokens, stride = audit.tokens[: 12 * T + T // 2 + 2], audit.config.eval_stride
+    chunks = range(0, len(tokens) - 1, T)
+    starts = sorted([*chunks[:3], *DRAW.sample(chunks[3:], min(STARTS, len(chunks[3:])))])
     def adapt(text: np.ndarray) -> tuple[Watched, Any]:
-        config = audit.split(text, eval_stride=stride, ttt_lr=audit.config.ttt_lr, ttt_chunk_tokens=T)
-        watched = Watched(audit.model())
-        learner = audit.script.Learner(watched.model, config, audit.cpu)
-        return watched, audit.script.Scorer(config, audit.cpu).score(watched, stride, learner)
+        fresh = audit.anew()
+        config = fresh.split(text, eval_stride=stride, ttt_lr=audit.config.ttt_lr, ttt_chunk_tokens=T)
+        watched = Watched(fresh.model())
+        learner = fresh.script.Learner(watched.model, config, fresh.cpu)
+        return watched, fresh.script.Scorer(config, fresh.cpu).score(watched, stride, learner)
     (base, score), wrong = adapt(tokens), []
     for start in starts:
         other, _ = adapt(flip(tokens, slice(start + 1, None)))
@@ -380,50 +416,84 @@ def check_ttt(audit: Audit) -> str:
         wrong.append(f"val_loss {score.val_loss:.6f} is not the mean of what the model returned, {told:.6f}")
     demand(wrong[:2])
     steps = len({weights for *_, weights, _ in base.calls})
-    return f"{len(starts)} chunks, {steps} states of the weights: none depends on text that it scores"
+    return (f"{len(chunks)} chunks, {steps} states of the weights: none depends on text that it scores, "
+            f"replaced from {len(starts)} of them on")
+
+@dataclass
+class Seen:
+    """What training did: shards read inside of steps, tokens read of train shards, backward passes."""
+    names: set[str]
+    tokens: int = 0
+    backward: int = 0
 
 @contextlib.contextmanager
-def training_reads(script: types.ModuleType, names: set[str]) -> Iterator[None]:
-    """Collects the shards that are read inside of training steps."""
-    read, step, inside = script.Tokens.read, script.Trainer.train_step, []
-    def watched_read(tokens: Any, *args: Any) -> Any:
-        if inside:
-            names.update(path.name for path in tokens.paths)
-        return read(tokens, *args)
+def training_seen(script: types.ModuleType) -> Iterator[Seen]:
+    read, step, backward = script.Tokens.read, script.Trainer.train_step, torch.autograd.backward
+    seen, inside = Seen(set()), []
+    def watched_read(tokens: Any, *args: Any, **kwargs: Any) -> Any:
+        found, names = read(tokens, *args, **kwargs), {path.name for path in tokens.paths}
+        seen.tokens += len(found) * any("_train_" in name for name in names)
+        seen.names |= names if inside else set()
+        return found
     def watched_step(trainer: Any, *args: Any, **kwargs: Any) -> Any:
         inside.append(1)
         try:
             return step(trainer, *args, **kwargs)
         finally:
             inside.pop()
+    def watched_backward(*args: Any, **kwargs: Any) -> Any:
+        seen.backward += 1
+        return backward(*args, **kwargs)
     with mock.patch.object(script.Tokens, "read", watched_read), \
-            mock.patch.object(script.Trainer, "train_step", watched_step):
-        yield
+            mock.patch.object(script.Trainer, "train_step", watched_step), \
+            mock.patch.object(torch.autograd, "backward", watched_backward):
+        yield seen
+
+def train_briefly(audit: Audit, train: np.ndarray, text: np.ndarray, scored: bool) -> tuple[bytes, list[str]]:
+    """The artifact of three steps on `train` with the validation split `text`, which is scored or only there;
+    and what was read or trained that the steps, calibration and a warm-up step a mode do not need."""
+    fresh, T = audit.anew(), audit.length
+    off = dict(save_every=0, resume="", tracker="none", preset="", run_id="run")
+    known = {f.name for f in fields(fresh.config)}
+    config = fresh.split(
+        text, iterations=3, warmup_steps=1, warmdown_iters=1, train_batch_tokens=T, micro_batch_tokens=T,
+        val_loss_every=1, max_wallclock_seconds=0.0, gptq_batches=min(audit.config.gptq_batches, 1),
+        **{name: value for name, value in off.items() if name in known})
+    write_shard(Path(config.data_path) / "fineweb_train_000000.bin", train)
+    config = replace(config, log_dir=config.data_path)
+    with contextlib.ExitStack() as stack:
+        if not scored:
+            made_up = fresh.script.Score(1.0, 1.0, len(text) - 1, len(text) - 1, 0.0)
+            stack.enter_context(mock.patch.object(fresh.script.Scorer, "score", lambda *_, **__: made_up))
+        seen = stack.enter_context(training_seen(fresh.script))
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        fresh.script.run(config, fresh.cpu)
+    wrong = [f"a training step read {name}" for name in sorted(seen.names) if "_train_" not in name]
+    modes = len(fresh.script.training_modes(config))
+    due = Seen(set(), (3 + config.gptq_batches) * (T + 1), 3 + modes)
+    if seen.tokens > due.tokens:
+        wrong.append(f"{seen.tokens} tokens of train shards were read, 3 steps of {T} need {due.tokens}")
+    if seen.backward > due.backward:
+        wrong.append(f"there were {seen.backward} backward passes, 3 steps need {due.backward}")
+    return (Path(config.log_dir) / "run" / "model.ptz").read_bytes(), wrong
 
 def check_training(audit: Audit) -> str:
-    """Three steps of training, with validation in between, on two validation splits: the same artifact."""
+    """Three steps of training with validation in between, on two small validation splits and on the whole one
+    and another of its size (which are not scored: that would take long): the same artifact, and no training
+    beyond the steps. Of what train shards are read for, only `Tokens.read` is counted, and of training only
+    PyTorch's backward passes; what begins after more than three steps is not seen."""
     if not (paths := audit.shards("train")):
         raise Skipped(f"{audit.config.data_path} holds no train shard")
-    T, names, made = audit.length, set(), set()
+    T, wrong = audit.length, []
     train = np.fromfile(paths[0], "<u2", count=4 * T + 2, offset=1024)
-    val = audit.tokens[: 2 * T + 2]
-    off = dict(save_every=0, resume="", tracker="none", preset="", run_id="run")
-    known = {f.name for f in fields(audit.config)}
-    for text in (val, flip(val, slice(None))):
-        config = audit.split(
-            text, iterations=3, warmup_steps=1, warmdown_iters=1, train_batch_tokens=T, micro_batch_tokens=T,
-            val_loss_every=1, max_wallclock_seconds=0.0, gptq_batches=min(audit.config.gptq_batches, 1),
-            **{name: value for name, value in off.items() if name in known})
-        write_shard(Path(config.data_path) / "fineweb_train_000000.bin", train)
-        config = replace(config, log_dir=config.data_path)
-        with training_reads(audit.script, names), contextlib.redirect_stdout(io.StringIO()):
-            audit.script.run(config, audit.cpu)
-        made.add((Path(config.log_dir) / "run" / "model.ptz").read_bytes())
-    wrong = [f"a training step read {name}" for name in sorted(names) if "_train_" not in name]
-    if len(made) > 1:
-        wrong.append("the artifact depends on the validation split")
-    demand(wrong)
-    return "3 steps on two validation splits made one artifact; steps read train shards only"
+    for text, scored in ((audit.tokens[: 2 * T + 2], True), (audit.tokens, False)):
+        pair = [train_briefly(audit, train, x, scored) for x in (text, flip(text, slice(None)))]
+        wrong += itertools.chain(*(faults for _, faults in pair))
+        if len({artifact for artifact, _ in pair}) > 1:
+            wrong.append("the artifact depends on the validation split")
+    demand([*dict.fromkeys(wrong)])
+    return ("3 steps on two small validation splits made one artifact, on two as long as the whole one as "
+            "well; they read train shards only, and nothing was trained besides")
 
 # ---- 4. Checks of data and files -------------------------------------------------------------------------
 
@@ -560,14 +630,51 @@ def check_figures(audit: Audit) -> str:
     other = "agrees with result.json" if result else "agrees with itself; there is no result.json"
     return f"val_bpb {scores}: the log {other}"
 
+@functools.cache
+def listeners() -> list[set[Path]]:
+    """Sets that get the paths of files that Python opens to read. Python keeps its hook until it ends."""
+    sets: list[set[Path]] = []
+    def note(event: str, args: tuple[Any, ...]) -> None:
+        if sets and event == "open" and isinstance(args[0], (str, bytes)) \
+                and args[2] & os.O_ACCMODE != os.O_WRONLY:
+            sets[-1].add(Path(os.fsdecode(args[0])))
+    sys.addaudithook(note)
+    return sets
+
+@contextlib.contextmanager
+def files_read() -> Iterator[set[Path]]:
+    listeners().append(paths := set())
+    try:
+        yield paths
+    finally:
+        listeners().pop()
+
+def foreign(audit: Audit, paths: set[Path]) -> list[str]:
+    """Those that are neither validation shards, tokenizer, script, Python's libraries nor the system's, nor
+    of what the audit itself has made."""
+    own = {*audit.shards("val"), Path(audit.config.tokenizer_path), Path(audit.script.__file__),
+           Path(__file__), Path(train_gpt.__file__)}
+    packages = (Path(module.__file__).parents[1] for module in (np, spm, torch))
+    known = [path.resolve() for path in (*own, *packages, *map(Path, (
+        audit.scratch, sys.prefix, sys.base_prefix, "/proc", "/sys", "/dev")))]
+    return sorted(str(path) for path in paths if not any(path.resolve().is_relative_to(x) for x in known))
+
 def check_score(audit: Audit) -> str:
-    """The artifact is scored again as the run scored it."""
+    """The artifact is scored again as the run scored it, one window at a time; from the loading of script and
+    model on, no file is read that would hold weights beside the artifact. Files that compiled code opens by
+    itself, and files among Python's libraries, are not seen."""
     cpus = not audit.world.on_cuda and "threads a rank" in audit.run.log.device
     sure, told, wrong = cpus and audit.config.dtype == "float32", [], []
+    compiles = mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=str(audit.scratch / "compiled"))
     for name, _, logged in audit.run.matches(r"final_\S+_(\w+)_exact val_loss:(\S+) val_bpb:(\S+)"):
-        model = audit.model().to(audit.world.device)
-        learner = audit.script.Learner(model, audit.config, audit.world) if name == "ttt" else None
-        score = audit.scorer.score(model, 0 if name == "roundtrip" else audit.config.eval_stride, learner)
+        with compiles, files_read() as paths:
+            fresh = audit.anew()
+            model = fresh.model().to(fresh.world.device)
+            learner = fresh.script.Learner(model, fresh.config, fresh.world) if name == "ttt" else None
+            stride = 0 if name == "roundtrip" else fresh.config.eval_stride
+            score = fresh.scorer.score(by_windows(model), stride, learner)
+        if others := foreign(audit, paths):
+            wrong.append(f"{name} read {', '.join(others[:3])}, which is no part of script or artifact")
         limit = (EXACT_TTT if learner else EXACT) if sure else CLOSE
         told.append(f"{name} {score.val_bpb:.8f}, the log {logged} (within {limit:.0e})")
         if not abs(score.val_bpb - float(logged)) <= limit:
@@ -588,8 +695,8 @@ class Row(NamedTuple):
     def __str__(self) -> str:
         return f"step {self.step} ({self.kind})"
 
-def clock_faults(rows: list[Row], every: int, iterations: int) -> Iterator[str]:
-    """Steps and times that do not go on, averages that are not theirs, steps that are missing."""
+def clock_faults(rows: list[Row], every: int, iterations: int, first: int) -> Iterator[str]:
+    """Steps and times that do not go on, averages that are not theirs, steps missing from the `first` on."""
     for before, row in itertools.pairwise(rows):
         again = row.kind == before.kind == "train" and row.step == before.step
         if row.step < before.step or row.ms < before.ms or again:
@@ -599,8 +706,7 @@ def clock_faults(rows: list[Row], every: int, iterations: int) -> Iterator[str]:
         if abs(row.average * count - row.ms) > 0.005 * count + 0.51:
             yield f"{row}: {row.average} ms a step are not {row.ms} ms"
     trained = [row.step for row in rows if row.kind == "train"]
-    due = {n for n in range(min(trained, default=1), rows[-1].step + 1)
-           if n <= 10 or n % every == 0 or n == iterations}
+    due = {n for n in range(first, rows[-1].step + 1) if n <= 10 or n % every == 0 or n == iterations}
     if missing := sorted(due - {*trained}):
         yield f"no line of steps {', '.join(map(str, missing[:5]))}"
 
@@ -622,17 +728,19 @@ def metric_faults(rows: list[Row], metrics: list[dict[str, Any]], batch: int) ->
             yield f"{row}: {entry['tokens_per_second']:.0f} tokens/s are not its tokens and time"
 
 def check_clocks(audit: Audit) -> str:
-    """Training and calibration within the cap, evaluation within its limit, and a log whose times go on."""
+    """Training and calibration within the cap, evaluation within its limit, and a log whose times go on from
+    step 1, or from the checkpoint of another log that the run says it resumed before its first line."""
     run, config, wrong = audit.run, audit.config, []
     limit = submit.TIME_LIMIT if audit.given.track == "10min_16mb" else math.inf
     pattern = r"step:(\d+)/\d+ (train|val)_loss:(\S+) (?:val_bpb:\S+ )?train_time:(\d+)ms step_avg:([\d.]+)ms"
-    rows: list[Row] = []
+    rows, first = [], 1
     for step, kind, loss, ms, average, resumed in run.matches(pattern + r"|^resumed from step:(\d+)"):
         if resumed:  # what follows its checkpoint was made again
+            first = first if rows else int(resumed) + 1
             rows = [x for x in rows if x.step < int(resumed) or x.step == int(resumed) and x.kind == "train"]
         else:
             rows.append(Row(int(step), kind, loss, int(ms), float(average)))
-    wrong += clock_faults(rows, config.train_log_every, config.iterations)
+    wrong += clock_faults(rows, config.train_log_every, config.iterations, first)
     wrong += metric_faults(rows, run.metrics, config.train_batch_tokens) if run.metrics is not None else []
     trained = next(row for row in rows if row.kind == "val" and row.step == rows[-1].step)
     calibration = sum(int(ms) for (ms,) in run.matches(r"gptq_calibration .*time:(\d+)ms"))
@@ -654,9 +762,10 @@ def check_clocks(audit: Audit) -> str:
         wrong[3:] = [f"and {len(wrong) - 3} more"]
     demand(wrong)
     other = "agree with metrics.jsonl" if run.metrics is not None else "go on; there is no metrics.jsonl"
-    return (f"{rows[-1].step} steps, {trained.ms / 1e3:.3f} s of training + {calibration / 1e3:.3f} of "
-            f"calibration (cap {cap}), {spent:.3f} s of evaluation (limit {allowed}); {len(rows)} lines "
-            f"{other}")
+    begun = f" (the log begins after step {first - 1}, resumed)" if first > 1 else ""
+    return (f"{rows[-1].step} steps{begun}, {trained.ms / 1e3:.3f} s of training + "
+            f"{calibration / 1e3:.3f} of calibration (cap {cap}), {spent:.3f} s of evaluation (limit "
+            f"{allowed}); {len(rows)} lines {other}")
 
 # ---- 6. The command --------------------------------------------------------------------------------------
 
