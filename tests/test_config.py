@@ -363,6 +363,12 @@ def test_artifact_header_round_trip() -> None:
 def test_every_option_is_documented() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [name for name in KINDS if f"`{name}`" not in text] == []
+    source = Path(tg.__file__).read_text(encoding="utf-8")
+    meanings = dict(re.findall(r"^    (\w+): .* = opt\(.*\)  # (.*)$", source, re.MULTILINE))
+    assert {name.upper() for name in meanings} == KINDS.keys()
+    rows = dict(re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", text.replace("\\|", "/"), re.MULTILINE))
+    assert [name for name, meaning in meanings.items()
+            if rows.get(name.upper()) != meaning.replace("|", "/")] == []
 
 IMPORT = """
 import os, sys
