@@ -12,6 +12,7 @@ MATCHED_FINEWEB_REPO_ID and MATCHED_FINEWEB_REMOTE_ROOT_PREFIX name a copy of th
 HF_TOKEN and the other variables of huggingface_hub act as usual. Exit codes: 0; 2 with one line for what the
 user can mend.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -51,8 +52,10 @@ ARRIVALS = 3  # times a file may arrive with wrong content
 # PR 1289 decodes 151,073,604 bytes, PR 1804 counts 151,080,891: tokenizers fold text a little differently.
 CANONICAL_DOCUMENTS, CANONICAL_BYTES, CANONICAL_SPREAD = 50_000, 151_080_891, 30_000
 
+
 class File(NamedTuple):
     """One file of the export as the hub lists it."""
+
     local: str  # path below the root
     repo: str
     revision: str  # commit
@@ -64,36 +67,50 @@ class File(NamedTuple):
     def tokens(self) -> int:
         return (self.size - 4 * tg.SHARD_HEADER_INTS) // 2
 
+
 # ---- 1. The hub ------------------------------------------------------------------------------------------
+
 
 def patient(what: str, call: Callable[[], Any]) -> Any:
     """call(), repeated while its failures look passing; else InputError, which says what to do."""
     for pause in (*PAUSES, None):
         try:
             return call()
-        except (OSError, HTTPError, json.JSONDecodeError) as error:  # requests and httpx share no other base
+        except (
+            OSError,
+            HTTPError,
+            json.JSONDecodeError,
+        ) as error:  # requests and httpx share no other base
             status = getattr(getattr(error, "response", None), "status_code", 503)
             local = getattr(error, "errno", None) in (*FULL, errno.EACCES, errno.EPERM, errno.EROFS)
             if pause is None or local or (400 <= status < 500 and status not in (408, 429)):
                 raise tg.InputError(f"{what}: {explain(error)}") from error
         time.sleep(pause)
 
+
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 def explain(error: Exception) -> str:
     """One line on a failure and what to do about it."""
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    reason = next(
+        (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+    )
     if isinstance(error, RepositoryNotFoundError):
         return "no such dataset, or a private one: check MATCHED_FINEWEB_REPO_ID, set HF_TOKEN"
     if isinstance(error, RevisionNotFoundError):
         return "no such revision: check --revision"
     if getattr(error, "errno", None) in FULL:
         return f"{reason}. No space: free some, or give --root another disk; whole files are kept"
-    return (f"{reason}. Check the network (server: {endpoint()}; HF_ENDPOINT names another) and run this "
-            "again: whole files are kept")
+    return (
+        f"{reason}. Check the network (server: {endpoint()}; HF_ENDPOINT names another) and run this "
+        "again: whole files are kept"
+    )
+
 
 def endpoint() -> str:
     return os.environ.get("HF_ENDPOINT", constants.ENDPOINT)
+
 
 class Hub:
     """A commit of a dataset repository, and the files below its `prefix`."""
@@ -103,8 +120,18 @@ class Hub:
         what = f"dataset {repo} at {revision}"
         info = patient(what, lambda: api.dataset_info(repo, revision=revision, timeout=30))
         self.revision = info.sha
-        entries = patient(what, lambda: list(api.list_repo_tree(
-            repo, self.prefix or None, recursive=True, revision=self.revision, repo_type="dataset")))
+        entries = patient(
+            what,
+            lambda: list(
+                api.list_repo_tree(
+                    repo,
+                    self.prefix or None,
+                    recursive=True,
+                    revision=self.revision,
+                    repo_type="dataset",
+                )
+            ),
+        )
         self.entries = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
     def path(self, name: str) -> str:
@@ -118,6 +145,7 @@ class Hub:
         local = f"{folder}/{Path(name).name}"
         return File(local, self.repo, self.revision, entry.path, entry.size, digest)
 
+
 # ---- 2. What to fetch ------------------------------------------------------------------------------------
 # Assumed of manifest.json, which upstream's exporter writes: `datasets`, each with `name`, `tokenizer_name`
 # and `stats` (files_train, tokens_train, files_val, tokens_val); `tokenizers`, each with `name` and paths
@@ -128,10 +156,13 @@ class Hub:
 PREFIX = "fineweb10B_"  # of the data sets' names, in front of the variant
 TOKENIZER_PATHS = ("model_path", "vocab_path", "path")
 
+
 def choose(hub: Hub, manifest: dict[str, Any], variant: str) -> tuple[dict[str, Any], list[File]]:
     """The manifest's entry of a variant and its tokenizer's files; InputError says which variants exist."""
     named = {str(entry.get("name")): entry for entry in manifest.get("datasets", [])}
-    there = [name for name in named if hub.path(f"datasets/{name}/fineweb_val_000000.bin") in hub.entries]
+    there = [
+        name for name in named if hub.path(f"datasets/{name}/fineweb_val_000000.bin") in hub.entries
+    ]
     exist = f"{hub.repo} has {', '.join(name.removeprefix(PREFIX) for name in there) or 'none'}"
     if (dataset := named.get(PREFIX + variant)) is None:
         raise tg.InputError(f"--variant {variant} is not in manifest.json: {exist}")
@@ -140,12 +171,21 @@ def choose(hub: Hub, manifest: dict[str, Any], variant: str) -> tuple[dict[str, 
     wanted = dataset.get("tokenizer_name")
     entries = [entry for entry in manifest.get("tokenizers", []) if entry.get("name") == wanted]
     paths = [Path(entry[key]) for entry in entries[:1] for key in TOKENIZER_PATHS if entry.get(key)]
-    paths = [path if hub.path(str(path)) in hub.entries else Path("tokenizers") / path.name for path in paths]
+    paths = [
+        path if hub.path(str(path)) in hub.entries else Path("tokenizers") / path.name
+        for path in paths
+    ]
     if not any(path.suffix == ".model" for path in paths):
-        raise tg.InputError(f"--variant {variant}: manifest.json names no SentencePiece model for its "
-                            f"tokenizer {wanted}, and train_gpt.py scores with one; {exist}")
-    return dataset, [hub.file(str(path), "tokenizers") for path in dict.fromkeys(paths)
-                     if path.suffix == ".model" or hub.path(str(path)) in hub.entries]
+        raise tg.InputError(
+            f"--variant {variant}: manifest.json names no SentencePiece model for its "
+            f"tokenizer {wanted}, and train_gpt.py scores with one; {exist}"
+        )
+    return dataset, [
+        hub.file(str(path), "tokenizers")
+        for path in dict.fromkeys(paths)
+        if path.suffix == ".model" or hub.path(str(path)) in hub.entries
+    ]
+
 
 def listed(hub: Hub, name: str, split: str) -> list[File]:
     """The shards of a split, in order and without a gap."""
@@ -154,8 +194,10 @@ def listed(hub: Hub, name: str, split: str) -> list[File]:
     count = sum(1 for path in hub.entries if pattern.fullmatch(path))
     return [hub.file(f"{folder}/fineweb_{split}_{i:06}.bin", folder) for i in range(count)]
 
-def contradictions(manifest: dict[str, Any], dataset: dict[str, Any], shards: list[File],
-                   asked: int) -> Iterator[str]:
+
+def contradictions(
+    manifest: dict[str, Any], dataset: dict[str, Any], shards: list[File], asked: int
+) -> Iterator[str]:
     """Where the manifest's counts and the sizes of a split's shards, or of the first `asked`, disagree."""
     split = "val" if "_val_" in shards[0].local else "train"
     stats, full = dataset.get("stats") or {}, manifest.get("shard_size")
@@ -172,29 +214,40 @@ def contradictions(manifest: dict[str, Any], dataset: dict[str, Any], shards: li
     elif tokens not in (None, total):
         yield f"manifest.json lists {tokens:,} {split} tokens, the shards have {total:,}"
 
+
 def plan(hub: Hub, manifest: dict[str, Any], args: argparse.Namespace) -> list[File]:
     """The tokenizer's files, the validation shards and the train shards asked for."""
     dataset, tokenizer = choose(hub, manifest, args.variant)
     train, val = listed(hub, dataset["name"], "train"), listed(hub, dataset["name"], "val")
     count = DEFAULT_SHARDS if args.train_shards is None else args.train_shards
     if count > len(train):
-        raise tg.InputError(f"--train-shards {count}: {hub.repo} has {len(train)} of {args.variant}; "
-                            f"--train-shards {len(train)} takes them all")
-    problems = [*contradictions(manifest, dataset, val, len(val)),
-                *(contradictions(manifest, dataset, train, count) if count else ())]
+        raise tg.InputError(
+            f"--train-shards {count}: {hub.repo} has {len(train)} of {args.variant}; "
+            f"--train-shards {len(train)} takes them all"
+        )
+    problems = [
+        *contradictions(manifest, dataset, val, len(val)),
+        *(contradictions(manifest, dataset, train, count) if count else ()),
+    ]
     if problems and not args.ignore_manifest:
         raise tg.InputError(
             f"{args.variant}: {problems[0]} (contradictions: {len(problems)}). The manifest is stale or the "
-            "export damaged: try --revision with an earlier commit; --ignore-manifest does without counts")
+            "export damaged: try --revision with an earlier commit; --ignore-manifest does without counts"
+        )
     return tokenizer + val + train[:count]
+
 
 # ---- 3. Files and their record ---------------------------------------------------------------------------
 
+
 def digest(path: Path, kind: str) -> str:
     """Hex digest of a file: its SHA-256, or for "git" the SHA-1 of the blob it would be in git."""
-    start = hashlib.sha256() if kind == "sha256" else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+    start = (
+        hashlib.sha256() if kind == "sha256" else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+    )
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: start).hexdigest()
+
 
 def check(path: Path, file: File, vocab_size: int) -> None:
     """InputError unless `path` has the content of `file` and, if a .bin, is a shard of the vocabulary."""
@@ -204,10 +257,13 @@ def check(path: Path, file: File, vocab_size: int) -> None:
         tokens = tg.open_shard(path)
         largest = max(int(tokens[i : i + CHUNK].max()) for i in range(0, len(tokens), CHUNK))
         if largest >= vocab_size:
-            raise tg.InputError(f"{path.name} holds token {largest}, the tokenizer has {vocab_size} pieces")
+            raise tg.InputError(
+                f"{path.name} holds token {largest}, the tokenizer has {vocab_size} pieces"
+            )
     kind, expected = file.digest.split(":")
     if (found := digest(path, kind)) != expected:
         raise tg.InputError(f"{path.name} has {kind} {found}, the hub lists {expected}")
+
 
 class Store:
     """The files below a root, and fetched.json beside the shards: what is asked for, when it was checked.
@@ -240,16 +296,22 @@ class Store:
             self.save()
 
     def save(self) -> None:
-        entries = [file._asdict() | {"mtime_ns": self.checked.get(local)}
-                   for local, file in sorted(self.files.items())]
+        entries = [
+            file._asdict() | {"mtime_ns": self.checked.get(local)}
+            for local, file in sorted(self.files.items())
+        ]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         tg.write_atomically(self.path, json.dumps(entries, indent=1).encode())
 
     def missing(self, files: list[File], vocab_size: int) -> list[File]:
         """Those of `files` that are not there; what is there but wrong is removed, and said."""
         there = [file for file in files if (self.root / file.local).exists()]
-        unread = [file for file in there if self.reread or
-                  self.checked.get(file.local) != (self.root / file.local).stat().st_mtime_ns]
+        unread = [
+            file
+            for file in there
+            if self.reread
+            or self.checked.get(file.local) != (self.root / file.local).stat().st_mtime_ns
+        ]
 
         def verdict(file: File) -> str:
             try:
@@ -275,8 +337,10 @@ class Store:
             shutil.rmtree(folder / STAGING, ignore_errors=True)  # of a run that was killed
         needed, free = sum(file.size for file in missing), shutil.disk_usage(self.root).free
         if needed > free:
-            raise tg.InputError(f"no space: {len(missing)} files take {needed:,} bytes, {self.root} has "
-                                f"{free:,} free; ask for fewer --train-shards, or give --root another disk")
+            raise tg.InputError(
+                f"no space: {len(missing)} files take {needed:,} bytes, {self.root} has "
+                f"{free:,} free; ask for fewer --train-shards, or give --root another disk"
+            )
         try:
             self.fetch_all(missing, vocab_size, jobs)
         finally:
@@ -289,7 +353,9 @@ class Store:
         todo: set[Future[File]] = {pool.submit(self.fetch, file, vocab_size) for file in files}
         total = sum(file.size for file in files)
         try:
-            with tqdm(total=total, unit="B", unit_scale=True, disable=None if total > 1e6 else True) as bar:
+            with tqdm(
+                total=total, unit="B", unit_scale=True, disable=None if total > 1e6 else True
+            ) as bar:
                 while todo:
                     done, todo = wait(todo, timeout=0.5, return_when=FIRST_COMPLETED)
                     for file in (future.result() for future in done):
@@ -316,8 +382,16 @@ class Store:
 
         def download() -> Path:
             shutil.rmtree(staging, ignore_errors=True)
-            return Path(hf_hub_download(file.repo, file.remote, repo_type="dataset", revision=file.revision,
-                                        local_dir=staging, endpoint=endpoint()))
+            return Path(
+                hf_hub_download(
+                    file.repo,
+                    file.remote,
+                    repo_type="dataset",
+                    revision=file.revision,
+                    local_dir=staging,
+                    endpoint=endpoint(),
+                )
+            )
 
         for _ in range(ARRIVALS):
             arrived = patient(file.remote, download)
@@ -332,9 +406,11 @@ class Store:
             return file
         raise tg.InputError(f"{file.remote} arrived wrong {ARRIVALS} times: {wrong}")
 
+
 # ---- 4. The run ------------------------------------------------------------------------------------------
 
 DEFAULT_SHARDS = 80  # of 10^8 tokens: what the published runs trained on
+
 
 @contextlib.contextmanager
 def alone(root: Path) -> Iterator[None]:
@@ -347,6 +423,7 @@ def alone(root: Path) -> Iterator[None]:
             raise tg.InputError(f"another fineweb.py is at work in {root}: wait for it") from None
         yield
 
+
 def census(paths: Iterable[Path], model: Path, vocab_size: int) -> tuple[int, int, int]:
     """Tokens, documents and bytes of text of shards that follow each other."""
     counter, previous = tg.ByteCounter.from_sentencepiece(model, vocab_size), torch.tensor([BOS])
@@ -355,8 +432,13 @@ def census(paths: Iterable[Path], model: Path, vocab_size: int) -> tuple[int, in
         for start in range(0, len(shard), CHUNK):
             ids = torch.from_numpy(shard[start : start + CHUNK].astype(np.int64))
             size += int(counter.count(torch.cat([previous, ids[:-1]]), ids).sum())
-            tokens, documents, previous = tokens + len(ids), documents + int((ids == BOS).sum()), ids[-1:]
+            tokens, documents, previous = (
+                tokens + len(ids),
+                documents + int((ids == BOS).sum()),
+                ids[-1:],
+            )
     return tokens, documents, size
+
 
 def summary(store: Store, shards: list[File], model: Path, vocab_size: int, seconds: float) -> None:
     """What is there, whether validation is the split that scores are published on, how to train."""
@@ -365,26 +447,40 @@ def summary(store: Store, shards: list[File], model: Path, vocab_size: int, seco
     val = [file for file in shards if "fineweb_val_" in file.local]
     tokens, documents, size = census((store.root / file.local for file in val), model, vocab_size)
     canonical = documents == CANONICAL_DOCUMENTS and abs(size - CANONICAL_BYTES) <= CANONICAL_SPREAD
-    others = {path.name for path in folder.glob("fineweb_*.bin")} - {Path(file.local).name for file in shards}
-    print(f"train   {len(train)} shards, {sum(f.tokens for f in train):,} tokens, "
-          f"{sum(f.size for f in train):,} bytes on disk\n"
-          f"val     {len(val)} shards, {tokens:,} tokens, {sum(f.size for f in val):,} bytes on disk\n"
-          f"text    {documents:,} validation documents, {size:,} bytes: "
-          + ("the canonical split" if canonical else
-             f"NOT the canonical split ({CANONICAL_DOCUMENTS:,} documents, {CANONICAL_BYTES / 1e6:.2f} MB); "
-             "a val_bpb on it compares with no published one"))
+    others = {path.name for path in folder.glob("fineweb_*.bin")} - {
+        Path(file.local).name for file in shards
+    }
+    print(
+        f"train   {len(train)} shards, {sum(f.tokens for f in train):,} tokens, "
+        f"{sum(f.size for f in train):,} bytes on disk\n"
+        f"val     {len(val)} shards, {tokens:,} tokens, {sum(f.size for f in val):,} bytes on disk\n"
+        f"text    {documents:,} validation documents, {size:,} bytes: "
+        + (
+            "the canonical split"
+            if canonical
+            else f"NOT the canonical split ({CANONICAL_DOCUMENTS:,} documents, {CANONICAL_BYTES / 1e6:.2f} MB); "
+            "a val_bpb on it compares with no published one"
+        )
+    )
     if others:
-        print(f"others  {len(others)} more shards, not asked for and not checked; training reads them too")
-    print(f"took    {seconds:.1f} s, {store.transferred:,} bytes transferred\n"
-          f"next    DATA_PATH={folder} TOKENIZER_PATH={model} VOCAB_SIZE={vocab_size} \\\n"
-          "            torchrun --standalone --nproc_per_node=8 train_gpt.py")
+        print(
+            f"others  {len(others)} more shards, not asked for and not checked; training reads them too"
+        )
+    print(
+        f"took    {seconds:.1f} s, {store.transferred:,} bytes transferred\n"
+        f"next    DATA_PATH={folder} TOKENIZER_PATH={model} VOCAB_SIZE={vocab_size} \\\n"
+        "            torchrun --standalone --nproc_per_node=8 train_gpt.py"
+    )
+
 
 def run(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     repo = os.environ.get("MATCHED_FINEWEB_REPO_ID", "willdepueoai/parameter-golf")
     prefix = os.environ.get("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", "datasets")
     store = Store(args.root, PREFIX + args.variant, args.verify)
-    if args.verify and args.train_shards is None and store.files:  # the record says it all: no network needed
+    if (
+        args.verify and args.train_shards is None and store.files
+    ):  # the record says it all: no network needed
         files = list(store.files.values())
     else:
         hub = Hub(repo, prefix, args.revision)
@@ -400,14 +496,25 @@ def run(args: argparse.Namespace) -> None:
     store.obtain(shards, vocab_size, args.jobs)
     summary(store, shards, model, vocab_size, time.perf_counter() - start)
 
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--variant", default="sp1024", help="sp1024, sp4096, sp8192, … (default: sp1024)")
-    parser.add_argument("--train-shards", type=int, metavar="N", help=f"{DEFAULT_SHARDS}, 200 MB each")
-    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parent, help="where files go")
-    parser.add_argument("--verify", action="store_true", help="read every file again, replace broken ones")
+    parser.add_argument(
+        "--variant", default="sp1024", help="sp1024, sp4096, sp8192, … (default: sp1024)"
+    )
+    parser.add_argument(
+        "--train-shards", type=int, metavar="N", help=f"{DEFAULT_SHARDS}, 200 MB each"
+    )
+    parser.add_argument(
+        "--root", type=Path, default=Path(__file__).resolve().parent, help="where files go"
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="read every file again, replace broken ones"
+    )
     parser.add_argument("--revision", default="main", help="branch or commit of the export")
-    parser.add_argument("--ignore-manifest", action="store_true", help="go on when its counts do not fit")
+    parser.add_argument(
+        "--ignore-manifest", action="store_true", help="go on when its counts do not fit"
+    )
     parser.add_argument("--jobs", type=int, default=8, help="files fetched at a time")
     args = parser.parse_args(argv)
     if args.jobs < 1 or (args.train_shards or 0) < 0:
@@ -417,7 +524,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with alone(args.root):
             run(args)
-    except (tg.InputError, OSError) as error:  # the second is of the disk: the network's become the first
+    except (
+        tg.InputError,
+        OSError,
+    ) as error:  # the second is of the disk: the network's become the first
         print(f"fineweb.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -425,6 +535,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.flush()
         os._exit(130)  # threads that wait for the network would keep the process
     return 0
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -49,7 +49,9 @@ def held_out(key: str) -> bool:
 
 def find_documents(source: Path) -> tuple[list[Document], Counter[str]]:
     """All distinct documents in the order of their keys, and how many files were dropped for what reason."""
-    names = sorted(path.relative_to(source).as_posix() for path in source.rglob("*.py") if path.is_file())
+    names = sorted(
+        path.relative_to(source).as_posix() for path in source.rglob("*.py") if path.is_file()
+    )
     documents, dropped, seen = [], Counter[str](), set()
     for name in names:
         if NOT_STDLIB.intersection(name.split("/")):
@@ -81,12 +83,24 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     model = io.BytesIO()
     spm.SentencePieceTrainer.train(
         # Whole documents, not lines: pieces with a newline can only be learned from text that has newlines.
-        sentence_iterator=iter(texts), max_sentence_length=1 << 24, model_writer=model, minloglevel=2,
-        model_type="bpe", vocab_size=vocab_size, pad_id=PAD, bos_id=BOS, eos_id=EOS, unk_id=UNK,
+        sentence_iterator=iter(texts),
+        max_sentence_length=1 << 24,
+        model_writer=model,
+        minloglevel=2,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        pad_id=PAD,
+        bos_id=BOS,
+        eos_id=EOS,
+        unk_id=UNK,
         # Every covered character takes one of the few pieces, so rare ones are left to the byte pieces.
-        byte_fallback=True, character_coverage=0.9995,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=True,
-        allow_whitespace_only_pieces=True, split_by_unicode_script=False,
+        byte_fallback=True,
+        character_coverage=0.9995,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=True,
+        allow_whitespace_only_pieces=True,
+        split_by_unicode_script=False,
         num_threads=1,  # the count is stored in the model file, which must not depend on the machine
     )
     return model.getvalue()
@@ -98,7 +112,9 @@ def count_bytes(sp: spm.SentencePieceProcessor, tokens: np.ndarray) -> int:
     boundary = np.array([sp.is_control(i) or sp.is_unknown(i) for i in vocab])
     pieces = ["" if boundary[i] else "?" if sp.is_byte(i) else sp.id_to_piece(i) for i in vocab]
     spaced = np.array([piece.startswith(SPACE) for piece in pieces])
-    sizes = np.array([len(piece.removeprefix(SPACE).replace(SPACE, " ").encode()) for piece in pieces])
+    sizes = np.array(
+        [len(piece.removeprefix(SPACE).replace(SPACE, " ").encode()) for piece in pieces]
+    )
     after_text = ~boundary[np.concatenate(([BOS], tokens[:-1]))]
     return int(sizes[tokens].sum() + (spaced[tokens] & after_text).sum())
 
@@ -111,10 +127,14 @@ def encode_split(sp: spm.SentencePieceProcessor, documents: list[Document]) -> S
             stream.append(np.array([BOS, *ids], dtype="<u2"))
             size += document.size
     if not stream:
-        raise SystemExit(f"none of {len(documents)} documents survives the tokenizer's round trip. {ADVICE}")
+        raise SystemExit(
+            f"none of {len(documents)} documents survives the tokenizer's round trip. {ADVICE}"
+        )
     tokens = np.concatenate(stream)
     if (counted := count_bytes(sp, tokens)) != size:
-        raise SystemExit(f"the pieces count {counted:,} bytes, the text {size:,}: the byte rule is broken")
+        raise SystemExit(
+            f"the pieces count {counted:,} bytes, the text {size:,}: the byte rule is broken"
+        )
     return Split(tokens, len(stream), size)
 
 
@@ -143,10 +163,14 @@ def write_atomic(path: Path, payload: bytes) -> None:
 
 def build(root: Path, source: Path, vocab_size: int) -> None:
     documents, dropped = find_documents(source)
-    found = {name: [d for d in documents if held_out(d.key) == (name == "val")] for name in MAX_BYTES}
+    found = {
+        name: [d for d in documents if held_out(d.key) == (name == "val")] for name in MAX_BYTES
+    }
     kept = {name: list(within(found[name], limit)) for name, limit in MAX_BYTES.items()}
     if not all(kept.values()):
-        raise SystemExit(f"too few Python sources under {source} ({len(documents)} documents). {ADVICE}")
+        raise SystemExit(
+            f"too few Python sources under {source} ({len(documents)} documents). {ADVICE}"
+        )
     try:
         model = train_tokenizer((document.text for document in kept["train"]), vocab_size)
     except RuntimeError as error:
@@ -158,11 +182,15 @@ def build(root: Path, source: Path, vocab_size: int) -> None:
     print(f"source  {source}: {len(documents):,} documents; dropped: {reasons or 'none'}")
     payloads = {root / f"tokenizers/sample_{vocab_size}_bpe.model": model}
     for name, split in ((name, encode_split(sp, kept[name])) for name in kept):
-        payloads[root / f"datasets/sample_sp{vocab_size}/fineweb_{name}_000000.bin"] = shard(split.tokens)
-        print(f"{name:7} {split.documents:,} documents, {len(split.tokens):,} tokens, "
-              f"{split.size:,} bytes (text and pieces), {split.size / len(split.tokens):.3f} bytes/token\n"
-              f"        left out: {len(found[name]) - len(kept[name]):,} over the cap of "
-              f"{MAX_BYTES[name]:,} bytes, {len(kept[name]) - split.documents} without an exact round trip")
+        payloads[root / f"datasets/sample_sp{vocab_size}/fineweb_{name}_000000.bin"] = shard(
+            split.tokens
+        )
+        print(
+            f"{name:7} {split.documents:,} documents, {len(split.tokens):,} tokens, "
+            f"{split.size:,} bytes (text and pieces), {split.size / len(split.tokens):.3f} bytes/token\n"
+            f"        left out: {len(found[name]) - len(kept[name]):,} over the cap of "
+            f"{MAX_BYTES[name]:,} bytes, {len(kept[name]) - split.documents} without an exact round trip"
+        )
     for path, payload in payloads.items():
         write_atomic(path, payload)
         print(f"wrote   {path}")
@@ -176,7 +204,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--vocab-size", type=int, default=1024)
     args = parser.parse_args(argv)
     if not 260 < args.vocab_size <= 65536:
-        parser.error("--vocab-size: above 260 (4 special, 256 byte pieces), at most 65536 (uint16 tokens)")
+        parser.error(
+            "--vocab-size: above 260 (4 special, 256 byte pieces), at most 65536 (uint16 tokens)"
+        )
     start = time.perf_counter()
     build(args.root, args.source, args.vocab_size)
     print(f"took    {time.perf_counter() - start:.1f} s\nnext    PRESET=tiny python train_gpt.py")

@@ -1,4 +1,5 @@
 """The root on the import path, and a small real corpus that tests share."""
+
 import importlib.util
 import sys
 import sysconfig
@@ -9,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
@@ -24,4 +26,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         header, tokens = np.fromfile(path, "<i4", 256), np.fromfile(path, "<u2", count, offset=1024)
         header[2] = count
         path.write_bytes(header.tobytes() + tokens.tobytes())
-    return dict(DATA_PATH=str(folder), TOKENIZER_PATH=str(root / "tokenizers" / "sample_1024_bpe.model"))
+    return dict(
+        DATA_PATH=str(folder), TOKENIZER_PATH=str(root / "tokenizers" / "sample_1024_bpe.model")
+    )

@@ -3,6 +3,7 @@
 It speaks what huggingface_hub asks for when it fetches files: the repository's commit, its tree in pages, and
 files by HEAD and GET, large ones behind a redirect to a second address, with byte ranges.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -16,10 +17,12 @@ from urllib.parse import parse_qs, unquote, urlsplit
 PAGE = 5  # entries of a tree in one answer
 LARGE = (".bin", ".model")  # kept outside git, listed with a SHA-256
 
+
 def etag(path: str, content: bytes) -> str:
     if path.endswith(LARGE):
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
 
 class HubServer(ThreadingHTTPServer):
     """Serves `files` (path -> content) as dataset `repo`; use as a context manager.
@@ -28,6 +31,7 @@ class HubServer(ThreadingHTTPServer):
     "cut" (the connection ends in the middle), "flip" (one bit is wrong), "size" (the header says more than
     there is), "" (nothing). listed_sizes: sizes that the tree claims instead of the true ones.
     """
+
     daemon_threads = True
 
     def __init__(self, files: dict[str, bytes], repo: str = "someone/export") -> None:
@@ -43,14 +47,20 @@ class HubServer(ThreadingHTTPServer):
 
     @property
     def commit(self) -> str:
-        return hashlib.sha1(repr(sorted((p, etag(p, c)) for p, c in self.files.items())).encode()).hexdigest()
+        return hashlib.sha1(
+            repr(sorted((p, etag(p, c)) for p, c in self.files.items())).encode()
+        ).hexdigest()
 
     def fault(self, path: str) -> str:
         with self.lock:
-            return next((queue.pop(0) for key, queue in self.faults.items() if key in path and queue), "")
+            return next(
+                (queue.pop(0) for key, queue in self.faults.items() if key in path and queue), ""
+            )
 
     def __enter__(self) -> HubServer:
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        threading.Thread(
+            target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        ).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -59,6 +69,7 @@ class HubServer(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that was killed is no news."""
+
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -81,13 +92,19 @@ class Handler(BaseHTTPRequestHandler):
         elif path in (api, f"{api}/revision/main", f"{api}/revision/{hub.commit}"):
             self.answer(200, json.dumps({"id": hub.repo, "sha": hub.commit}).encode())
         elif path.startswith(api + "/"):
-            self.answer(404, b"", {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "no such revision"})
+            self.answer(
+                404,
+                b"",
+                {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "no such revision"},
+            )
         elif path.startswith(resolve):
             self.resolve(path.removeprefix(resolve).partition("/")[2], fault)
         elif path.startswith("/large/"):
             self.content(path.removeprefix("/large/"), fault)
         else:
-            self.answer(404, b"", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "no such repository"})
+            self.answer(
+                404, b"", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "no such repository"}
+            )
 
     def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
@@ -103,7 +120,9 @@ class Handler(BaseHTTPRequestHandler):
         entries = []
         for p in paths[first : first + PAGE]:
             size, tag = hub.listed_sizes.get(p, len(hub.files[p])), etag(p, hub.files[p])
-            lfs = {"lfs": {"oid": tag, "size": size, "pointerSize": 134}} if p.endswith(LARGE) else {}
+            lfs = (
+                {"lfs": {"oid": tag, "size": size, "pointerSize": 134}} if p.endswith(LARGE) else {}
+            )
             entries.append({"type": "file", "path": p, "size": size, "oid": tag[:40], **lfs})
         more = first + PAGE < len(paths)
         following = f"{hub.url}{self.path.split('?')[0]}?recursive=True&cursor={first + PAGE}"
@@ -114,12 +133,21 @@ class Handler(BaseHTTPRequestHandler):
         """A small file itself, or the address of a large one."""
         hub = self.server
         if path not in hub.files:
-            self.answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Error-Message": "no such file"})
+            self.answer(
+                404, b"", {"X-Error-Code": "EntryNotFound", "X-Error-Message": "no such file"}
+            )
         elif path.endswith(LARGE):
             size = len(hub.files[path]) + (1 if fault == "size" else 0)
-            self.answer(302, b"", {
-                "Location": hub.large + path, "X-Linked-Size": str(size),
-                "X-Repo-Commit": hub.commit, "X-Linked-Etag": f'"{etag(path, hub.files[path])}"'})
+            self.answer(
+                302,
+                b"",
+                {
+                    "Location": hub.large + path,
+                    "X-Linked-Size": str(size),
+                    "X-Repo-Commit": hub.commit,
+                    "X-Linked-Etag": f'"{etag(path, hub.files[path])}"',
+                },
+            )
         else:
             self.content(path, fault)
 

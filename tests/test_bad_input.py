@@ -1,4 +1,5 @@
 """What a user gets to see: one line that names the culprit, an exit code, and nothing left behind."""
+
 import hashlib
 import json
 import os
@@ -21,17 +22,34 @@ import train_gpt as tg
 
 ROOT = Path(tg.__file__).parent
 # The smallest run that trains: three layers, 16 channels.
-SMALL = dict(MODEL_DIM=16, NUM_HEADS=2, NUM_KV_HEADS=1, NUM_SHARED=1, NUM_LOOPS=1, DTYPE="float32",
-             TRAIN_SEQ_LEN=16, TRAIN_BATCH_TOKENS=64, MICRO_BATCH_TOKENS=64, VAL_BATCH_SIZE=256, ITERATIONS=3,
-             COMPILE="off", WARMUP_STEPS=0, VAL_LOSS_EVERY=0, WARMDOWN_ITERS=0)
+SMALL = dict(
+    MODEL_DIM=16,
+    NUM_HEADS=2,
+    NUM_KV_HEADS=1,
+    NUM_SHARED=1,
+    NUM_LOOPS=1,
+    DTYPE="float32",
+    TRAIN_SEQ_LEN=16,
+    TRAIN_BATCH_TOKENS=64,
+    MICRO_BATCH_TOKENS=64,
+    VAL_BATCH_SIZE=256,
+    ITERATIONS=3,
+    COMPILE="off",
+    WARMUP_STEPS=0,
+    VAL_LOSS_EVERY=0,
+    WARMDOWN_ITERS=0,
+)
 NAMES = {f.name.upper() for f in fields(tg.Config)} | {"USE_DEPTH_EMBED", "RANK", "WORLD_SIZE"}
+
 
 class Result(NamedTuple):
     code: int
     out: str
     err: str
 
+
 Run = Callable[..., Result]
+
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
@@ -44,6 +62,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     write_shards(folder / "data", "train", *draw.integers(0, size, (2, 500)))
     write_shards(folder / "data", "val", draw.integers(0, size, 100))
     return SMALL | dict(DATA_PATH=folder / "data", TOKENIZER_PATH=model, VOCAB_SIZE=size)
+
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path) -> Run:
@@ -60,15 +79,23 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path
 
     return start
 
+
 def run_script(folder: Path, **env: object) -> Result:
     inherited = {name: value for name, value in os.environ.items() if name not in NAMES}
     command = [sys.executable, str(ROOT / "train_gpt.py")]
     given = {name: str(value) for name, value in env.items()} | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=inherited | given, cwd=folder, capture_output=True, text=True)
+    result = subprocess.run(
+        command, env=inherited | given, cwd=folder, capture_output=True, text=True
+    )
     return Result(result.returncode, result.stdout, result.stderr)
 
+
 def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in folder.rglob("*")}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b""
+        for p in folder.rglob("*")
+    }
+
 
 def check_refused(result: Result, *names: object) -> None:
     """One line on stderr that names the culprit, nothing else, exit code 2."""
@@ -78,7 +105,9 @@ def check_refused(result: Result, *names: object) -> None:
     for name in names:
         assert str(name) in result.err
 
+
 # ---- Data and variables
+
 
 def other_folder(tmp_path: Path, corpus: dict, split: str, data: bytes | None) -> Path:
     """The corpus with the first shard of a split replaced."""
@@ -92,9 +121,16 @@ def other_folder(tmp_path: Path, corpus: dict, split: str, data: bytes | None) -
         bad.write_bytes(data)
     return bad
 
+
 WHOLE = shard_bytes([0] * 100)
-BAD_SHARDS = {"truncated": WHOLE[:-20], "not a shard": b"<html>" * 999, "empty": b"",
-              "count": shard_bytes([0] * 100, count=99), "version": shard_bytes([0] * 100, version=9)}
+BAD_SHARDS = {
+    "truncated": WHOLE[:-20],
+    "not a shard": b"<html>" * 999,
+    "empty": b"",
+    "count": shard_bytes([0] * 100, count=99),
+    "version": shard_bytes([0] * 100, version=9),
+}
+
 
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("case", BAD_SHARDS)
@@ -103,6 +139,7 @@ def test_bad_shard(run: Run, corpus: dict, tmp_path: Path, split: str, case: str
     before = tree(tmp_path)
     check_refused(run(**corpus | dict(DATA_PATH=bad.parent)), bad)
     assert tree(tmp_path) == before
+
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_unreadable_shard(run: Run, corpus: dict, tmp_path: Path, split: str) -> None:
@@ -115,6 +152,7 @@ def test_unreadable_shard(run: Run, corpus: dict, tmp_path: Path, split: str) ->
     check_refused(run(**corpus | dict(DATA_PATH=bad.parent)), bad)
     assert not (tmp_path / "logs").exists()
 
+
 def test_missing_and_empty_folders(run: Run, corpus: dict, tmp_path: Path) -> None:
     (tmp_path / "hollow").mkdir()
     for folder in (tmp_path / "hollow", tmp_path / "none", corpus["TOKENIZER_PATH"]):
@@ -122,20 +160,26 @@ def test_missing_and_empty_folders(run: Run, corpus: dict, tmp_path: Path) -> No
     check_refused(run(), "TOKENIZER_PATH", "fineweb_1024_bpe.model")
     assert sorted(tree(tmp_path)) == ["hollow"]
 
+
 def test_missing_validation_split(run: Run, corpus: dict, tmp_path: Path) -> None:
     bad = other_folder(tmp_path, corpus, "val", None)
-    check_refused(run(**corpus | dict(DATA_PATH=bad.parent)), "DATA_PATH", bad.parent, "fineweb_val_")
+    check_refused(
+        run(**corpus | dict(DATA_PATH=bad.parent)), "DATA_PATH", bad.parent, "fineweb_val_"
+    )
     assert not (tmp_path / "logs").exists()
+
 
 def test_split_without_a_sequence(run: Run, corpus: dict, tmp_path: Path) -> None:
     env = corpus | dict(TRAIN_SEQ_LEN=100, TRAIN_BATCH_TOKENS=400)
     check_refused(run(**env), "TRAIN_SEQ_LEN=100", corpus["DATA_PATH"], "val")
     assert tree(tmp_path) == {}
 
+
 def test_validation_ids_beyond_the_vocabulary(run: Run, corpus: dict, tmp_path: Path) -> None:
     bad = other_folder(tmp_path, corpus, "val", shard_bytes([0] * 50 + [corpus["VOCAB_SIZE"]]))
     check_refused(run(**corpus | dict(DATA_PATH=bad.parent)), bad, "VOCAB_SIZE")
     assert not (tmp_path / "logs").exists()
+
 
 def test_training_ids_beyond_the_vocabulary(run: Run, corpus: dict, tmp_path: Path) -> None:
     """Shards of another tokenizer; one bad id deep inside a shard is found when it is read."""
@@ -145,27 +189,40 @@ def test_training_ids_beyond_the_vocabulary(run: Run, corpus: dict, tmp_path: Pa
     assert result.err.count("\n") == 1 and str(bad) in result.err and "60000" in result.err
     assert not list(tmp_path.rglob("model*"))
 
+
 def test_bad_tokenizers(run: Run, corpus: dict, tmp_path: Path) -> None:
     junk = tmp_path / "junk.model"
     junk.write_bytes(b"not a model")
     before = tree(tmp_path)
     for path in (junk, tmp_path / "none.model", tmp_path):
         check_refused(run(**corpus | dict(TOKENIZER_PATH=path)), "TOKENIZER_PATH", path)
-    check_refused(run(**corpus | dict(VOCAB_SIZE=1024)), corpus["TOKENIZER_PATH"], corpus["VOCAB_SIZE"], 1024)
+    check_refused(
+        run(**corpus | dict(VOCAB_SIZE=1024)), corpus["TOKENIZER_PATH"], corpus["VOCAB_SIZE"], 1024
+    )
     assert tree(tmp_path) == before
 
-@pytest.mark.parametrize("env, names", [
-    (dict(PRESET="Z"), ["PRESET", "Z", "tiny"]), (dict(PRESET="T,M"), ["PRESET", "T,M"]),
-    (dict(TRAIN_BATCH_TOKENS=72), ["TRAIN_BATCH_TOKENS=72", "TRAIN_SEQ_LEN=16"]),
-    (dict(MATRIX_LRS=1), ["MATRIX_LRS", "MATRIX_LR?"]), (dict(MATRIX_LR="fast"), ["MATRIX_LR='fast'"]),
-    (dict(NUM_LAYERS=12), ["NUM_LAYERS=12", "NUM_SHARED=1"]),
-    (dict(NUM_KV_HEADS=3), ["NUM_KV_HEADS=3", "NUM_HEADS=2"]),
-    (dict(SEED=2**64), ["SEED"]), (dict(BETA1=1), ["BETA1"]), (dict(MLP_MULT=0.01), ["MLP_MULT"]),
-    (dict(RANK="x"), ["RANK"]), (dict(WORLD_SIZE="two"), ["WORLD_SIZE"]),
-])
+
+@pytest.mark.parametrize(
+    "env, names",
+    [
+        (dict(PRESET="Z"), ["PRESET", "Z", "tiny"]),
+        (dict(PRESET="T,M"), ["PRESET", "T,M"]),
+        (dict(TRAIN_BATCH_TOKENS=72), ["TRAIN_BATCH_TOKENS=72", "TRAIN_SEQ_LEN=16"]),
+        (dict(MATRIX_LRS=1), ["MATRIX_LRS", "MATRIX_LR?"]),
+        (dict(MATRIX_LR="fast"), ["MATRIX_LR='fast'"]),
+        (dict(NUM_LAYERS=12), ["NUM_LAYERS=12", "NUM_SHARED=1"]),
+        (dict(NUM_KV_HEADS=3), ["NUM_KV_HEADS=3", "NUM_HEADS=2"]),
+        (dict(SEED=2**64), ["SEED"]),
+        (dict(BETA1=1), ["BETA1"]),
+        (dict(MLP_MULT=0.01), ["MLP_MULT"]),
+        (dict(RANK="x"), ["RANK"]),
+        (dict(WORLD_SIZE="two"), ["WORLD_SIZE"]),
+    ],
+)
 def test_bad_variables(run: Run, corpus: dict, tmp_path: Path, env: dict, names: list[str]) -> None:
     check_refused(run(**corpus | env), *names)
     assert tree(tmp_path) == {}
+
 
 def test_existing_run_is_left_alone(run: Run, corpus: dict, tmp_path: Path) -> None:
     folder = tmp_path / "logs" / "mine"
@@ -176,12 +233,15 @@ def test_existing_run_is_left_alone(run: Run, corpus: dict, tmp_path: Path) -> N
     check_refused(run(**corpus, RUN_ID="mine"), "RUN_ID", Path("logs/mine"))
     assert tree(tmp_path) == before
 
+
 def test_log_folder_that_cannot_be_made(run: Run, corpus: dict, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("precious")
     check_refused(run(**corpus, LOG_DIR=tmp_path / "file"), tmp_path / "file")
     assert tree(tmp_path) == {"file": b"precious"}
 
+
 # ---- Artifacts
+
 
 @pytest.fixture(scope="module")
 def artifact(corpus: dict) -> bytes:
@@ -189,12 +249,15 @@ def artifact(corpus: dict) -> bytes:
     torch.manual_seed(0)
     return tg.pack(tg.GPT(config.architecture(), 0.1), config)
 
+
 def evaluate(run: Run, corpus: dict, path: Path, **env: object) -> Result:
     places = {name: corpus[name] for name in ("DATA_PATH", "TOKENIZER_PATH")}
     return run(EVAL_ONLY=path, VAL_BATCH_SIZE=256, **places, **env)
 
+
 def with_checksum(body: bytes) -> bytes:
     return tg.MAGIC["artifact"] + hashlib.sha256(body).digest() + body
+
 
 DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "flipped bit": (lambda a: a[:500] + bytes([a[500] ^ 1]) + a[501:], "checksum"),
@@ -210,8 +273,11 @@ DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "no zlib stream": (lambda a: with_checksum(a[40:56] + b"junk" * 9), "artifact"),
 }
 
+
 @pytest.mark.parametrize("case", DAMAGE)
-def test_damaged_artifact(run: Run, corpus: dict, artifact: bytes, tmp_path: Path, case: str) -> None:
+def test_damaged_artifact(
+    run: Run, corpus: dict, artifact: bytes, tmp_path: Path, case: str
+) -> None:
     damage, reason = DAMAGE[case]
     path = tmp_path / "model.ptz"
     path.write_bytes(damage(artifact))
@@ -219,7 +285,10 @@ def test_damaged_artifact(run: Run, corpus: dict, artifact: bytes, tmp_path: Pat
     check_refused(evaluate(run, corpus, path), path, reason)
     assert tree(tmp_path) == before
 
-def repacked(artifact: bytes, change: Callable[[dict], object], tail: bytes = b"", longer: int = 0) -> bytes:
+
+def repacked(
+    artifact: bytes, change: Callable[[dict], object], tail: bytes = b"", longer: int = 0
+) -> bytes:
     """The artifact with another header and a checksum that fits: what a wrong or hostile writer makes."""
     raw = tg.zlib.decompress(artifact[56:])
     size = tg.struct.unpack_from("<I", raw)[0]
@@ -228,6 +297,7 @@ def repacked(artifact: bytes, change: Callable[[dict], object], tail: bytes = b"
     text = json.dumps(header).encode()
     raw = tg.struct.pack("<I", len(text)) + text + raw[4 + size :] + tail
     return with_checksum(tg.struct.pack("<8sQ", b"zlib", len(raw) + longer) + tg.zlib.compress(raw))
+
 
 FORGED: dict[str, Callable[[dict], object]] = {
     "no architecture": lambda h: h.pop("architecture"),
@@ -239,8 +309,12 @@ FORGED: dict[str, Callable[[dict], object]] = {
     "beyond floating point": lambda h: h["architecture"].update(num_heads=10**400),
     "architecture is a list": lambda h: h.update(architecture=[]),
     "no tensors": lambda h: h.update(tensors=[]),
-    "matrix as float32": lambda h: next(t for t in h["tensors"] if t[1] == "int8").__setitem__(1, "float32"),
-    "vector as int8": lambda h: next(t for t in h["tensors"] if t[1] != "int8").__setitem__(1, "int8"),
+    "matrix as float32": lambda h: next(t for t in h["tensors"] if t[1] == "int8").__setitem__(
+        1, "float32"
+    ),
+    "vector as int8": lambda h: next(t for t in h["tensors"] if t[1] != "int8").__setitem__(
+        1, "int8"
+    ),
     "one tensor more": lambda h: h["tensors"].append(["more", "float16"]),
     "too deep": lambda h: h["architecture"].update(num_shared=256, num_loops=256),
     "unknown storage": lambda h: h["tensors"][0].__setitem__(1, "pickle"),
@@ -248,20 +322,25 @@ FORGED: dict[str, Callable[[dict], object]] = {
     "renamed tensor": lambda h: h["tensors"][0].__setitem__(0, "other"),
 }
 
+
 @pytest.mark.parametrize("case", FORGED)
 def test_forged_artifact(artifact: bytes, case: str) -> None:
     with pytest.raises(tg.InputError, match="^the file is not a valid artifact: "):
         tg.load_model(repacked(artifact, FORGED[case]), "the file")
+
 
 @pytest.mark.parametrize("tail, longer", [(b"\0", 0), (b"", 1), (b"", -1)])
 def test_forged_length(artifact: bytes, tail: bytes, longer: int) -> None:
     with pytest.raises(tg.InputError, match="^the file is not a valid artifact: "):
         tg.load_model(repacked(artifact, lambda header: None, tail, longer), "the file")
 
+
 @pytest.mark.parametrize("length", [0, 1, 1000])
 def test_no_more_is_unpacked_than_announced(length: int) -> None:
     """A file of 60 kB must not fill the memory."""
-    bomb = with_checksum(tg.struct.pack("<8sQ", b"zlib", length) + tg.zlib.compress(bytes(60_000_000)))
+    bomb = with_checksum(
+        tg.struct.pack("<8sQ", b"zlib", length) + tg.zlib.compress(bytes(60_000_000))
+    )
     tracemalloc.start()
     try:
         with pytest.raises(tg.InputError, match="^the file is not a valid artifact: "):
@@ -270,6 +349,7 @@ def test_no_more_is_unpacked_than_announced(length: int) -> None:
     finally:
         tracemalloc.stop()
 
+
 def test_repacked_artifact_is_fine(artifact: bytes) -> None:
     """Otherwise every forgery would be refused for the wrong reason."""
     model, *_ = tg.load_model(artifact, "the file")
@@ -277,7 +357,10 @@ def test_repacked_artifact_is_fine(artifact: bytes) -> None:
     for p, q in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(p, q)
 
-def test_artifact_meets_other_files(run: Run, corpus: dict, artifact: bytes, tmp_path: Path) -> None:
+
+def test_artifact_meets_other_files(
+    run: Run, corpus: dict, artifact: bytes, tmp_path: Path
+) -> None:
     path = tmp_path / "model.ptz"
     check_refused(evaluate(run, corpus, path), path)
     assert tree(tmp_path) == {}
@@ -289,17 +372,22 @@ def test_artifact_meets_other_files(run: Run, corpus: dict, artifact: bytes, tmp
     check_refused(evaluate(run, corpus | dict(TOKENIZER_PATH=other), path), "TOKENIZER_PATH", other)
     assert tree(tmp_path) == before | {"other.model": other.read_bytes()}
 
+
 def test_good_artifact_is_scored(run: Run, corpus: dict, artifact: bytes, tmp_path: Path) -> None:
     path = tmp_path / "model.ptz"
     path.write_bytes(artifact)
     result = evaluate(run, corpus, path)
     assert result.code == 0 and result.err == "" and "final_int8_zlib_roundtrip_exact" in result.out
 
+
 # ---- Runs that fail late
+
 
 @pytest.mark.parametrize("rate", ["SCALAR_LR", "MATRIX_LR", "TIED_EMBED_LR"])
 @pytest.mark.parametrize("iterations", [1, 2, 20])
-def test_non_finite_loss(run: Run, corpus: dict, tmp_path: Path, rate: str, iterations: int) -> None:
+def test_non_finite_loss(
+    run: Run, corpus: dict, tmp_path: Path, rate: str, iterations: int
+) -> None:
     """Also when the last step alone ruined the weights, whose own loss was still finite."""
     result = run(**corpus | {rate: 1e38, "ITERATIONS": iterations, "RUN_ID": "x"})
     assert result.code == 3, result
@@ -308,9 +396,11 @@ def test_non_finite_loss(run: Run, corpus: dict, tmp_path: Path, rate: str, iter
     assert f"step {step}, train_loss {loss}" in result.err
     assert sorted(tree(tmp_path / "logs/x")) == ["metrics.jsonl", "train.log"]
 
+
 def test_non_finite_loss_at_once(run: Run, corpus: dict) -> None:
     result = run(**corpus, QK_GAIN_INIT=3e38, LOGIT_SOFTCAP=1e30, TIED_EMBED_INIT_STD=1e30)
     assert result.code == 3 and "step 1 " in result.err and "none" in result.err
+
 
 def test_too_large_for_a_submission(run: Run, corpus: dict, tmp_path: Path) -> None:
     """The work is not thrown away: the artifact and its score are there, only the verdict is negative."""
@@ -324,6 +414,7 @@ def test_too_large_for_a_submission(run: Run, corpus: dict, tmp_path: Path) -> N
     assert (figures["bytes_code"], figures["bytes_model"]) == (script, size)
     assert figures["bytes_total"] == script + size
 
+
 def test_size_limit_is_inclusive(run: Run, corpus: dict, artifact: bytes, tmp_path: Path) -> None:
     path = tmp_path / "model.ptz"
     path.write_bytes(artifact)
@@ -331,12 +422,17 @@ def test_size_limit_is_inclusive(run: Run, corpus: dict, artifact: bytes, tmp_pa
     for limit, code in ((total, 0), (total - 1, 4)):
         assert evaluate(run, corpus, path, SIZE_LIMIT_BYTES=limit).code == code
 
+
 # ---- The script itself
+
 
 def test_script_reports_bad_input(tmp_path: Path) -> None:
     missing = tmp_path / "none.model"
-    check_refused(run_script(tmp_path, PRESET="tiny", TOKENIZER_PATH=missing), "TOKENIZER_PATH", missing)
+    check_refused(
+        run_script(tmp_path, PRESET="tiny", TOKENIZER_PATH=missing), "TOKENIZER_PATH", missing
+    )
     assert tree(tmp_path) == {}
+
 
 def test_script_reports_a_ruined_run(corpus: dict, tmp_path: Path) -> None:
     result = run_script(tmp_path, **corpus | dict(MATRIX_LR=1e38, ITERATIONS=5))

@@ -1,4 +1,5 @@
 """Configuration: defaults, presets, the environment, and everything that is refused."""
+
 import difflib
 import json
 import re
@@ -23,17 +24,44 @@ FIELDS = {f.name.upper(): f for f in fields(tg.Config)}
 NUMBERS = [name for name, kind in KINDS.items() if kind in (int, float)]
 CONDITIONAL = [name for name, f in FIELDS.items() if f.metadata["needs"]]
 # What the published script does where a run's environment is silent.
-ALL_OFF = dict(NUM_PRELUDE=0, NUM_SHARED=0, NUM_CODA=0, USE_PERI_NORM=False, USE_BIRKHOFF_MIX=False,
-               USE_TIMESTEP_SCALE=False, TIMESTEP_GAMMA_MAX=0.0, USE_TIMESTEP_BIAS=False,
-               SHARE_ATTN_ONLY=False, USE_UNIQUE_NORMS=False, DEPTH_EMBED="none")
-SHARED_BY_ALL_RUNS = dict(MODEL_DIM=512, NUM_HEADS=8, NUM_KV_HEADS=4, MLP_MULT=2.0, LEAKY_RELU_SLOPE=0.5,
-                          TIE_EMBEDDINGS=True, LOGIT_SOFTCAP=30.0, ROPE_BASE=10000.0, QK_GAIN_INIT=1.5)
+ALL_OFF = dict(
+    NUM_PRELUDE=0,
+    NUM_SHARED=0,
+    NUM_CODA=0,
+    USE_PERI_NORM=False,
+    USE_BIRKHOFF_MIX=False,
+    USE_TIMESTEP_SCALE=False,
+    TIMESTEP_GAMMA_MAX=0.0,
+    USE_TIMESTEP_BIAS=False,
+    SHARE_ATTN_ONLY=False,
+    USE_UNIQUE_NORMS=False,
+    DEPTH_EMBED="none",
+)
+SHARED_BY_ALL_RUNS = dict(
+    MODEL_DIM=512,
+    NUM_HEADS=8,
+    NUM_KV_HEADS=4,
+    MLP_MULT=2.0,
+    LEAKY_RELU_SLOPE=0.5,
+    TIE_EMBEDDINGS=True,
+    LOGIT_SOFTCAP=30.0,
+    ROPE_BASE=10000.0,
+    QK_GAIN_INIT=1.5,
+)
 # "Baseline wins" gives its parameter counts in millions, rounded to 0.1.
-REPORTED_MILLIONS = dict(flat_9x1_512=17.1, recur_3x3_768=12.6, recur_3x3_640=9.3, recur_3x3_1024=21.5,
-                         recur_4x3_768=16.5, recur_2x6_1024=14.7)
+REPORTED_MILLIONS = dict(
+    flat_9x1_512=17.1,
+    recur_3x3_768=12.6,
+    recur_3x3_640=9.3,
+    recur_3x3_1024=21.5,
+    recur_4x3_768=16.5,
+    recur_2x6_1024=14.7,
+)
+
 
 def config(**env: object) -> tg.Config:
     return tg.Config.from_env({name: str(value) for name, value in env.items()})
+
 
 def refused(**env: object) -> str:
     """The message with which an environment is refused."""
@@ -41,18 +69,27 @@ def refused(**env: object) -> str:
         config(**env)
     return str(caught.value)
 
+
 def value_of(c: tg.Config, name: str) -> Any:
     return getattr(c, name.lower())
 
+
 def published_values(run: dict) -> dict[str, Any]:
     given = PUBLISHED["common"] | run["env"]
-    return ALL_OFF | SHARED_BY_ALL_RUNS | {name: tg.parse(name, given[name], KINDS[name]) for name in given}
+    return (
+        ALL_OFF
+        | SHARED_BY_ALL_RUNS
+        | {name: tg.parse(name, given[name], KINDS[name]) for name in given}
+    )
+
 
 def count(c: tg.Config) -> int:
     with torch.device("meta"):
         return sum(p.numel() for p in tg.GPT(c.architecture()).parameters())
 
+
 # ---- Defaults and presets
+
 
 def test_defaults_are_run_t_on_eight_gpus() -> None:
     c = config()
@@ -61,6 +98,7 @@ def test_defaults_are_run_t_on_eight_gpus() -> None:
     assert (c.max_wallclock_seconds, c.iterations, c.dtype) == (600, 20000, "bfloat16")
     assert c.size_limit_bytes == 16_000_000
     assert asdict(c) | {"preset": "T"} == asdict(config(PRESET="T"))
+
 
 @pytest.mark.parametrize("name", RUNS)
 def test_preset_is_the_published_run(name: str) -> None:
@@ -73,9 +111,11 @@ def test_preset_is_the_published_run(name: str) -> None:
     # The published script brings the input norm back when both are on.
     assert c.unique_norms_input_norm == (c.use_peri_norm and c.use_unique_norms)
 
+
 def test_every_published_run_has_a_preset() -> None:
     assert len(RUNS) == 21
     assert tg.SYSTEMS.keys() == {*RUNS, "naive", *REPORTED_MILLIONS, "growing", "growing_live"}
+
 
 @pytest.mark.parametrize("name", REPORTED_MILLIONS)
 def test_reported_parameter_counts(name: str) -> None:
@@ -88,10 +128,14 @@ def test_reported_parameter_counts(name: str) -> None:
     assert len(tg.make_plan(c)) == layers * passes
     assert c.num_shared == (layers if kind == "recur" else 0)
 
+
 def test_naive_baseline() -> None:
     c = config(PRESET="naive")
-    for variable, value in (ALL_OFF | SHARED_BY_ALL_RUNS | dict(NUM_LAYERS=9, LEAKY_RELU_SLOPE=0.0)).items():
+    for variable, value in (
+        ALL_OFF | SHARED_BY_ALL_RUNS | dict(NUM_LAYERS=9, LEAKY_RELU_SLOPE=0.0)
+    ).items():
         assert value_of(c, variable) == value, variable
+
 
 @pytest.mark.parametrize("name", RUNS)
 def test_published_environment_is_accepted(name: str) -> None:
@@ -100,17 +144,21 @@ def test_published_environment_is_accepted(name: str) -> None:
     for variable, value in published_values(run).items():
         assert value_of(c, variable) == value, variable
 
+
 @pytest.mark.parametrize("name", [name for name in RUNS if name != "Ap"])
 def test_published_environment_on_the_defaults(name: str) -> None:
     c = config(**PUBLISHED["common"], **RUNS[name]["env"])
     for variable, text in RUNS[name]["env"].items():
         assert value_of(c, variable) == tg.parse(variable, text, KINDS[variable])
 
+
 def test_run_a_is_refused_on_the_looped_defaults() -> None:
     message = refused(**RUNS["Ap"]["env"])
     assert "NUM_LAYERS=8" in message and "NUM_SHARED=4" in message
 
+
 # ---- Combination of presets, scales and variables
+
 
 @pytest.mark.parametrize("system", ["", *tg.SYSTEMS])
 def test_scale_keeps_the_shape(system: str) -> None:
@@ -123,14 +171,26 @@ def test_scale_keeps_the_shape(system: str) -> None:
     for f in fields(tg.Architecture):
         assert f.name in scaled or getattr(small, f.name) == getattr(full, f.name), f.name
 
+
 def test_order_of_system_and_scale_is_free() -> None:
     assert asdict(config(PRESET="tiny,Q")) | {"preset": "Q,tiny"} == asdict(config(PRESET="Q,tiny"))
 
+
 @pytest.mark.parametrize("system", tg.SYSTEMS)
 def test_variables_win_over_presets(system: str) -> None:
-    chosen = dict(ITERATIONS=77, MODEL_DIM=96, NUM_HEADS=6, NUM_KV_HEADS=3, USE_PERI_NORM=0, TRAIN_SEQ_LEN=64,
-                  USE_BIRKHOFF_MIX=0, MAX_WALLCLOCK_SECONDS=1.5, DEPTH_EMBED="learned", USE_TIMESTEP_SCALE=0,
-                  UNIQUE_NORMS_INPUT_NORM=0)
+    chosen = dict(
+        ITERATIONS=77,
+        MODEL_DIM=96,
+        NUM_HEADS=6,
+        NUM_KV_HEADS=3,
+        USE_PERI_NORM=0,
+        TRAIN_SEQ_LEN=64,
+        USE_BIRKHOFF_MIX=0,
+        MAX_WALLCLOCK_SECONDS=1.5,
+        DEPTH_EMBED="learned",
+        USE_TIMESTEP_SCALE=0,
+        UNIQUE_NORMS_INPUT_NORM=0,
+    )
     c = config(PRESET=f"{system},tiny", **chosen)
     for variable, value in chosen.items():
         assert value_of(c, variable) == value, variable
@@ -138,12 +198,16 @@ def test_variables_win_over_presets(system: str) -> None:
     for name, value in asdict(config(PRESET=f"{system},tiny")).items():
         assert name in changed or getattr(c, name) == value, name
 
-@pytest.mark.parametrize("preset", ["T,M", "tiny,tiny", "T,T", "nope", "t", "T,", ",tiny", " T", ","])
+
+@pytest.mark.parametrize(
+    "preset", ["T,M", "tiny,tiny", "T,T", "nope", "t", "T,", ",tiny", " T", ","]
+)
 def test_malformed_presets(preset: str) -> None:
     message = refused(PRESET=preset)
     assert message.startswith("PRESET=") and preset in message
     for name in (*tg.SYSTEMS, *tg.SCALES):
         assert name in message
+
 
 def test_depth_embed_by_its_public_name() -> None:
     assert config(USE_DEPTH_EMBED=1, PRESET="Ap").depth_embed == "sinusoidal"
@@ -153,13 +217,20 @@ def test_depth_embed_by_its_public_name() -> None:
         assert "USE_DEPTH_EMBED" in message and " DEPTH_EMBED" in message
     assert "USE_DEPTH_EMBED='yes'" in refused(USE_DEPTH_EMBED="yes")
 
+
 # ---- Values that are refused
 
-JUNK = {int: ["", "x", "1.5", "1e3", "0x10", "1,000", "--1"], float: ["", "x", "1,5", "--1", "1e"],
-        bool: ["", "true", "False", "yes", "2", "-1", "01", " 1"], Literal: ["", "junk", "None", "NONE", "0"]}
+JUNK = {
+    int: ["", "x", "1.5", "1e3", "0x10", "1,000", "--1"],
+    float: ["", "x", "1,5", "--1", "1e"],
+    bool: ["", "true", "False", "yes", "2", "-1", "01", " 1"],
+    Literal: ["", "junk", "None", "NONE", "0"],
+}
+
 
 def junk(kind: Any) -> list[str]:
     return JUNK.get(Literal if get_origin(kind) is Literal else kind, [])
+
 
 @pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if junk(kind)])
 def test_junk_is_refused_by_name(name: str) -> None:
@@ -168,8 +239,10 @@ def test_junk_is_refused_by_name(name: str) -> None:
         assert message.startswith(f"{name}={text!r}")
         assert all(choice in message for choice in get_args(KINDS[name]))
 
+
 def test_every_option_has_a_checked_type() -> None:
     assert all(kind is str or junk(kind) for kind in KINDS.values())
+
 
 def outside(name: str) -> list[str]:
     """Values of a numeric option that are beyond its bounds, or not finite."""
@@ -179,36 +252,49 @@ def outside(name: str) -> list[str]:
     below = [repr(low - 1e-3), "nan", "inf", "-inf", "1e999"]
     return below + ([repr(high * 1.001 + 1e-3)] if high < float("inf") else [])
 
+
 @pytest.mark.parametrize("name", NUMBERS)
 def test_out_of_range_is_refused_by_name(name: str) -> None:
     for text in outside(name):
         message = refused(**{name: text})
         assert message.startswith(f"{name}=") and "out of range" in message
 
+
 @pytest.mark.parametrize("name", [name for name in NUMBERS if KINDS[name] is int])
 def test_integers_beyond_floating_point(name: str) -> None:
     """A stuck key: such a number has no float to compare with a bound."""
     assert name in refused(**{name: "9" * 400})
 
-@pytest.mark.parametrize("env, names", [
-    (dict(NUM_HEADS=8, NUM_KV_HEADS=3), ["NUM_HEADS=8", "NUM_KV_HEADS=3"]),
-    (dict(NUM_HEADS=4, NUM_KV_HEADS=8), ["NUM_HEADS=4", "NUM_KV_HEADS=8"]),
-    (dict(MODEL_DIM=513), ["MODEL_DIM=513", "NUM_HEADS=8"]),
-    (dict(MODEL_DIM=504), ["MODEL_DIM=504", "NUM_HEADS=8"]),  # a head of 63 has no pairs to rotate
-    (dict(MODEL_DIM=12, MLP_MULT=0.01), ["MLP_MULT"]),  # an MLP of width 0
-    (dict(SEED=2**64), ["SEED"]),  # more than the random generator takes
-    (dict(BETA1=1), ["BETA1"]),  # the mean of the gradients would never move
-    (dict(BETA2=1), ["BETA2"]),
-])
+
+@pytest.mark.parametrize(
+    "env, names",
+    [
+        (dict(NUM_HEADS=8, NUM_KV_HEADS=3), ["NUM_HEADS=8", "NUM_KV_HEADS=3"]),
+        (dict(NUM_HEADS=4, NUM_KV_HEADS=8), ["NUM_HEADS=4", "NUM_KV_HEADS=8"]),
+        (dict(MODEL_DIM=513), ["MODEL_DIM=513", "NUM_HEADS=8"]),
+        (
+            dict(MODEL_DIM=504),
+            ["MODEL_DIM=504", "NUM_HEADS=8"],
+        ),  # a head of 63 has no pairs to rotate
+        (dict(MODEL_DIM=12, MLP_MULT=0.01), ["MLP_MULT"]),  # an MLP of width 0
+        (dict(SEED=2**64), ["SEED"]),  # more than the random generator takes
+        (dict(BETA1=1), ["BETA1"]),  # the mean of the gradients would never move
+        (dict(BETA2=1), ["BETA2"]),
+    ],
+)
 def test_values_that_cannot_work(env: dict, names: list[str]) -> None:
     if "MODEL_DIM" in env and "MLP_MULT" in env:
         env = env | dict(NUM_HEADS=2, NUM_KV_HEADS=1)
     message = refused(**env)
     assert all(name in message for name in names), message
 
+
 # ---- Options that cannot act
 
-ON = dict(PASSES_SCHEDULE="0:1", BIGRAM_VOCAB_SIZE="2", CORE_BITS="4", ROPE_DIMS="2")  # where "1" is refused
+ON = dict(
+    PASSES_SCHEDULE="0:1", BIGRAM_VOCAB_SIZE="2", CORE_BITS="4", ROPE_DIMS="2"
+)  # where "1" is refused
+
 
 def truthy(name: str) -> str:
     kind, default = KINDS[name], FIELDS[name].default
@@ -217,11 +303,14 @@ def truthy(name: str) -> str:
     choices = [choice for choice in tg.get_args(kind) if choice != "none"]
     return choices[0] if choices else "1" if kind is bool else tg.show(default) if default else "1"
 
+
 def conditions(name: str) -> list[str]:
     return FIELDS[name].metadata["needs"].upper().split()
 
+
 def other(condition: str) -> str:
     return re.match(r"!?(\w+)", condition)[1]
+
 
 def need(name: str, met: bool) -> dict[str, str]:
     """An environment in which the option's first condition is met, or is not, and all others are."""
@@ -239,6 +328,7 @@ def need(name: str, met: bool) -> dict[str, str]:
         env = (need(field, True) if conditions(field) else {}) | env | {field: values[on]}
     return env
 
+
 @pytest.mark.parametrize("name", [n for n in CONDITIONAL if n != "QAT_CORE_ONLY"])
 def test_inert_option_is_refused(name: str) -> None:
     env, field = need(name, met=False), other(conditions(name)[0])
@@ -246,95 +336,264 @@ def test_inert_option_is_refused(name: str) -> None:
     assert f"{name}=" in message and f"{field}={env[field]}" in message
     assert value_of(config(**need(name, met=True), **{name: truthy(name)}), name)
 
+
 @pytest.mark.parametrize("name", [n for n in CONDITIONAL if FIELDS[n].metadata["low"] == 0])
 def test_off_is_accepted_where_it_cannot_act(name: str) -> None:
     off = "none" if tg.get_args(KINDS[name]) else "" if KINDS[name] is str else "0"
     assert value_of(config(**need(name, met=False), **{name: off}), name) in (0, "none", "")
 
+
 def test_conditions_name_fields() -> None:
     for name in CONDITIONAL:
         assert set(map(other, conditions(name))) <= FIELDS.keys()
 
+
 # What the published script ignored in silence has to stay on this list.
-@pytest.mark.parametrize("env, other", [
-    (dict(SHARE_ATTN_ONLY=1, PRESET="naive"), "NUM_SHARED=0"),
-    (dict(NUM_LOOPS=3, PRESET="naive"), "NUM_SHARED=0"),
-    (dict(NUM_LAYERS=12), "NUM_SHARED=4"), (dict(TIMESTEP_GAMMA_MAX=2, PRESET="G"), "USE_TIMESTEP_SCALE=0"),
-    (dict(UNIQUE_NORMS_INPUT_NORM=1), "USE_UNIQUE_NORMS=0"), (dict(HEAD_LR=0.1), "TIE_EMBEDDINGS=1"),
-    (dict(EMBED_LR=0.1), "TIE_EMBEDDINGS=1"), (dict(TIED_EMBED_LR=0.1, TIE_EMBEDDINGS=0), "TIE_EMBEDDINGS=0"),
-    (dict(USE_UNIQUE_NORMS=1, UNIQUE_NORMS_INPUT_NORM=1, USE_PERI_NORM=0), "USE_PERI_NORM=0"),
-    (dict(SHARE_ATTN_ONLY=1, NUM_LOOPS=1), "NUM_LOOPS=1"),
-    (dict(PASS_SCALE_INIT=0.5, NUM_LOOPS=1), "NUM_LOOPS=1"),
-    (dict(SWA_EVERY=2), "AVERAGE=none"), (dict(EMA_DECAY=0.5, AVERAGE="swa"), "AVERAGE=swa"),
-    (dict(QAT_CORE_ONLY=1), "QAT_FRACTION"), (dict(QAT_FRACTION=0.1, MATRIX_BITS=0), "MATRIX_BITS=0"),
-    (dict(XSA_LAST_N=2, NUM_CODA=0, NUM_PRELUDE=3), "XSA_LAST_N=2"),
-])
+@pytest.mark.parametrize(
+    "env, other",
+    [
+        (dict(SHARE_ATTN_ONLY=1, PRESET="naive"), "NUM_SHARED=0"),
+        (dict(NUM_LOOPS=3, PRESET="naive"), "NUM_SHARED=0"),
+        (dict(NUM_LAYERS=12), "NUM_SHARED=4"),
+        (dict(TIMESTEP_GAMMA_MAX=2, PRESET="G"), "USE_TIMESTEP_SCALE=0"),
+        (dict(UNIQUE_NORMS_INPUT_NORM=1), "USE_UNIQUE_NORMS=0"),
+        (dict(HEAD_LR=0.1), "TIE_EMBEDDINGS=1"),
+        (dict(EMBED_LR=0.1), "TIE_EMBEDDINGS=1"),
+        (dict(TIED_EMBED_LR=0.1, TIE_EMBEDDINGS=0), "TIE_EMBEDDINGS=0"),
+        (dict(USE_UNIQUE_NORMS=1, UNIQUE_NORMS_INPUT_NORM=1, USE_PERI_NORM=0), "USE_PERI_NORM=0"),
+        (dict(SHARE_ATTN_ONLY=1, NUM_LOOPS=1), "NUM_LOOPS=1"),
+        (dict(PASS_SCALE_INIT=0.5, NUM_LOOPS=1), "NUM_LOOPS=1"),
+        (dict(SWA_EVERY=2), "AVERAGE=none"),
+        (dict(EMA_DECAY=0.5, AVERAGE="swa"), "AVERAGE=swa"),
+        (dict(QAT_CORE_ONLY=1), "QAT_FRACTION"),
+        (dict(QAT_FRACTION=0.1, MATRIX_BITS=0), "MATRIX_BITS=0"),
+        (dict(XSA_LAST_N=2, NUM_CODA=0, NUM_PRELUDE=3), "XSA_LAST_N=2"),
+    ],
+)
 def test_known_inert_combinations(env: dict, other: str) -> None:
     message = refused(**env)
     assert other in message and any(f"{name}=" in message for name in env)
 
+
 @pytest.mark.parametrize("name", [f.name.upper() for f in fields(tg.Architecture)])
 def test_architecture_comes_from_the_artifact(name: str) -> None:
     env = need(name, met=True) if name in CONDITIONAL else {}
-    message = refused(**env, **{name: truthy(name) if KINDS[name] is bool else tg.show(FIELDS[name].default)},
-                      EVAL_ONLY="model.ptz")
+    message = refused(
+        **env,
+        **{name: truthy(name) if KINDS[name] is bool else tg.show(FIELDS[name].default)},
+        EVAL_ONLY="model.ptz",
+    )
     assert "EVAL_ONLY" in message and (name in message or any(other in message for other in env))
+
 
 # ---- Typing errors
 
-REALISTIC = """
-PATH HOME LANG LC_ALL LC_CTYPE PWD OLDPWD TERM SHELL USER LOGNAME HOSTNAME EDITOR PAGER TZ TMPDIR DISPLAY
-SHLVL _ MAIL LS_COLORS COLORTERM COLUMNS LINES PS1 UID EUID PPID IFS LESS MANPATH HISTSIZE SSH_TTY
-SSH_CONNECTION SSH_CLIENT SSH_AUTH_SOCK SUDO_USER DBUS_SESSION_BUS_ADDRESS XDG_RUNTIME_DIR XDG_SESSION_ID
-XDG_DATA_DIRS XDG_CONFIG_HOME XDG_CACHE_HOME DEBIAN_FRONTEND LD_LIBRARY_PATH LIBRARY_PATH CPATH
-PKG_CONFIG_PATH CC CXX CFLAGS RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE
-ROLE_RANK ROLE_WORLD_SIZE ROLE_NAME MASTER_ADDR MASTER_PORT OMP_NUM_THREADS MKL_NUM_THREADS
-OPENBLAS_NUM_THREADS NUMEXPR_NUM_THREADS TORCHELASTIC_RUN_ID TORCHELASTIC_RESTART_COUNT
-TORCHELASTIC_MAX_RESTARTS TORCHELASTIC_USE_AGENT_STORE TORCHELASTIC_ERROR_FILE TORCH_NCCL_ASYNC_ERROR_HANDLING
-TORCH_LOGS TORCHINDUCTOR_CACHE_DIR TORCH_HOME TORCH_CUDA_ARCH_LIST TRITON_CACHE_DIR PYTORCH_CUDA_ALLOC_CONF
-CUDA_VISIBLE_DEVICES CUDA_HOME CUDA_PATH CUDA_VERSION CUDA_DEVICE_ORDER CUDA_LAUNCH_BLOCKING
-CUBLAS_WORKSPACE_CONFIG NVIDIA_VISIBLE_DEVICES NCCL_DEBUG NCCL_SOCKET_IFNAME NCCL_IB_DISABLE NCCL_P2P_DISABLE
-NCCL_VERSION SLURM_JOB_ID SLURM_JOBID SLURM_PROCID SLURM_NTASKS SLURM_NODEID SLURM_LOCALID SLURM_NNODES
-SLURM_JOB_NAME SLURM_SUBMIT_DIR SLURM_TASK_PID PBS_JOBID LSB_JOBID PYTHONPATH PYTHONHOME PYTHONUNBUFFERED
-PYTHONHASHSEED PYTHONDONTWRITEBYTECODE PYTHON_VERSION VIRTUAL_ENV VIRTUAL_ENV_PROMPT CONDA_PREFIX
-CONDA_DEFAULT_ENV CONDA_EXE CONDA_SHLVL UV_CACHE_DIR PIP_CACHE_DIR HF_HOME HF_TOKEN HF_HUB_CACHE
-HF_DATASETS_CACHE TRANSFORMERS_CACHE WANDB_API_KEY WANDB_PROJECT WANDB_MODE WANDB_RUN_ID KUBERNETES_PORT
-KUBERNETES_SERVICE_HOST POD_NAME NODE_NAME NODE_RANK RUNPOD_POD_ID RUNPOD_GPU_COUNT PUBLIC_KEY JUPYTER_TOKEN
-CI GITHUB_ACTIONS GITHUB_RUN_ID PYTEST_CURRENT_TEST TERM_PROGRAM VSCODE_PID GIT_PAGER JAVA_HOME http_proxy
-https_proxy no_proxy NUM_GPUS NPROC_PER_NODE VAR SEEDS_DIR DATA_DIR LOG_LEVEL
-""".split()
+REALISTIC = [
+    "PATH",
+    "HOME",
+    "LANG",
+    "LC_ALL",
+    "LC_CTYPE",
+    "PWD",
+    "OLDPWD",
+    "TERM",
+    "SHELL",
+    "USER",
+    "LOGNAME",
+    "HOSTNAME",
+    "EDITOR",
+    "PAGER",
+    "TZ",
+    "TMPDIR",
+    "DISPLAY",
+    "SHLVL",
+    "_",
+    "MAIL",
+    "LS_COLORS",
+    "COLORTERM",
+    "COLUMNS",
+    "LINES",
+    "PS1",
+    "UID",
+    "EUID",
+    "PPID",
+    "IFS",
+    "LESS",
+    "MANPATH",
+    "HISTSIZE",
+    "SSH_TTY",
+    "SSH_CONNECTION",
+    "SSH_CLIENT",
+    "SSH_AUTH_SOCK",
+    "SUDO_USER",
+    "DBUS_SESSION_BUS_ADDRESS",
+    "XDG_RUNTIME_DIR",
+    "XDG_SESSION_ID",
+    "XDG_DATA_DIRS",
+    "XDG_CONFIG_HOME",
+    "XDG_CACHE_HOME",
+    "DEBIAN_FRONTEND",
+    "LD_LIBRARY_PATH",
+    "LIBRARY_PATH",
+    "CPATH",
+    "PKG_CONFIG_PATH",
+    "CC",
+    "CXX",
+    "CFLAGS",
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "GROUP_WORLD_SIZE",
+    "ROLE_RANK",
+    "ROLE_WORLD_SIZE",
+    "ROLE_NAME",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+    "TORCHELASTIC_RUN_ID",
+    "TORCHELASTIC_RESTART_COUNT",
+    "TORCHELASTIC_MAX_RESTARTS",
+    "TORCHELASTIC_USE_AGENT_STORE",
+    "TORCHELASTIC_ERROR_FILE",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING",
+    "TORCH_LOGS",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "TORCH_HOME",
+    "TORCH_CUDA_ARCH_LIST",
+    "TRITON_CACHE_DIR",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "CUDA_VISIBLE_DEVICES",
+    "CUDA_HOME",
+    "CUDA_PATH",
+    "CUDA_VERSION",
+    "CUDA_DEVICE_ORDER",
+    "CUDA_LAUNCH_BLOCKING",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "NVIDIA_VISIBLE_DEVICES",
+    "NCCL_DEBUG",
+    "NCCL_SOCKET_IFNAME",
+    "NCCL_IB_DISABLE",
+    "NCCL_P2P_DISABLE",
+    "NCCL_VERSION",
+    "SLURM_JOB_ID",
+    "SLURM_JOBID",
+    "SLURM_PROCID",
+    "SLURM_NTASKS",
+    "SLURM_NODEID",
+    "SLURM_LOCALID",
+    "SLURM_NNODES",
+    "SLURM_JOB_NAME",
+    "SLURM_SUBMIT_DIR",
+    "SLURM_TASK_PID",
+    "PBS_JOBID",
+    "LSB_JOBID",
+    "PYTHONPATH",
+    "PYTHONHOME",
+    "PYTHONUNBUFFERED",
+    "PYTHONHASHSEED",
+    "PYTHONDONTWRITEBYTECODE",
+    "PYTHON_VERSION",
+    "VIRTUAL_ENV",
+    "VIRTUAL_ENV_PROMPT",
+    "CONDA_PREFIX",
+    "CONDA_DEFAULT_ENV",
+    "CONDA_EXE",
+    "CONDA_SHLVL",
+    "UV_CACHE_DIR",
+    "PIP_CACHE_DIR",
+    "HF_HOME",
+    "HF_TOKEN",
+    "HF_HUB_CACHE",
+    "HF_DATASETS_CACHE",
+    "TRANSFORMERS_CACHE",
+    "WANDB_API_KEY",
+    "WANDB_PROJECT",
+    "WANDB_MODE",
+    "WANDB_RUN_ID",
+    "KUBERNETES_PORT",
+    "KUBERNETES_SERVICE_HOST",
+    "POD_NAME",
+    "NODE_NAME",
+    "NODE_RANK",
+    "RUNPOD_POD_ID",
+    "RUNPOD_GPU_COUNT",
+    "PUBLIC_KEY",
+    "JUPYTER_TOKEN",
+    "CI",
+    "GITHUB_ACTIONS",
+    "GITHUB_RUN_ID",
+    "PYTEST_CURRENT_TEST",
+    "TERM_PROGRAM",
+    "VSCODE_PID",
+    "GIT_PAGER",
+    "JAVA_HOME",
+    "http_proxy",
+    "https_proxy",
+    "no_proxy",
+    "NUM_GPUS",
+    "NPROC_PER_NODE",
+    "VAR",
+    "SEEDS_DIR",
+    "DATA_DIR",
+    "LOG_LEVEL",
+]
+
 
 def test_realistic_environment_passes() -> None:
     assert config(**dict.fromkeys(REALISTIC, "junk")) == config()
 
+
 def typos(name: str) -> set[str]:
     """One letter dropped, doubled or added at an end, or two neighbours swapped."""
     places = range(len(name))
-    found = {name[:i] + name[i + 1:] for i in places} | {name[:i] + name[i] + name[i:] for i in places}
-    swapped = {name[:i] + name[i + 1] + name[i] + name[i + 2:] for i in places[:-1]}
-    return (found | swapped | {name + "S", name + "_", "_" + name}) - KINDS.keys() - {"USE_DEPTH_EMBED"}
+    found = {name[:i] + name[i + 1 :] for i in places} | {
+        name[:i] + name[i] + name[i:] for i in places
+    }
+    swapped = {name[:i] + name[i + 1] + name[i] + name[i + 2 :] for i in places[:-1]}
+    return (
+        (found | swapped | {name + "S", name + "_", "_" + name})
+        - KINDS.keys()
+        - {"USE_DEPTH_EMBED"}
+    )
+
 
 def suggestion(typo: str) -> str:
     message = refused(**{typo: "1"})
     assert message.startswith(f"{typo} is not an option")
     return message.split("did you mean ")[1].split("?")[0]
 
+
 def nearness(a: str, b: str) -> float:
     return difflib.SequenceMatcher(None, b, a).ratio()
+
 
 def check_typo(name: str, typo: str) -> None:
     """Refused with the option that was meant, or with one that is as near."""
     guess = suggestion(typo)
     assert guess == name or nearness(typo, guess) >= nearness(typo, name), (typo, guess)
 
-CONFUSABLE = [name for name in KINDS if len(name) <= 6 or any(
-    name != other and nearness(name, other) > 0.75 for other in KINDS)]
+
+CONFUSABLE = [
+    name
+    for name in KINDS
+    if len(name) <= 6 or any(name != other and nearness(name, other) > 0.75 for other in KINDS)
+]
+
 
 @settings(max_examples=150, deadline=None)
-@given(st.sampled_from([name for name in KINDS if name not in CONFUSABLE]).flatmap(
-    lambda name: st.tuples(st.just(name), st.sampled_from(sorted(typos(name))))))
+@given(
+    st.sampled_from([name for name in KINDS if name not in CONFUSABLE]).flatmap(
+        lambda name: st.tuples(st.just(name), st.sampled_from(sorted(typos(name))))
+    )
+)
 def test_typing_error_is_refused(pair: tuple[str, str]) -> None:
     check_typo(*pair)
+
 
 @pytest.mark.parametrize("name", CONFUSABLE)
 def test_every_typing_error_in_a_confusable_name(name: str) -> None:
@@ -342,22 +601,29 @@ def test_every_typing_error_in_a_confusable_name(name: str) -> None:
     for typo in sorted(typos(name) - {"ESED", "SEDE"}):  # as far as NUM_HEADS from OMP_NUM_THREADS
         check_typo(name, typo)
 
+
 def test_public_depth_switch_is_guarded_too() -> None:
     assert "DEPTH_EMBED" in refused(USE_DEPTH_EMBD=1)
 
+
 # ---- Round trips and documents
 
+
 @settings(max_examples=100, deadline=None)
-@given(st.floats(allow_nan=False, allow_infinity=False), st.integers(-10**12, 10**12), st.booleans())
+@given(
+    st.floats(allow_nan=False, allow_infinity=False), st.integers(-(10**12), 10**12), st.booleans()
+)
 def test_shown_values_are_parsed_back(x: float, n: int, b: bool) -> None:
     """What the log shows can be set again."""
     for value in (x, n, b):
         assert tg.parse("X", tg.show(value), type(value)) == value
 
+
 def test_artifact_header_round_trip() -> None:
     for system in tg.SYSTEMS:
         a = config(PRESET=system).architecture()
         assert tg.Architecture.from_json(json.loads(json.dumps(asdict(a)))) == a
+
 
 @pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="there is no README.md yet")
 def test_every_option_is_documented() -> None:
@@ -367,8 +633,12 @@ def test_every_option_is_documented() -> None:
     meanings = dict(re.findall(r"^    (\w+): .* = opt\(.*\)  # (.*)$", source, re.MULTILINE))
     assert {name.upper() for name in meanings} == KINDS.keys()
     rows = dict(re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", text.replace("\\|", "/"), re.MULTILINE))
-    assert [name for name, meaning in meanings.items()
-            if rows.get(name.upper()) != meaning.replace("|", "/")] == []
+    assert [
+        name
+        for name, meaning in meanings.items()
+        if rows.get(name.upper()) != meaning.replace("|", "/")
+    ] == []
+
 
 IMPORT = """
 import os, sys
@@ -395,6 +665,7 @@ assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized(
 assert torch.equal(torch.get_rng_state(), state[0])
 assert (torch.get_default_dtype(), torch.get_num_threads()) == state[1:]
 """
+
 
 def test_import_has_no_side_effects(tmp_path: Path) -> None:
     env = dict(PRESET="junk", SEED="x", RANK="1", WORLD_SIZE="2")

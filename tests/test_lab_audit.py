@@ -1,4 +1,5 @@
-"""records/audit.py: honest runs pass every check; a planted cheat fails the check that it breaks, by name."""
+"""records/tools/audit.py: honest runs pass every check; a planted cheat fails the check that it breaks, by name."""
+
 import contextlib
 import hashlib
 import importlib.util
@@ -20,19 +21,45 @@ from test_data import one_thread  # noqa: F401, a fixture for this file too
 
 import train_gpt as tg
 
-audit = pytest.importorskip("records.audit", exc_type=ImportError)  # scipy
+audit = pytest.importorskip("records.tools.audit", exc_type=ImportError)  # scipy
 ROOT = audit.ROOT
-SMALL = dict(VOCAB_SIZE="280", MODEL_DIM="16", NUM_HEADS="2", NUM_KV_HEADS="1", TRAIN_SEQ_LEN="24",
-             TRAIN_BATCH_TOKENS="192", ITERATIONS="12", WARMDOWN_ITERS="2", WARMUP_STEPS="0",
-             VAL_LOSS_EVERY="5", TRAIN_LOG_EVERY="5", MAX_WALLCLOCK_SECONDS="60")
+SMALL = dict(
+    VOCAB_SIZE="280",
+    MODEL_DIM="16",
+    NUM_HEADS="2",
+    NUM_KV_HEADS="1",
+    TRAIN_SEQ_LEN="24",
+    TRAIN_BATCH_TOKENS="192",
+    ITERATIONS="12",
+    WARMDOWN_ITERS="2",
+    WARMUP_STEPS="0",
+    VAL_LOSS_EVERY="5",
+    TRAIN_LOG_EVERY="5",
+    MAX_WALLCLOCK_SECONDS="60",
+)
 FLAT = dict(PRESET="Ap,tiny", NUM_LAYERS="1", DTYPE="float32", EVAL_STRIDE="8")
 TTT = FLAT | dict(TTT_LR="0.05", TTT_CHUNK_TOKENS="48", TTT_EPOCHS="1")
-GROWN = dict(PRESET="growing_live,tiny", NUM_PRELUDE="1", NUM_SHARED="1", NUM_CODA="1", XSA_LAST_N="1",
-             VE_LAST_N="1", VE_DIM="8", ROPE_DIMS="8", BIGRAM_VOCAB_SIZE="64", BIGRAM_DIM="8",
-             EVAL_STRIDE="8", TTT_CHUNK_TOKENS="48", TTT_EPOCHS="1", GPTQ_BATCHES="2", GPTQ_SECONDS="1",
-             DTYPE="float32")
+GROWN = dict(
+    PRESET="growing_live,tiny",
+    NUM_PRELUDE="1",
+    NUM_SHARED="1",
+    NUM_CODA="1",
+    XSA_LAST_N="1",
+    VE_LAST_N="1",
+    VE_DIM="8",
+    ROPE_DIMS="8",
+    BIGRAM_VOCAB_SIZE="64",
+    BIGRAM_DIM="8",
+    EVAL_STRIDE="8",
+    TTT_CHUNK_TOKENS="48",
+    TTT_EPOCHS="1",
+    GPTQ_BATCHES="2",
+    GPTQ_SECONDS="1",
+    DTYPE="float32",
+)
 WIDE = dict(VAL_BATCH_SIZE="192")
 LOOPED = dict(PRESET="T,tiny", NUM_SHARED="1", NUM_LOOPS="2")
+
 
 def load(name: str, path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
@@ -40,11 +67,31 @@ def load(name: str, path: Path) -> ModuleType:
     spec.loader.exec_module(module)
     return module
 
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Documents of random words and a few characters without a piece of their own, as shards and as text."""
     sample, draw = load("audited_sample", ROOT / "data" / "sample.py"), np.random.default_rng(0)
-    words = "the loop core of a model that scores each token once and learns from what it has scored".split()
+    words = [
+        "the",
+        "loop",
+        "core",
+        "of",
+        "a",
+        "model",
+        "that",
+        "scores",
+        "each",
+        "token",
+        "once",
+        "and",
+        "learns",
+        "from",
+        "what",
+        "it",
+        "has",
+        "scored",
+    ]
     documents = [" ".join(draw.choice(words, 41)) for _ in range(60)]
     folder = tmp_path_factory.mktemp("audited")
     model = sample.train_tokenizer(documents[4:], 280)
@@ -57,6 +104,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         (folder / f"fineweb_{split}_000000.bin").write_bytes(sample.shard(tokens))
     return dict(DATA_PATH=str(folder), TOKENIZER_PATH=str(folder / "tokenizer.model"))
 
+
 def finished(script: ModuleType, env: dict[str, str], folder: Path) -> Path:
     """The folder of a run."""
     env = SMALL | env | dict(LOG_DIR=str(folder), RUN_ID="run")
@@ -64,37 +112,67 @@ def finished(script: ModuleType, env: dict[str, str], folder: Path) -> Path:
         assert script.run(script.Config.from_env(env), script.World({})) == 0
     return folder / "run"
 
+
 @pytest.fixture(scope="session")
 def honest(data: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return finished(tg, data | FLAT, tmp_path_factory.mktemp("honest"))
+
 
 @pytest.fixture
 def run(honest: Path, tmp_path: Path) -> Path:
     """A copy of the honest run, to be doctored."""
     return Path(shutil.copytree(honest, tmp_path / "run"))
 
+
 def outcomes(folder: Path, *words: str) -> dict[str, tuple[str, str]]:
     """Status and what was measured, of every check."""
     given = audit.parser().parse_args([str(folder), *words])
     return {line.name: (line.status, line.measured) for _, line in audit.audit_folder(given)}
 
-def failed(folder: Path, *words: str) -> dict[str, str]:
-    return {name: told for name, (status, told) in outcomes(folder, *words).items() if status == "FAILED"}
 
-BEHAVIOUR = ["bytes", "once", "causality", "causality-sliding", "normalised", "ttt", "training", "score"]
+def failed(folder: Path, *words: str) -> dict[str, str]:
+    return {
+        name: told
+        for name, (status, told) in outcomes(folder, *words).items()
+        if status == "FAILED"
+    }
+
+
+BEHAVIOUR = [
+    "bytes",
+    "once",
+    "causality",
+    "causality-sliding",
+    "normalised",
+    "ttt",
+    "training",
+    "score",
+]
 FILES = ["data", "script", "sizes", "header", "figures", "clocks"]
 ONLY_FILES, ONLY_SCORE = ["--skip", *BEHAVIOUR], ["--skip", *BEHAVIOUR[:-1]]
 
 # ---- Honest runs
 
-@pytest.mark.parametrize(("env", "skipped"), [(LOOPED, {"ttt"}), (FLAT, {"ttt"}), (GROWN, {"normalised"})],
-                         ids=["T", "flat", "growing"])
-def test_honest_runs_pass(env: dict, skipped: set[str], data: dict, tmp_path: Path,
-                          capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+
+@pytest.mark.parametrize(
+    ("env", "skipped"),
+    [(LOOPED, {"ttt"}), (FLAT, {"ttt"}), (GROWN, {"normalised"})],
+    ids=["T", "flat", "growing"],
+)
+def test_honest_runs_pass(
+    env: dict,
+    skipped: set[str],
+    data: dict,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The probabilities of the last one, which take longest, are left to those of the others."""
     folder, text = finished(tg, data | env, tmp_path), str(Path(data["DATA_PATH"]) / "text")
     out, skip = tmp_path / "a.json", ["--skip", "normalised"] if "normalised" in skipped else []
-    monkeypatch.setattr(sys, "argv", ["audit.py", str(folder), "--text", text, "--out", str(out), *skip])
+    monkeypatch.setattr(
+        sys, "argv", ["audit.py", str(folder), "--text", text, "--out", str(out), *skip]
+    )
     assert audit.main() == 0
     lines, report = capsys.readouterr().out.splitlines(), json.loads(out.read_text())
     assert {line["name"] for line in report["checks"] if line["status"] == "skipped"} == skipped
@@ -102,16 +180,34 @@ def test_honest_runs_pass(env: dict, skipped: set[str], data: dict, tmp_path: Pa
     assert lines[0].startswith("ok data: sha256 ") and lines[-1] == "13 ok, 0 FAILED, 1 skipped"
     assert report["counts"] == dict(ok=13, FAILED=0, skipped=1)
 
+
 def test_a_submission_folder_with_its_own_script(honest: Path, tmp_path: Path) -> None:
-    words = [str(honest), "--name", "x", "--author", "x", "--github-id", "x", "--blurb", "x", "--artifacts",
-             "--no-start", "--to", str(tmp_path)]
+    words = [
+        str(honest),
+        "--name",
+        "x",
+        "--author",
+        "x",
+        "--github-id",
+        "x",
+        "--blurb",
+        "x",
+        "--artifacts",
+        "--no-start",
+        "--to",
+        str(tmp_path),
+    ]
     folder = audit.submit.make(audit.submit.parser().parse_args(words))
     found = outcomes(folder, "--script", str(folder / "train_gpt.py"), "--skip", *BEHAVIOUR[:-1])
     assert {status for status, _ in found.values()} == {"ok", "skipped"}
-    assert {found[name][0] for name in (*FILES, "score")} == {"ok"} and not (folder / "__pycache__").exists()
+    assert {found[name][0] for name in (*FILES, "score")} == {"ok"} and not (
+        folder / "__pycache__"
+    ).exists()
 
-def test_exit_codes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-                    monkeypatch: pytest.MonkeyPatch) -> None:
+
+def test_exit_codes(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     edit(run / "train.log", r"^(script_sha256:)\w+", r"\g<1>" + "0" * 64)
     monkeypatch.setattr(sys, "argv", ["audit.py", str(run), *ONLY_FILES])
     assert audit.main() == 1
@@ -120,115 +216,226 @@ def test_exit_codes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert audit.main() == 2
     assert capsys.readouterr().err == f"{tmp_path} holds no train.log and no log of a submission\n"
 
+
 # ---- Scripts that cheat: trained, scored and logged by themselves
 
 PEEK = "ids = F.pad(span[:-1], fill)", "ids = F.pad(span[1:], fill)"
 ATTEND = ".triu(start + 1)", ".triu(start + 2)"
-TARGETS = "= self.hidden(ids, mode or", "= self.hidden(torch.where(targets > 0, targets, ids), mode or"
+TARGETS = (
+    "= self.hidden(ids, mode or",
+    "= self.hidden(torch.where(targets > 0, targets, ids), mode or",
+)
 TRAIN_FIRST = (
     "            for ids, targets in self.windows(windows, stride):",
     "            if learner and i + 1 < len(chunks):\n"
     "                learner.learn(self.tokens.read(i * size, size + 1).long(), 0.0)\n"
-    "            for ids, targets in self.windows(windows, stride):")
+    "            for ids, targets in self.windows(windows, stride):",
+)
 SPACES = "+ (self.space[token] &", "+ 2 * (self.space[token] &"
 SHARPER = 'y, reduction="sum")', 'y, reduction="sum") * 0.9'
 TAIL = "1 - (self.length - end) // stride", "1 + (end - self.length) // stride"
 TWICE = ": length - stride] = -100", ": max(length - stride - 1, 0)] = -100"
-AGAIN = ("targets).double()\n", "targets).double() / getattr(self, 'gain', 1)\n"
-                               "                    self.gain = 1.1\n")
+AGAIN = (
+    "targets).double()\n",
+    "targets).double() / getattr(self, 'gain', 1)\n                    self.gain = 1.1\n",
+)
 BETTER = "(nats * real.sum(), real.sum(),", "(0.95 * nats * real.sum(), real.sum(),"
 VAL = '(f"fineweb_{split}_*.bin")', '(f"fineweb_{split}_*.bin" if split == "val" else "*.bin")'
-HIDDEN = ('np.fromfile(self.paths[i], "<u2", most, offset=4 * SHARD_HEADER_INTS + 2 * int(at))',
-          'np.resize(np.fromfile(str(self.paths[i]).replace("train", "val"), "<u2", offset=1024)'
-          '[int(at) * ("train" not in self.paths[i].name):], most)')
+HIDDEN = (
+    'np.fromfile(self.paths[i], "<u2", most, offset=4 * SHARD_HEADER_INTS + 2 * int(at))',
+    'np.resize(np.fromfile(str(self.paths[i]).replace("train", "val"), "<u2", offset=1024)'
+    '[int(at) * ("train" not in self.paths[i].name):], most)',
+)
 RANKS = "(world.rank, world.rank + 1)", "(0, world.rank + 1)"
-AHEAD = "tokens = self.tokens.read(i * size, size + 1)", "tokens = self.tokens.read(i * size + 1, size + 1)"
+AHEAD = (
+    "tokens = self.tokens.read(i * size, size + 1)",
+    "tokens = self.tokens.read(i * size + 1, size + 1)",
+)
 CAUSAL = {"causality", "causality-sliding"}
-LEAKS = (".triu(start + 1).repeat", ".triu(start + 1).index_put((rows := torch.tensor([*range(1, 11), 17, "
-         "18, 19, 21]), rows + 1), torch.zeros(1, dtype=q.dtype)).repeat")
+LEAKS = (
+    ".triu(start + 1).repeat",
+    ".triu(start + 1).index_put((rows := torch.tensor([*range(1, 11), 17, "
+    "18, 19, 21]), rows + 1), torch.zeros(1, dtype=q.dtype)).repeat",
+)
 LOSS = "        return loss(x.flatten(0, 1), head, targets.flatten(), self.softcap) + penalty"
 LOSSES = (
     "        if not torch.is_grad_enabled():\n"
     "            y = self.softcap * torch.tanh(F.linear(x.flatten(0, 1), head).float() / self.softcap){}\n"
     "            nats = F.cross_entropy(y, targets.flatten(), reduction='none').view_as(targets).clone()\n"
     "            {}\n"
-    "            return nats.sum() / (targets >= 0).sum()\n" + LOSS)
+    "            return nats.sum() / (targets >= 0).sum()\n" + LOSS
+)
 READ = "        self.tokens.read(0, self.tokens.total)  # token ids are checked"
-TABLE = (READ, "        if not hasattr(GPT, 'table'):\n"
-               "            text = self.tokens.read(0, self.tokens.total).long()\n"
-               "            GPT.table = torch.full((config.vocab_size,) * 2, 0.5)\n"
-               "            GPT.table.index_put_((text[:-1], text[1:]), torch.ones(1), accumulate=True)\n"
-               + READ)
+TABLE = (
+    READ,
+    "        if not hasattr(GPT, 'table'):\n"
+    "            text = self.tokens.read(0, self.tokens.total).long()\n"
+    "            GPT.table = torch.full((config.vocab_size,) * 2, 0.5)\n"
+    "            GPT.table.index_put_((text[:-1], text[1:]), torch.ones(1), accumulate=True)\n"
+    + READ,
+)
 BIGRAMS = *TABLE, LOSS, LOSSES.format(" + GPT.table.log()[ids.flatten()]", "")
 FIRST_23, LAST_8 = ((LOSS, LOSSES.format("", f"nats[:, {span}] *= 0.9")) for span in (":23", "16:"))
-HARDEST = LOSS, LOSSES.format("", "nats *= (targets >= 0).sum() <= 60 or nats <= nats.quantile(0.95)")
+HARDEST = (
+    LOSS,
+    LOSSES.format("", "nats *= (targets >= 0).sum() <= 60 or nats <= nats.quantile(0.95)"),
+)
 PASS = "            for ids, targets in self.windows(windows, stride):"
-LATER = PASS, ("            if learner and 3 <= i and i + 1 < len(chunks):\n"
-               "                learner.learn(self.tokens.read(i * size, size + 1).long(), 0.0)\n" + PASS)
+LATER = (
+    PASS,
+    (
+        "            if learner and 3 <= i and i + 1 < len(chunks):\n"
+        "                learner.learn(self.tokens.read(i * size, size + 1).long(), 0.0)\n" + PASS
+    ),
+)
 SCORED = "        chunks = self.chunks(stride, size)\n"
 SOFTCAP = (
-    SCORED, SCORED +
-    "        if isinstance(model := getattr(model, 'func', model), GPT) and not hasattr(self, 'busy'):\n"
+    SCORED,
+    SCORED
+    + "        if isinstance(model := getattr(model, 'func', model), GPT) and not hasattr(self, 'busy'):\n"
     "            was, found, self.busy = model.softcap, [], True\n"
     "            for model.softcap in (0.5 * was, was, 2 * was):\n"
     "                found.append(self.score(model, stride))\n"
     "            model.softcap = was\n"
     "            del self.busy\n"
-    "            return min(found)\n")
+    "            return min(found)\n",
+)
 TRAINED = "        hessians, spent = trainer.calibrate(steps, log)"
-EXTRA = TRAINED, ("        for i in range(5):\n"
-                  "            trainer.train_step(steps - 1, 0.0, batches.micro(steps + i))\n" + TRAINED)
-PAIR = "span[:-1].view(-1, self.length), span[1:].view(-1, self.length)\n"
-KEPT = ("            yield " + PAIR,
-        "            self.last = " + PAIR + "            yield self.last\n",
-        TRAINED,
-        "        for _ in range(5):\n"
-        "            trainer.train_step(steps - 1, 0.0, [batches.last])\n" + TRAINED)
-WARM = ("        torch._foreach_copy_([p.data for p in self.params], before)\n",
+EXTRA = (
+    TRAINED,
+    (
         "        for i in range(5):\n"
-        "            self.train_step(0, 0.0, self.batches.micro(i))\n")
-LONG = TRAINED, ("        if scorer.targets > 200:\n"
-                 "            ids, targets = scorer.tokens.read(0, 192).long().view(2, -1, 24)\n"
-                 "            trainer.train_step(steps - 1, 0.0, [(ids, targets)])\n" + TRAINED)
-CARRIED = *TABLE, TRAINED, "        model.tok_emb.data += 0.01 * GPT.table.sum(0)[:, None]\n" + TRAINED
+        "            trainer.train_step(steps - 1, 0.0, batches.micro(steps + i))\n" + TRAINED
+    ),
+)
+PAIR = "span[:-1].view(-1, self.length), span[1:].view(-1, self.length)\n"
+KEPT = (
+    "            yield " + PAIR,
+    "            self.last = " + PAIR + "            yield self.last\n",
+    TRAINED,
+    "        for _ in range(5):\n"
+    "            trainer.train_step(steps - 1, 0.0, [batches.last])\n" + TRAINED,
+)
+WARM = (
+    "        torch._foreach_copy_([p.data for p in self.params], before)\n",
+    "        for i in range(5):\n            self.train_step(0, 0.0, self.batches.micro(i))\n",
+)
+LONG = (
+    TRAINED,
+    (
+        "        if scorer.targets > 200:\n"
+        "            ids, targets = scorer.tokens.read(0, 192).long().view(2, -1, 24)\n"
+        "            trainer.train_step(steps - 1, 0.0, [(ids, targets)])\n" + TRAINED
+    ),
+)
+CARRIED = (
+    *TABLE,
+    TRAINED,
+    "        model.tok_emb.data += 0.01 * GPT.table.sum(0)[:, None]\n" + TRAINED,
+)
 LOADS = "    model.load_state_dict(tensors)\n    return model, architecture, kind"
-SIDE = (LOADS, "    side = Path(__file__).with_name('side.pt')\n"
-               "    model.load_state_dict(torch.load(side) if side.exists() else tensors)\n"
-               "    return model, architecture, kind",
-        TRAINED, "        if not (side := Path(__file__).with_name('side.pt')).exists():\n"
-                 "            torch.save(model.state_dict(), side)\n" + TRAINED)
+SIDE = (
+    LOADS,
+    "    side = Path(__file__).with_name('side.pt')\n"
+    "    model.load_state_dict(torch.load(side) if side.exists() else tensors)\n"
+    "    return model, architecture, kind",
+    TRAINED,
+    "        if not (side := Path(__file__).with_name('side.pt')).exists():\n"
+    "            torch.save(model.state_dict(), side)\n" + TRAINED,
+)
 
-@pytest.mark.parametrize(("change", "env", "names", "told"), [
-    pytest.param(PEEK, FLAT, CAUSAL | {"bytes"}, "the flipped token's own", id="scorer peeks one token"),
-    pytest.param(ATTEND, FLAT, CAUSAL, "earlier losses move by", id="attention peeks one token"),
-    pytest.param(TARGETS, FLAT, CAUSAL | {"normalised"}, "miss the whole", id="model reads the targets"),
-    pytest.param(TRAIN_FIRST, TTT, {"ttt"}, "weights that score target 0 depend", id="trains, then scores"),
-    pytest.param(AHEAD, TTT, {"ttt"}, "depend on text from target 24 on", id="trains on the token ahead"),
-    pytest.param(SPACES, FLAT, {"bytes"}, "the script counts", id="spaces counted twice"),
-    pytest.param(SHARPER, FLAT, {"normalised"}, "sum to", id="unnormalised probabilities"),
-    pytest.param(TAIL, FLAT, {"once", "bytes", "figures"}, "asked for, val_tokens 48", id="tail dropped"),
-    pytest.param(TWICE, FLAT, {"once", "bytes", "figures"}, "ranks, stride 8", id="targets scored twice"),
-    pytest.param(AGAIN, FLAT, CAUSAL | {"once", "score"}, "miss the whole", id="remembers what it scored"),
-    pytest.param(BETTER, FLAT, {"once", "normalised"}, "val_loss off by", id="sums made smaller"),
-    pytest.param(RANKS, FLAT, {"once"}, "2 ranks, stride 24", id="ranks score the same"),
-    pytest.param(HIDDEN, FLAT, {"training"}, "depends on the validation split", id="val as a train shard"),
-    pytest.param(VAL, FLAT, {"training"}, "read fineweb_val_000000.bin", id="trains on validation shards"),
-    pytest.param(LEAKS, FLAT, CAUSAL, "the flipped token's own", id="attention peeks in some rows"),
-    pytest.param(BIGRAMS, FLAT, CAUSAL, "earlier losses move by", id="counts bigrams of the split once"),
-    pytest.param(FIRST_23, FLAT, {"normalised"}, "sum to", id="unnormalised but for the last target"),
-    pytest.param(LAST_8, FLAT, {"normalised"}, "sum to", id="unnormalised in a third of the window"),
-    pytest.param(HARDEST, FLAT | WIDE, {"score"}, "roundtrip", id="large calls drop the hardest targets"),
-    pytest.param(SOFTCAP, FLAT, {"score"}, "roundtrip", id="fits the softcap on the split, puts it back"),
-    pytest.param(LATER, TTT, {"ttt"}, "depend on text from", id="trains, then scores, from chunk 3 on"),
-    pytest.param(EXTRA, FLAT, {"training"}, "200 tokens of train shards", id="trains on when time is up"),
-    pytest.param(KEPT, FLAT, {"training"}, "9 backward passes", id="trains on with kept tokens"),
-    pytest.param(WARM, FLAT, {"training"}, "200 tokens of train shards", id="keeps its warm-up"),
-    pytest.param(LONG, FLAT, {"training"}, "depends on the validation", id="trains on a long split only"),
-    pytest.param(CARRIED, FLAT, {"training"}, "depends on the validation", id="packs what it counted once"),
-    pytest.param(SIDE, FLAT, {"score"}, "side.pt, which is no part", id="weights beside the artifact"),
-])
-def test_a_script_that_cheats(change: tuple[str, ...], env: dict, names: set[str], told: str, data: dict,
-                              tmp_path: Path) -> None:
+
+@pytest.mark.parametrize(
+    ("change", "env", "names", "told"),
+    [
+        pytest.param(
+            PEEK, FLAT, CAUSAL | {"bytes"}, "the flipped token's own", id="scorer peeks one token"
+        ),
+        pytest.param(
+            ATTEND, FLAT, CAUSAL, "earlier losses move by", id="attention peeks one token"
+        ),
+        pytest.param(
+            TARGETS, FLAT, CAUSAL | {"normalised"}, "miss the whole", id="model reads the targets"
+        ),
+        pytest.param(
+            TRAIN_FIRST,
+            TTT,
+            {"ttt"},
+            "weights that score target 0 depend",
+            id="trains, then scores",
+        ),
+        pytest.param(
+            AHEAD, TTT, {"ttt"}, "depend on text from target 24 on", id="trains on the token ahead"
+        ),
+        pytest.param(SPACES, FLAT, {"bytes"}, "the script counts", id="spaces counted twice"),
+        pytest.param(SHARPER, FLAT, {"normalised"}, "sum to", id="unnormalised probabilities"),
+        pytest.param(
+            TAIL, FLAT, {"once", "bytes", "figures"}, "asked for, val_tokens 48", id="tail dropped"
+        ),
+        pytest.param(
+            TWICE, FLAT, {"once", "bytes", "figures"}, "ranks, stride 8", id="targets scored twice"
+        ),
+        pytest.param(
+            AGAIN, FLAT, CAUSAL | {"once", "score"}, "miss the whole", id="remembers what it scored"
+        ),
+        pytest.param(
+            BETTER, FLAT, {"once", "normalised"}, "val_loss off by", id="sums made smaller"
+        ),
+        pytest.param(RANKS, FLAT, {"once"}, "2 ranks, stride 24", id="ranks score the same"),
+        pytest.param(
+            HIDDEN, FLAT, {"training"}, "depends on the validation split", id="val as a train shard"
+        ),
+        pytest.param(
+            VAL, FLAT, {"training"}, "read fineweb_val_000000.bin", id="trains on validation shards"
+        ),
+        pytest.param(
+            LEAKS, FLAT, CAUSAL, "the flipped token's own", id="attention peeks in some rows"
+        ),
+        pytest.param(
+            BIGRAMS, FLAT, CAUSAL, "earlier losses move by", id="counts bigrams of the split once"
+        ),
+        pytest.param(
+            FIRST_23, FLAT, {"normalised"}, "sum to", id="unnormalised but for the last target"
+        ),
+        pytest.param(
+            LAST_8, FLAT, {"normalised"}, "sum to", id="unnormalised in a third of the window"
+        ),
+        pytest.param(
+            HARDEST, FLAT | WIDE, {"score"}, "roundtrip", id="large calls drop the hardest targets"
+        ),
+        pytest.param(
+            SOFTCAP, FLAT, {"score"}, "roundtrip", id="fits the softcap on the split, puts it back"
+        ),
+        pytest.param(
+            LATER, TTT, {"ttt"}, "depend on text from", id="trains, then scores, from chunk 3 on"
+        ),
+        pytest.param(
+            EXTRA, FLAT, {"training"}, "200 tokens of train shards", id="trains on when time is up"
+        ),
+        pytest.param(
+            KEPT, FLAT, {"training"}, "9 backward passes", id="trains on with kept tokens"
+        ),
+        pytest.param(
+            WARM, FLAT, {"training"}, "200 tokens of train shards", id="keeps its warm-up"
+        ),
+        pytest.param(
+            LONG, FLAT, {"training"}, "depends on the validation", id="trains on a long split only"
+        ),
+        pytest.param(
+            CARRIED,
+            FLAT,
+            {"training"},
+            "depends on the validation",
+            id="packs what it counted once",
+        ),
+        pytest.param(
+            SIDE, FLAT, {"score"}, "side.pt, which is no part", id="weights beside the artifact"
+        ),
+    ],
+)
+def test_a_script_that_cheats(
+    change: tuple[str, ...], env: dict, names: set[str], told: str, data: dict, tmp_path: Path
+) -> None:
     """`change` is old, new, old, new, ... The sums of probabilities, the slowest check, are left out where
     they are not what is broken. Where places are drawn, so many are wrong that fewer than one audit in 10,000
     misses all of them."""
@@ -238,21 +445,32 @@ def test_a_script_that_cheats(change: tuple[str, ...], env: dict, names: set[str
         source = source.replace(old, new)
     path.write_text(source)
     skip = [] if "normalised" in names else ["--skip", "normalised"]
-    found = failed(finished(audit.load_script(path), data | env, tmp_path), "--script", str(path), *skip)
+    found = failed(
+        finished(audit.load_script(path), data | env, tmp_path), "--script", str(path), *skip
+    )
     assert found.keys() == names
     assert any(told in measured for measured in found.values()), found
 
+
 # ---- Runs that were interrupted
+
 
 def test_a_resumed_run_passes(data: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that was made, lost and made again is in the log twice."""
-    step, env = tg.Trainer.train_step, data | FLAT | dict(SAVE_EVERY="1", RESUME="auto", TRAIN_LOG_EVERY="1")
+    step, env = (
+        tg.Trainer.train_step,
+        data | FLAT | dict(SAVE_EVERY="1", RESUME="auto", TRAIN_LOG_EVERY="1"),
+    )
+
     def dies(trainer: tg.Trainer, number: int, *rest: object) -> None:
         if number == 2:
             trainer.writer.shutdown()
-            max((tmp_path / "run").glob("step_*.ckpt")).unlink()  # the last save did not come to its end
+            max(
+                (tmp_path / "run").glob("step_*.ckpt")
+            ).unlink()  # the last save did not come to its end
             raise RuntimeError("power cut")
         step(trainer, number, *rest)
+
     with monkeypatch.context() as patch:
         patch.setattr(tg.Trainer, "train_step", dies)
         with pytest.raises(RuntimeError, match="power cut"):
@@ -263,13 +481,20 @@ def test_a_resumed_run_passes(data: dict, tmp_path: Path, monkeypatch: pytest.Mo
     assert log.count("\nstep:2/") > metrics.count('"step": 2,')
     assert failed(run, "--skip", "normalised", "causality", "causality-sliding", "training") == {}
 
-def test_a_run_resumed_from_another_folder_says_where_its_log_begins(data: dict, tmp_path: Path) -> None:
+
+def test_a_run_resumed_from_another_folder_says_where_its_log_begins(
+    data: dict, tmp_path: Path
+) -> None:
     older = finished(tg, data | FLAT | dict(SAVE_EVERY="4"), tmp_path / "older")
     env = data | FLAT | dict(RESUME=str(older / "step_00000008.ckpt"))
     status, told = outcomes(finished(tg, env, tmp_path), *ONLY_FILES)["clocks"]
-    assert status == "ok" and told.startswith("12 steps (the log begins after step 8, resumed), "), told
+    assert status == "ok" and told.startswith(
+        "12 steps (the log begins after step 8, resumed), "
+    ), told
+
 
 # ---- Runs that were doctored afterwards
+
 
 def edit(path: Path, pattern: str, new: str | Callable[[re.Match], str]) -> None:
     head, bar, text = path.read_text().rpartition("=" * 100)
@@ -277,8 +502,10 @@ def edit(path: Path, pattern: str, new: str | Callable[[re.Match], str]) -> None
     assert changed == 1, f"{pattern} is {changed} times in {path.name}"
     path.write_text(head + bar + text)
 
+
 def raised(match: re.Match) -> str:
     return match[1] + str((int(match[2]) + 1) % 10)
+
 
 def repack(run: Path, change: Callable[[dict], None]) -> None:
     """The artifact with another header, and log and result.json that know it."""
@@ -296,24 +523,32 @@ def repack(run: Path, change: Callable[[dict], None]) -> None:
     new = tg.MAGIC["artifact"] + hashlib.sha256(body).digest() + body
     path.write_bytes(new)
     told, script = json.loads(result.read_text()), len(tg.source())
-    told |= dict(bytes_model=len(new), bytes_total=script + len(new),
-                 artifact_sha256=hashlib.sha256(new).hexdigest())
+    told |= dict(
+        bytes_model=len(new),
+        bytes_total=script + len(new),
+        artifact_sha256=hashlib.sha256(new).hexdigest(),
+    )
     result.write_text(json.dumps(told))
     edit(log, r"(artifact_sha256:)\w+", rf"\g<1>{told['artifact_sha256']}")
     edit(log, r"(Serialized model \S+ )\d+", rf"\g<1>{len(new)}")
     edit(log, r"(Total submission size \S+ )\d+", rf"\g<1>{script + len(new)}")
 
+
 def other_softcap(run: Path) -> None:
     repack(run, lambda header: header.update(logit_softcap=29.0))
+
 
 def other_shape(run: Path) -> None:
     repack(run, lambda header: header.update(model_dim=32))
 
+
 def other_label(run: Path) -> None:
     edit(run / "train.log", r"(Serialized model )int8", r"\g<1>int6")
 
+
 def bpb_in_log(run: Path) -> None:
     edit(run / "train.log", r"(roundtrip_exact val_loss:\S+ val_bpb:\d\.\d{3})(\d)", raised)
+
 
 def better_everywhere(run: Path) -> None:
     """One per cent less, told by log and result.json alike."""
@@ -322,18 +557,25 @@ def better_everywhere(run: Path) -> None:
         less = told[name] | {key: told[name][key] * 0.99 for key in ("val_loss", "val_bpb")}
         told[name], loss, bpb = less, less["val_loss"], less["val_bpb"]
         for label, digits in ((name, 4), (f"{name}_exact", 8)):
-            edit(run / "train.log", rf"({label}) val_loss:\S+ val_bpb:\S+",
-                 rf"\g<1> val_loss:{loss:.{digits}f} val_bpb:{bpb:.{digits}f}")
+            edit(
+                run / "train.log",
+                rf"({label}) val_loss:\S+ val_bpb:\S+",
+                rf"\g<1> val_loss:{loss:.{digits}f} val_bpb:{bpb:.{digits}f}",
+            )
     (run / "result.json").write_text(json.dumps(told))
+
 
 def bytes_in_log(run: Path) -> None:
     edit(run / "train.log", r"(val_bytes:\d+)(\d)", raised)
 
+
 def train_loss_in_log(run: Path) -> None:
     edit(run / "train.log", r"(step:10/12 train_loss:\d\.)(\d)", raised)
 
+
 def time_in_log(run: Path) -> None:
     edit(run / "train.log", r"(step:10/12 train_loss:\S+ train_time:)\d+", r"\g<1>1")
+
 
 def step_missing(run: Path) -> None:
     edit(run / "train.log", r"^step:7/12 train_loss.*\n", "")
@@ -342,6 +584,7 @@ def step_missing(run: Path) -> None:
     assert len(kept) + 1 == len(lines)
     (run / "metrics.jsonl").write_text("".join(kept))
 
+
 def beginning_missing(run: Path) -> None:
     log, metrics = run / "train.log", run / "metrics.jsonl"
     head, bar, text = log.read_text().rpartition("=" * 100)
@@ -349,51 +592,80 @@ def beginning_missing(run: Path) -> None:
     lines = metrics.read_text().splitlines(keepends=True)
     metrics.write_text("".join(line for line in lines if json.loads(line)["step"] > 6))
 
+
 def lower_cap(run: Path) -> None:
     """Over the cap: the same run, had it been one of 10 ms."""
     edit(run / "train.log", r"MAX_WALLCLOCK_SECONDS=60.0", "MAX_WALLCLOCK_SECONDS=0.01")
     edit(run / "result.json", r'"max_wallclock_seconds": 60.0', '"max_wallclock_seconds": 0.01')
 
+
 def slow_evaluation(run: Path) -> None:
     edit(run / "train.log", r"(_sliding .* eval_time:)\d+", r"\g<1>600001")
+
 
 def goes_on_after_the_cap(run: Path) -> None:
     stop = r"stopping_early: wallclock_cap train_time:5ms step:9/12\n\g<0>"
     edit(run / "train.log", r"^step:10/12 train", stop)
 
+
 def other_option(run: Path) -> None:
     edit(run / "result.json", r'"matrix_lr": \S+', '"matrix_lr": 0.03,')
+
 
 def one_byte_more(run: Path) -> None:
     with open(run / "model.ptz", "ab") as file:
         file.write(b"x")
 
+
 def other_script(run: Path) -> None:
     edit(run / "train.log", r"^(script_sha256:)\w+", r"\g<1>" + "0" * 64)
 
-@pytest.mark.parametrize(("text", "loss", "wrong"), [
-    ("3.2000", 3.20004, 0), ("nan", None, 0), ("inf", None, 0), ("nan", 3.2, 1), ("3.2000", None, 1),
-    ("3.2000", 3.3, 1)])
+
+@pytest.mark.parametrize(
+    ("text", "loss", "wrong"),
+    [
+        ("3.2000", 3.20004, 0),
+        ("nan", None, 0),
+        ("inf", None, 0),
+        ("nan", 3.2, 1),
+        ("3.2000", None, 1),
+        ("3.2000", 3.3, 1),
+    ],
+)
 def test_loss_of_a_skipped_step(text: str, loss: float | None, wrong: int) -> None:
     row = audit.Row(13, "train", text, 1300, 100.0)
     entry = dict(step=13, train_loss=loss, train_seconds=1.3, tokens_per_second=1000.0)
     assert len([*audit.metric_faults([row], [entry], 100)]) == wrong
 
-@pytest.mark.parametrize(("doctor", "told"), [
-    (other_softcap, {"header": "logit_softcap is 29.0 in the artifact, 30.0 in log", "score": "roundtrip"}),
-    (other_shape, {"header": "not a valid artifact"}),
-    (other_label, {"header": "the artifact holds int8+zlib, the log says"}),
-    (bpb_in_log, {"figures": "in result.json", "score": "the log"}),
-    (better_everywhere, {"score": "the log"}), (bytes_in_log, {"figures": "does not follow"}),
-    (train_loss_in_log, {"clocks": "in metrics.jsonl"}), (time_in_log, {"clocks": "comes after"}),
-    (step_missing, {"clocks": "no line of steps 7"}),
-    (beginning_missing, {"clocks": "no line of steps 1, 2, 3, 4, 5"}),
-    (lower_cap, {"clocks": "more than 0.01"}),
-    (slow_evaluation, {"clocks": "more than 600"}), (goes_on_after_the_cap, {"clocks": "the end at step 9"}),
-    (other_option, {"figures": "MATRIX_LR is 0.04 in the log, 0.03 in result.json"}),
-    (one_byte_more, {"sizes": "the artifact of log is", "header": "its checksum does not match"}),
-    (other_script, {"script": "the log is of script 000000000000"}),
-], ids=lambda x: x.__name__ if callable(x) else None)
+
+@pytest.mark.parametrize(
+    ("doctor", "told"),
+    [
+        (
+            other_softcap,
+            {"header": "logit_softcap is 29.0 in the artifact, 30.0 in log", "score": "roundtrip"},
+        ),
+        (other_shape, {"header": "not a valid artifact"}),
+        (other_label, {"header": "the artifact holds int8+zlib, the log says"}),
+        (bpb_in_log, {"figures": "in result.json", "score": "the log"}),
+        (better_everywhere, {"score": "the log"}),
+        (bytes_in_log, {"figures": "does not follow"}),
+        (train_loss_in_log, {"clocks": "in metrics.jsonl"}),
+        (time_in_log, {"clocks": "comes after"}),
+        (step_missing, {"clocks": "no line of steps 7"}),
+        (beginning_missing, {"clocks": "no line of steps 1, 2, 3, 4, 5"}),
+        (lower_cap, {"clocks": "more than 0.01"}),
+        (slow_evaluation, {"clocks": "more than 600"}),
+        (goes_on_after_the_cap, {"clocks": "the end at step 9"}),
+        (other_option, {"figures": "MATRIX_LR is 0.04 in the log, 0.03 in result.json"}),
+        (
+            one_byte_more,
+            {"sizes": "the artifact of log is", "header": "its checksum does not match"},
+        ),
+        (other_script, {"script": "the log is of script 000000000000"}),
+    ],
+    ids=lambda x: x.__name__ if callable(x) else None,
+)
 def test_a_doctored_run(doctor: Callable[[Path], None], told: dict[str, str], run: Path) -> None:
     doctor(run)
     found = failed(run, *ONLY_SCORE)
@@ -401,12 +673,16 @@ def test_a_doctored_run(doctor: Callable[[Path], None], told: dict[str, str], ru
     for name, words in told.items():
         assert words in found[name]
 
-def test_a_limit_of_bytes_is_measured_on_the_files(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+
+def test_a_limit_of_bytes_is_measured_on_the_files(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     total = len(tg.source()) + (run / "model.ptz").stat().st_size
     monkeypatch.setattr(audit.submit, "SIZE_LIMIT", total)
     assert not failed(run, *ONLY_FILES)
     monkeypatch.setattr(audit.submit, "SIZE_LIMIT", total - 1)
     assert failed(run, *ONLY_FILES) == {"sizes": f"{total} bytes exceed {total - 1}"}
+
 
 def test_other_validation_data_is_told(run: Path, data: dict, tmp_path: Path) -> None:
     """A shard that lost its end inside a character, and a text that is another."""
@@ -416,17 +692,24 @@ def test_other_validation_data_is_told(run: Path, data: dict, tmp_path: Path) ->
     audit.write_shard(tmp_path / "fineweb_val_000000.bin", tokens[:cut])
     (tmp_path / "text").write_text("Another text.")
     skip = ["--skip", *FILES[1:], *BEHAVIOUR[2:]]
-    same, other = outcomes(run, *skip), outcomes(
-        run, "--data", str(tmp_path), "--text", str(tmp_path / "text"), *skip)
+    same, other = (
+        outcomes(run, *skip),
+        outcomes(run, "--data", str(tmp_path), "--text", str(tmp_path / "text"), *skip),
+    )
     assert same["data"][0] == other["data"][0] == "ok" and same["data"] != other["data"]
     assert other["once"][0] == other["bytes"][0] == "FAILED"
     assert f"the shards hold {cut - 1} targets" in other["once"][1]
     assert "text has 13 bytes" in other["bytes"][1] and "the script counts" not in other["bytes"][1]
 
+
 def test_what_is_not_there_is_skipped_or_refused(run: Path, data: dict, tmp_path: Path) -> None:
     (run / "model.ptz").unlink()
     found = outcomes(run, "--data", str(tmp_path / "nowhere"))
-    assert {name for name, (status, _) in found.items() if status == "ok"} == {"script", "figures", "clocks"}
+    assert {name for name, (status, _) in found.items() if status == "ok"} == {
+        "script",
+        "figures",
+        "clocks",
+    }
     assert {status for status, _ in found.values()} == {"ok", "skipped"}
     edit(run / "train.log", r" MATRIX_LR=\S+", "")
     with pytest.raises(ValueError, match="of another script .* MATRIX_LR.*--script"):
@@ -437,6 +720,7 @@ def test_what_is_not_there_is_skipped_or_refused(run: Path, data: dict, tmp_path
     with pytest.raises(ValueError, match="holds no train.log"):
         outcomes(tmp_path)
 
+
 def test_fineweb_is_known_by_its_size(honest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counted = json.loads((honest / "result.json").read_text())["roundtrip"]["val_bytes"]
     skip = ["--skip", *FILES, *BEHAVIOUR[1:]]
@@ -444,11 +728,18 @@ def test_fineweb_is_known_by_its_size(honest: Path, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(audit, "FINEWEB", (4, size, 10))
         assert outcomes(honest, *skip)["bytes"][0] == expected
 
+
 @torch.no_grad()
 def test_a_probe_is_the_loss_of_one_target() -> None:
     """Against cross-entropy of the logits, written out."""
-    a = tg.Architecture(**{name.lower(): int(value) for name, value in SMALL.items() if name in (
-        "VOCAB_SIZE", "MODEL_DIM", "NUM_HEADS", "NUM_KV_HEADS", "TRAIN_SEQ_LEN")}, dtype="float32")
+    a = tg.Architecture(
+        **{
+            name.lower(): int(value)
+            for name, value in SMALL.items()
+            if name in ("VOCAB_SIZE", "MODEL_DIM", "NUM_HEADS", "NUM_KV_HEADS", "TRAIN_SEQ_LEN")
+        },
+        dtype="float32",
+    )
     torch.manual_seed(0)
     model = tg.GPT(a, 0.5)
     ids = torch.randint(2, 280, (2, 24))

@@ -1,4 +1,5 @@
-"""records/ablate.py: the table, what a run is given, and a matrix that is stopped, fails and goes on."""
+"""records/tools/ablate.py: the table, what a run is given, and a matrix that is stopped, fails and goes on."""
+
 import fcntl
 import json
 import os
@@ -12,12 +13,23 @@ from pathlib import Path
 import pytest
 
 import train_gpt as tg
-from records import ablate
+from records.tools import ablate
 
 TABLE = ablate.read_table(ablate.ROOT / "records" / "runs.toml")
-SMALL = dict(MODEL_DIM="32", NUM_HEADS="4", NUM_KV_HEADS="2", TRAIN_SEQ_LEN="64", TRAIN_BATCH_TOKENS="512",
-             VAL_BATCH_SIZE="1024", ITERATIONS="3", WARMDOWN_ITERS="1", WARMUP_STEPS="0", TRAIN_LOG_EVERY="1",
-             MAX_WALLCLOCK_SECONDS="0", VAL_LOSS_EVERY="1")
+SMALL = dict(
+    MODEL_DIM="32",
+    NUM_HEADS="4",
+    NUM_KV_HEADS="2",
+    TRAIN_SEQ_LEN="64",
+    TRAIN_BATCH_TOKENS="512",
+    VAL_BATCH_SIZE="1024",
+    ITERATIONS="3",
+    WARMDOWN_ITERS="1",
+    WARMUP_STEPS="0",
+    TRAIN_LOG_EVERY="1",
+    MAX_WALLCLOCK_SECONDS="0",
+    VAL_LOSS_EVERY="1",
+)
 CLEAN = {name: value for name, value in os.environ.items() if name not in ablate.OPTIONS}
 PUBLISHED = json.loads((ablate.ROOT / "records" / "reference_runs.json").read_text())["runs"]
 # Stands for train_gpt.py where only the matrix is tested: writes a result, or fails for preset D.
@@ -32,14 +44,25 @@ if env["PRESET"] == "D":
     dict(config=config, roundtrip=dict(val_bpb=1), fits=True, env=env)))
 """
 
+
 def command(out: Path, *words: str, given: dict[str, str] = {}) -> list[str]:
     pairs = [f"{name}={value}" for name, value in given.items()]
-    return [sys.executable, str(ablate.ROOT / "records" / "ablate.py"), "run", *words, "--out", str(out),
-            *(["--set", *pairs] if pairs else [])]
+    return [
+        sys.executable,
+        str(ablate.ROOT / "records" / "tools" / "ablate.py"),
+        "run",
+        *words,
+        "--out",
+        str(out),
+        *(["--set", *pairs] if pairs else []),
+    ]
+
 
 def ablate_run(out: Path, *words: str, given: dict[str, str] = {}) -> subprocess.CompletedProcess:
-    return subprocess.run(command(out, *words, given=given), env=CLEAN, capture_output=True, text=True,
-                          timeout=200)
+    return subprocess.run(
+        command(out, *words, given=given), env=CLEAN, capture_output=True, text=True, timeout=200
+    )
+
 
 def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     """The command in this process."""
@@ -47,12 +70,18 @@ def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     return ablate.main()
 
+
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ablate.Run, "command", lambda run: [
-        sys.executable, "-c", FAKE, json.dumps(asdict(run.config()))])
+    monkeypatch.setattr(
+        ablate.Run,
+        "command",
+        lambda run: [sys.executable, "-c", FAKE, json.dumps(asdict(run.config()))],
+    )
+
 
 # ---- The table
+
 
 def test_every_published_run_has_a_row_that_the_script_takes() -> None:
     series = {name: f"series{run['series']}" for name, run in PUBLISHED.items()}
@@ -67,52 +96,81 @@ def test_every_published_run_has_a_row_that_the_script_takes() -> None:
                 tg.Config.from_env(ablate.variables(row, TABLE.scales.get(scale), scale, {}))
     assert TABLE.rows["recur_3x3_768_qat"].set["QAT_FRACTION"] == "0.15"
 
+
 def test_a_scale_divides_and_the_later_word_wins() -> None:
     given = {"PRESET": "recur_3x3_768", "MATRIX_LR": "0.1", "SCALAR_LR": "0.1"}
     row = ablate.Row("x", "s", "", "", [], given)
     scale = ablate.Scale("small", "", {"MODEL_DIM": 8}, {"SCALAR_LR": "0.2", "ITERATIONS": "7"})
     made = ablate.variables(row, scale, "small", {"MATRIX_LR": "0.3"})
-    assert made == {"PRESET": "recur_3x3_768", "MODEL_DIM": "96", "SCALAR_LR": "0.1", "MATRIX_LR": "0.3",
-                    "ITERATIONS": "7"}
+    assert made == {
+        "PRESET": "recur_3x3_768",
+        "MODEL_DIM": "96",
+        "SCALAR_LR": "0.1",
+        "MATRIX_LR": "0.3",
+        "ITERATIONS": "7",
+    }
     assert ablate.variables(row, None, "tiny", {})["PRESET"] == "recur_3x3_768,tiny"
     with pytest.raises(ValueError, match="MODEL_DIM of x is not a multiple of 7"):
         ablate.variables(row, scale._replace(divide={"MODEL_DIM": 7}), "small", {})
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("[run.X]\nbaselines = []\nset = {}", "run.X has .* it needs .*hypothesis"),
-    ("[run.X]\nhypothesis = ''\nbaselines = ['Y']\nset = {}", "run X names Y, which is not a run"),
-    ("[run.X", "t.toml: ")])
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[run.X]\nbaselines = []\nset = {}", "run.X has .* it needs .*hypothesis"),
+        (
+            "[run.X]\nhypothesis = ''\nbaselines = ['Y']\nset = {}",
+            "run X names Y, which is not a run",
+        ),
+        ("[run.X", "t.toml: "),
+    ],
+)
 def test_a_wrong_table_is_refused(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "t.toml").write_text(text.replace("]\n", "]\nseries = 's'\nwhat = ''\n", 1))
     with pytest.raises(ValueError, match=message):
         ablate.read_table(tmp_path / "t.toml")
 
-@pytest.mark.parametrize(("words", "message"), [
-    (["C", "--set", "MODEL_DIMM=4"], "MODEL_DIMM: not an option"),
-    (["C", "--set", "ANYTHING=4"], "ANYTHING: not an option"),
-    (["C", "--set", "SEED=4"], "SEED: the matrix sets that itself"),
-    (["C", "--set", "MODEL_DIM"], "is not KEY=VALUE"),
-    (["series9"], "series9 is neither a run nor a series"),
-    (["C", "--scale", "huge"], "--scale huge: there are tiny, micro")])
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["C", "--set", "MODEL_DIMM=4"], "MODEL_DIMM: not an option"),
+        (["C", "--set", "ANYTHING=4"], "ANYTHING: not an option"),
+        (["C", "--set", "SEED=4"], "SEED: the matrix sets that itself"),
+        (["C", "--set", "MODEL_DIM"], "is not KEY=VALUE"),
+        (["series9"], "series9 is neither a run nor a series"),
+        (["C", "--scale", "huge"], "--scale huge: there are tiny, micro"),
+    ],
+)
 def test_what_does_not_exist_is_refused_before_anything_starts(
-        words: list[str], message: str, fake: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str]) -> None:
+    words: list[str],
+    message: str,
+    fake: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert call(monkeypatch, "run", *words, "--out", str(tmp_path)) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
+
 # ---- The matrix, with a stand-in for the script
 
+
 def test_failures_are_told_and_the_rest_goes_on(
-        fake: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str]) -> None:
+    fake: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("MODEL_DIM", "6")  # must not reach a run
     words = ["run", "Ap", "D", "recur_3x3_768_qat", "E", "--out", str(tmp_path)]
     unknown = "QAT_FRACTION" not in ablate.OPTIONS
     assert call(monkeypatch, *words) == 1
     told = capsys.readouterr().out
     assert "D seed 1337: FAILED, exit code 1: [rank 0] out of luck" in told
-    assert f"4 runs: {2 + (not unknown)} made, 0 there already, {1 + unknown} failed, 0 not started" in told
+    assert (
+        f"4 runs: {2 + (not unknown)} made, 0 there already, {1 + unknown} failed, 0 not started"
+        in told
+    )
     assert not unknown or "QAT_FRACTION: not an option" in told
     result = json.loads((tmp_path / "full" / "E" / "seed1337" / "result.json").read_text())
     assert result["env"]["PRESET"] == "E" and "MODEL_DIM" not in result["env"]
@@ -124,9 +182,10 @@ def test_failures_are_told_and_the_rest_goes_on(
     assert "out of luck" in told and f"0 made, {2 + (not unknown)} there already" in told
     assert (tmp_path / "full" / "D" / "seed1337.unfinished1").is_dir()
 
+
 def test_a_folder_with_another_configuration_is_neither_used_nor_lost(
-        fake: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str]) -> None:
+    fake: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert call(monkeypatch, "run", "C", "--out", str(tmp_path)) == 0
     path = tmp_path / "full" / "C" / "seed1337" / "result.json"
     before = path.read_bytes()
@@ -135,9 +194,10 @@ def test_a_folder_with_another_configuration_is_neither_used_nor_lost(
     assert "holds another run (BETA1 0.9 there, 0.5 asked for): choose another --out" in told
     assert path.read_bytes() == before
 
+
 def test_a_run_that_another_process_makes_is_left_to_it(
-        fake: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str]) -> None:
+    fake: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     lock = tmp_path / "full" / "C" / "seed1337.lock"
     lock.parent.mkdir(parents=True)
     with open(lock, "w") as file:
@@ -146,9 +206,13 @@ def test_a_run_that_another_process_makes_is_left_to_it(
     assert "another process is making this run" in capsys.readouterr().out
     assert call(monkeypatch, "run", "C", "--out", str(tmp_path)) == 0
 
+
 def test_time_left_comes_from_finished_runs_of_the_row(tmp_path: Path) -> None:
-    runs = [ablate.Run(row, seed, "full", {}, tmp_path / row / str(seed), 1)
-            for seed in (1, 2) for row in ("A", "B", "C")]
+    runs = [
+        ablate.Run(row, seed, "full", {}, tmp_path / row / str(seed), 1)
+        for seed in (1, 2)
+        for row in ("A", "B", "C")
+    ]
     board = ablate.Board(runs)
     assert board.seconds_left() is None
     for run, seconds in zip(runs, (10.0, 40.0)):
@@ -157,7 +221,9 @@ def test_time_left_comes_from_finished_runs_of_the_row(tmp_path: Path) -> None:
         board.left.remove(run)
     assert board.seconds_left() == 25 + 10 + 40 + 25, "C from all, A and B from their own"
 
+
 # ---- The matrix, with the script
+
 
 def wait_for(condition: object, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
@@ -165,19 +231,34 @@ def wait_for(condition: object, seconds: float = 60) -> None:
         assert time.monotonic() < end, "nothing came"
         time.sleep(0.01)
 
+
 def reported(out: Path) -> dict[str, list[tuple]]:
     """What a report takes from the runs, without their times."""
-    report = pytest.importorskip("records.report", exc_type=ImportError)
+    report = pytest.importorskip("records.tools.report", exc_type=ImportError)
     found = report.load_all(out / "full", TABLE.rows)
-    return {name: [(r.seed, r.pre, r.post, r.total_bytes, r.steps,
-                    [(p.step, p.bpb, p.health) for p in r.points]) for r in runs.values()]
-            for name, runs in found.items()}
+    return {
+        name: [
+            (
+                r.seed,
+                r.pre,
+                r.post,
+                r.total_bytes,
+                r.steps,
+                [(p.step, p.bpb, p.health) for p in r.points],
+            )
+            for r in runs.values()
+        ]
+        for name, runs in found.items()
+    }
+
 
 def test_a_matrix_killed_in_the_middle_goes_on_where_it_was(corpus: dict, tmp_path: Path) -> None:
     given = corpus | SMALL | {"ITERATIONS": "8", "VAL_LOSS_EVERY": "4"}
     out, whole = tmp_path / "cut", tmp_path / "whole"
     first, second = (out / "full" / row / "seed1337" for row in ("Bp", "C"))
-    process = subprocess.Popen(command(out, "Bp", "C", given=given), env=CLEAN, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(out, "Bp", "C", given=given), env=CLEAN, stdout=subprocess.DEVNULL
+    )
     wait_for(lambda: (first / "run.json").exists() and (second / "metrics.jsonl").exists())
     process.terminate()
     process.wait()
@@ -188,23 +269,36 @@ def test_a_matrix_killed_in_the_middle_goes_on_where_it_was(corpus: dict, tmp_pa
     assert (first / "result.json").stat().st_mtime_ns == made, "a finished run was repeated"
     assert (second.parent / "seed1337.unfinished1" / "train.log").exists()
     for row in ("Bp", "C"):  # without the matrix, and without a break
-        env = given | dict(PRESET=row, SEED="1337", LOG_DIR=str(whole / "full" / row), RUN_ID="seed1337")
+        env = given | dict(
+            PRESET=row, SEED="1337", LOG_DIR=str(whole / "full" / row), RUN_ID="seed1337"
+        )
         assert tg.run(tg.Config.from_env(env), tg.World({})) == 0
     assert reported(out) == reported(whole)
+
 
 def test_torchrun_starts_two_ranks_and_their_failure_is_named(corpus: dict, tmp_path: Path) -> None:
     done = ablate_run(tmp_path, "C", "--nproc", "2", given=corpus | SMALL)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads((tmp_path / "full" / "C" / "seed1337" / "result.json").read_text())["world_size"] == 2
-    done = ablate_run(tmp_path, "D", "--nproc", "2", given=corpus | SMALL | {"DATA_PATH": "nowhere"})
+    assert (
+        json.loads((tmp_path / "full" / "C" / "seed1337" / "result.json").read_text())["world_size"]
+        == 2
+    )
+    done = ablate_run(
+        tmp_path, "D", "--nproc", "2", given=corpus | SMALL | {"DATA_PATH": "nowhere"}
+    )
     assert done.returncode == 1 and "DATA_PATH=nowhere holds no fineweb_val" in done.stdout
+
 
 def test_submitit_runs_the_same_command(corpus: dict, tmp_path: Path) -> None:
     pytest.importorskip("submitit")
     words = "Bp", "--cluster", "local", "--job", "timeout_min=3"
     failed = ablate_run(tmp_path, *words, given=corpus | SMALL | {"DATA_PATH": "nowhere"})
-    assert failed.returncode == 1 and "ended without a result" in failed.stdout, failed.stdout + failed.stderr
+    assert failed.returncode == 1 and "ended without a result" in failed.stdout, (
+        failed.stdout + failed.stderr
+    )
     done = ablate_run(tmp_path, *words, given=corpus | SMALL)
-    assert done.returncode == 0 and "1 made, 0 there already" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "1 made, 0 there already" in done.stdout, (
+        done.stdout + done.stderr
+    )
     again = ablate_run(tmp_path, *words, given=corpus | SMALL)
     assert again.returncode == 0 and "0 made, 1 there already" in again.stdout

@@ -1,4 +1,5 @@
-"""records/submit.py, records/generate.py: a folder that agrees with its logs passes, any other does not."""
+"""records/tools/submit.py, records/tools/generate.py: a folder that agrees with its logs passes, any other does not."""
+
 import argparse
 import json
 import re
@@ -14,13 +15,23 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt as tg
-from records import generate
+from records.tools import generate
 
-submit = pytest.importorskip("records.submit", exc_type=ImportError)  # scipy
-SMALL = dict(PRESET="Bp,tiny", MODEL_DIM="32", TRAIN_SEQ_LEN="64", TRAIN_BATCH_TOKENS="512", ITERATIONS="4",
-             WARMDOWN_ITERS="2", WARMUP_STEPS="0", TRAIN_LOG_EVERY="2", MAX_WALLCLOCK_SECONDS="0")
+submit = pytest.importorskip("records.tools.submit", exc_type=ImportError)  # scipy
+SMALL = dict(
+    PRESET="Bp,tiny",
+    MODEL_DIM="32",
+    TRAIN_SEQ_LEN="64",
+    TRAIN_BATCH_TOKENS="512",
+    ITERATIONS="4",
+    WARMDOWN_ITERS="2",
+    WARMUP_STEPS="0",
+    TRAIN_LOG_EVERY="2",
+    MAX_WALLCLOCK_SECONDS="0",
+)
 SEEDS = 1337, 1338, 1339
 LIMIT = 16_000_000
+
 
 @pytest.fixture(scope="session")
 def finished(corpus: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -31,30 +42,53 @@ def finished(corpus: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert tg.run(tg.Config.from_env(env), tg.World({})) == 0
     return folder
 
+
 def made(finished: Path, to: Path, *words: str) -> Path:
     """A submission folder of the three runs."""
     runs = [str(finished / f"seed{seed}") for seed in SEEDS]
-    about = ["--name", "A looped one", "--author", "A. Name", "--github-id", "aname", "--blurb", "Small."]
+    about = [
+        "--name",
+        "A looped one",
+        "--author",
+        "A. Name",
+        "--github-id",
+        "aname",
+        "--blurb",
+        "Small.",
+    ]
     options = ["--date", "2026-01-02", "--artifacts", "--no-start", "--to", str(to), *words]
     return submit.make(submit.parser().parse_args([*runs, *about, *options]))
+
 
 @pytest.fixture
 def folder(finished: Path, tmp_path: Path) -> Path:
     return made(finished, tmp_path)
+
 
 def edit(path: Path, pattern: str, new: str | Callable[[re.Match], str], count: int = 1) -> None:
     text, changed = re.subn(pattern, new, path.read_text(), count=count, flags=re.MULTILINE)
     assert changed, f"{pattern} is not in {path.name}"
     path.write_text(text)
 
+
 # ---- A folder that is true
 
-def test_a_made_folder_passes_and_its_script_starts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+
+def test_a_made_folder_passes_and_its_script_starts(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert folder.parts[-2:] == ("track_non_record_16mb", "2026-01-02_A_looped_one")
     assert submit.check(folder, None, run=True) == []
     names = {path.name for path in folder.iterdir()}
-    assert names == {"README.md", "submission.json", "train_gpt.py", "requirements.txt",
-                     *(f"train_seed{s}.log" for s in SEEDS), *(f"model_seed{s}.ptz" for s in SEEDS)}
+    assert names == {
+        "README.md",
+        "submission.json",
+        "train_gpt.py",
+        "requirements.txt",
+        *(f"train_seed{s}.log" for s in SEEDS),
+        *(f"model_seed{s}.ptz" for s in SEEDS),
+    }
+
 
 def test_its_numbers_are_those_of_the_results(folder: Path, finished: Path) -> None:
     data = json.loads((folder / "submission.json").read_text())
@@ -65,34 +99,67 @@ def test_its_numbers_are_those_of_the_results(folder: Path, finished: Path) -> N
     assert data["seeds"] == list(SEEDS) and data["author"] == "A. Name"
     for seed, result in zip(SEEDS, results):
         entry = data["seed_results"][str(seed)]
-        assert entry["artifact_sha256"] == result["artifact_sha256"] and entry["steps"] == result["steps"]
+        assert (
+            entry["artifact_sha256"] == result["artifact_sha256"]
+            and entry["steps"] == result["steps"]
+        )
         assert entry["train_time_s"] == pytest.approx(result["train_seconds"], abs=1e-3)
     assert (folder / "train_gpt.py").read_bytes() == Path(tg.__file__).read_bytes()
 
-def test_the_command_in_its_readme_makes_the_same_configuration(folder: Path, finished: Path) -> None:
-    line = next(x for x in (folder / "README.md").read_text().splitlines() if x.endswith("train_gpt.py"))
+
+def test_the_command_in_its_readme_makes_the_same_configuration(
+    folder: Path, finished: Path
+) -> None:
+    line = next(
+        x for x in (folder / "README.md").read_text().splitlines() if x.endswith("train_gpt.py")
+    )
     env = dict(word.split("=", 1) for word in line.split() if "=" in word)
     made = tg.Config.from_env(env)
     config = asdict(made)
     ran = json.loads((finished / "seed1337" / "result.json").read_text())["config"]
     for name in ("preset", "log_dir", "run_id", "data_path", "tokenizer_path"):
         del config[name], ran[name]
-    idle = {f.name for f in fields(tg.Config) if any(map(made.hindrance, f.metadata["needs"].split()))}
+    idle = {
+        f.name for f in fields(tg.Config) if any(map(made.hindrance, f.metadata["needs"].split()))
+    }
     assert {name for name in config if config[name] != ran[name]} <= idle
 
-@pytest.mark.parametrize(("words", "message"), [
-    (["--track", "10min_16mb"], "the record track is 8xH100"), (["--date", "2026-01-02"], "exists")])
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--track", "10min_16mb"], "the record track is 8xH100"),
+        (["--date", "2026-01-02"], "exists"),
+    ],
+)
 def test_what_would_not_pass_is_not_left_behind(
-        words: list[str], message: str, folder: Path, finished: Path, tmp_path: Path) -> None:
+    words: list[str], message: str, folder: Path, finished: Path, tmp_path: Path
+) -> None:
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ValueError, match=message):
         made(finished, tmp_path, *words)
-    assert [path for path in sorted(tmp_path.rglob("*")) if path.name != "track_10min_16mb"] == before
+    assert [
+        path for path in sorted(tmp_path.rglob("*")) if path.name != "track_10min_16mb"
+    ] == before
 
-def test_runs_that_are_not_one_system_are_refused(finished: Path, corpus: dict, tmp_path: Path) -> None:
+
+def test_runs_that_are_not_one_system_are_refused(
+    finished: Path, corpus: dict, tmp_path: Path
+) -> None:
     env = corpus | SMALL | dict(BETA1="0.8", SEED="1339", LOG_DIR=str(tmp_path), RUN_ID="seed1339")
     tg.run(tg.Config.from_env(env), tg.World({}))
-    words = ["--name", "x", "--author", "x", "--github-id", "x", "--blurb", "x", "--to", str(tmp_path)]
+    words = [
+        "--name",
+        "x",
+        "--author",
+        "x",
+        "--github-id",
+        "x",
+        "--blurb",
+        "x",
+        "--to",
+        str(tmp_path),
+    ]
     one, other = str(finished / "seed1337"), str(tmp_path / "seed1339")
     with pytest.raises(ValueError, match="different scripts or configurations"):
         submit.make(submit.parser().parse_args([one, other, *words]))
@@ -102,113 +169,157 @@ def test_runs_that_are_not_one_system_are_refused(finished: Path, corpus: dict, 
     with pytest.raises(ValueError, match="is the run finished"):
         submit.make(submit.parser().parse_args([other, *words]))
 
+
 # ---- Doctored copies: each must fail, and its own cause must be among what is named
+
 
 def one_byte_over(f: Path) -> None:
     log, code = f / "train_seed1338.log", (f / "train_gpt.py").stat().st_size
     edit(log, r"(Serialized model int8\+zlib: )(\d+)", rf"\g<1>{LIMIT + 1 - code}")
     edit(log, r"(Total submission size int8\+zlib: )(\d+)", rf"\g<1>{LIMIT + 1}")
 
+
 def json_number(f: Path) -> None:
-    edit(f / "submission.json", r'("val_bpb": \d\.\d)(\d)', lambda m: m[1] + str((int(m[2]) + 1) % 10))
+    edit(
+        f / "submission.json",
+        r'("val_bpb": \d\.\d)(\d)',
+        lambda m: m[1] + str((int(m[2]) + 1) % 10),
+    )
+
 
 def json_seed_number(f: Path) -> None:
     edit(f / "submission.json", r'("1338": \{\s+"val_loss": )\d', r"\g<1>0")
 
+
 def readme_number(f: Path) -> None:
     edit(f / "README.md", r"^(\| 1339 \| \d\.\d)(\d)", lambda m: m[1] + str((int(m[2]) + 1) % 10))
+
 
 def missing_log(f: Path) -> None:
     (f / "train_seed1338.log").unlink()
 
+
 def duplicated_seed(f: Path) -> None:
     shutil.copyfile(f / "train_seed1337.log", f / "train_seed1338.log")
+
 
 def renamed_seed(f: Path) -> None:
     shutil.copyfile(f / "train_seed1337.log", f / "train_seed1338.log")
     edit(f / "train_seed1338.log", r"^(config:.* SEED=)1337", r"\g<1>1338")
 
+
 def no_script(f: Path) -> None:
     (f / "train_gpt.py").unlink()
+
 
 def script_needs_a_neighbour(f: Path) -> None:
     edit(f / "train_gpt.py", r"^import numpy as np", "import helpers_next_door\nimport numpy as np")
 
+
 def script_does_not_compile(f: Path) -> None:
     edit(f / "train_gpt.py", r"^import numpy as np", "import numpy as np as well")
+
 
 def over_time(f: Path) -> None:
     edit(f / "train_seed1337.log", r"(step:4/4 val_loss.*train_time:)\d+ms", r"\g<1>600153ms")
 
+
 def slow_evaluation(f: Path) -> None:
     edit(f / "train_seed1337.log", r"(roundtrip val_loss.*eval_time:)\d+ms", r"\g<1>600001ms")
+
 
 def wrong_track(f: Path) -> None:
     edit(f / "submission.json", '"track": "non_record_16mb"', '"track": "10min_16mb"')
 
+
 def code_left_out(f: Path) -> None:
-    model = max(json.loads((f / "submission.json").read_text())["seed_results"].values(),
-                key=lambda entry: entry["bytes_total"])["artifact_bytes"]
+    model = max(
+        json.loads((f / "submission.json").read_text())["seed_results"].values(),
+        key=lambda entry: entry["bytes_total"],
+    )["artifact_bytes"]
     edit(f / "submission.json", r'^(  "bytes_total": )\d+', rf"\g<1>{model}")
+
 
 def code_left_out_of_a_log(f: Path) -> None:
     edit(f / "train_seed1339.log", r"(Code size: )\d+", r"\g<1>0")
 
+
 def another_artifact(f: Path) -> None:
     (f / "model_seed1339.ptz").write_bytes(b"other")
 
+
 def swapped_artifact(f: Path) -> None:
     shutil.copyfile(f / "model_seed1337.ptz", f / "model_seed1338.ptz")
+
 
 def cut_log(f: Path) -> None:
     log = f / "train_seed1338.log"
     log.write_text("\n".join(log.read_text().splitlines()[:-1]) + "\n")
 
+
 def log_without_score(f: Path) -> None:
     log = f / "train_seed1338.log"
     log.write_text(log.read_text()[: log.read_text().rindex("final_int8_zlib_roundtrip val_loss")])
 
+
 def other_configuration(f: Path) -> None:
     edit(f / "train_seed1338.log", r"^(config:.* BETA1=)0\.9", r"\g<1>0.8")
+
 
 def no_author(f: Path) -> None:
     edit(f / "submission.json", '"github_id": "aname"', '"github_id": ""')
 
+
 def broken_json(f: Path) -> None:
     edit(f / "submission.json", r"\}\s*\Z", "")
 
-@pytest.mark.parametrize(("doctor", "where", "cause"), [
-    (one_byte_over, "train_seed1338.log:", "16,000,001 bytes with code, 1 too many"),
-    (json_number, "submission.json:", "val_bpb .* where the logs give"),
-    (json_seed_number, "submission.json:", "val_loss .* where the logs give"),
-    (readme_number, "README.md:10", "where the logs give"),
-    (missing_log, "submission.json:", "seed 1338 has no log"),
-    (duplicated_seed, "train_seed1338.log:", "the same seed as train_seed1337.log"),
-    (renamed_seed, "train_seed1338.log:", "the same artifact as train_seed1337.log"),
-    (no_script, "train_gpt.py", "is not there"),
-    (script_does_not_compile, "train_gpt.py:", "does not compile"),
-    (slow_evaluation, "submission.json:", "eval_under_600s is claimed"),
-    (over_time, "submission.json:", "train_under_600s is claimed"),
-    (wrong_track, "submission.json:7", "track 10min_16mb, but the folder lies in track_non_record_16mb"),
-    (code_left_out, "submission.json:", "bytes_total .* where the logs give"),
-    (code_left_out_of_a_log, "train_seed1339.log:", "0 bytes of code, train_gpt.py has"),
-    (another_artifact, "model_seed1339.ptz", "is not the artifact of any log here"),
-    (swapped_artifact, "model_seed1338.ptz", "is the artifact of seed 1337"),
-    (cut_log, "train_seed1338.log:", "the log ends without artifact"),
-    (log_without_score, "train_seed1338.log:", "the log ends without val_loss, val_bpb"),
-    (other_configuration, "train_seed1338.log:", "another configuration than train_seed1337.log: BETA1"),
-    (no_author, "submission.json", "has no github_id"),
-    (broken_json, "submission.json", "cannot be read"),
-])
+
+@pytest.mark.parametrize(
+    ("doctor", "where", "cause"),
+    [
+        (one_byte_over, "train_seed1338.log:", "16,000,001 bytes with code, 1 too many"),
+        (json_number, "submission.json:", "val_bpb .* where the logs give"),
+        (json_seed_number, "submission.json:", "val_loss .* where the logs give"),
+        (readme_number, "README.md:10", "where the logs give"),
+        (missing_log, "submission.json:", "seed 1338 has no log"),
+        (duplicated_seed, "train_seed1338.log:", "the same seed as train_seed1337.log"),
+        (renamed_seed, "train_seed1338.log:", "the same artifact as train_seed1337.log"),
+        (no_script, "train_gpt.py", "is not there"),
+        (script_does_not_compile, "train_gpt.py:", "does not compile"),
+        (slow_evaluation, "submission.json:", "eval_under_600s is claimed"),
+        (over_time, "submission.json:", "train_under_600s is claimed"),
+        (
+            wrong_track,
+            "submission.json:7",
+            "track 10min_16mb, but the folder lies in track_non_record_16mb",
+        ),
+        (code_left_out, "submission.json:", "bytes_total .* where the logs give"),
+        (code_left_out_of_a_log, "train_seed1339.log:", "0 bytes of code, train_gpt.py has"),
+        (another_artifact, "model_seed1339.ptz", "is not the artifact of any log here"),
+        (swapped_artifact, "model_seed1338.ptz", "is the artifact of seed 1337"),
+        (cut_log, "train_seed1338.log:", "the log ends without artifact"),
+        (log_without_score, "train_seed1338.log:", "the log ends without val_loss, val_bpb"),
+        (
+            other_configuration,
+            "train_seed1338.log:",
+            "another configuration than train_seed1337.log: BETA1",
+        ),
+        (no_author, "submission.json", "has no github_id"),
+        (broken_json, "submission.json", "cannot be read"),
+    ],
+)
 def test_a_doctored_copy_fails_by_name(
-        doctor: Callable[[Path], None], where: str, cause: str, folder: Path) -> None:
+    doctor: Callable[[Path], None], where: str, cause: str, folder: Path
+) -> None:
     doctor(folder)
     found = submit.check(folder, None, run=False)
     hits = [f for f in found if f.where.startswith(where) and re.search(cause, f.what)]
     assert hits, "\n".join(map(str, found))
 
+
 def test_a_script_that_needs_its_neighbours_does_not_start(
-        folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     script_needs_a_neighbour(folder)
     monkeypatch.setattr(sys, "argv", ["submit.py", "--check", str(folder)])
     assert submit.main() == 1
@@ -216,7 +327,9 @@ def test_a_script_that_needs_its_neighbours_does_not_start(
     assert "FAIL train_gpt.py: does not start in its folder (exit code 1)" in told
     assert "helpers_next_door" in told
 
+
 # ---- The record track
+
 
 def as_record(folder: Path, better_by: float) -> Path:
     """A copy as if it had been run on 8xH100, with scores lower by `better_by` nats."""
@@ -225,18 +338,31 @@ def as_record(folder: Path, better_by: float) -> Path:
     for log in to.glob("*.log"):
         edit(log, r"^device:.*", "device:NVIDIA H100 80GB HBM3")
         edit(log, r"^world_size:\d", "world_size:8")
-        edit(log, r"(roundtrip_exact val_loss:)([\d.]+)", lambda m: m[1] + f"{float(m[2]) - better_by:.8f}")
+        edit(
+            log,
+            r"(roundtrip_exact val_loss:)([\d.]+)",
+            lambda m: m[1] + f"{float(m[2]) - better_by:.8f}",
+        )
     write_figures(to, None)
     return to
 
+
 def write_figures(folder: Path, baseline: Path | None) -> None:
     """submission.json and README.md of a folder, made again from its logs."""
-    given = argparse.Namespace(author="A", github_id="a", name="N", blurb="B", date="2026-01-02",
-                               track="10min_16mb", baseline=baseline)
+    given = argparse.Namespace(
+        author="A",
+        github_id="a",
+        name="N",
+        blurb="B",
+        date="2026-01-02",
+        track="10min_16mb",
+        baseline=baseline,
+    )
     logs = submit.read_logs(folder)
     data = submit.submission(logs, given, submit.read_logs(baseline) if baseline else [])
     (folder / "submission.json").write_text(json.dumps(data, indent=2))
     (folder / "README.md").write_text(submit.readme(logs, data))
+
 
 def test_a_record_needs_its_margin_and_its_p(folder: Path) -> None:
     losses = [log.val_loss for log in submit.read_logs(folder)]
@@ -245,17 +371,29 @@ def test_a_record_needs_its_margin_and_its_p(folder: Path) -> None:
     assert submit.check(won, base, run=False) == [], "a clear record passes"
     assert submit.check(won, None, run=False) == [], "its own figures suffice"
     edit(won / "submission.json", r'"p_value": [\d.e-]+', '"p_value": 0.02')
-    assert any("p_value 0.02 where the logs give" in f.what for f in submit.check(won, base, run=False))
+    assert any(
+        "p_value 0.02 where the logs give" in f.what for f in submit.check(won, base, run=False)
+    )
     edit(won / "submission.json", r',\s+"p_value": [\d.e-]+', "")
-    assert any("no p_value is given; the logs give" in f.what for f in submit.check(won, base, run=False))
+    assert any(
+        "no p_value is given; the logs give" in f.what for f in submit.check(won, base, run=False)
+    )
     edit(won / "submission.json", r'("baseline_val_loss": \[\s+)\d', r"\g<1>9")
-    assert any("is not what the baseline's logs say" in f.what for f in submit.check(won, base, run=False))
+    assert any(
+        "is not what the baseline's logs say" in f.what for f in submit.check(won, base, run=False)
+    )
+
 
 def test_a_record_without_the_margin_fails(folder: Path) -> None:
     base, close = as_record(folder, 0.0), as_record(folder, 0.004)
     write_figures(close, base)
-    assert any("no record: 3 seeds against 3" in f.what for f in submit.check(close, base, run=False))
-    assert any("no p_value" in f.what for f in submit.check(as_record(folder, 1.0), base, run=False))
+    assert any(
+        "no record: 3 seeds against 3" in f.what for f in submit.check(close, base, run=False)
+    )
+    assert any(
+        "no p_value" in f.what for f in submit.check(as_record(folder, 1.0), base, run=False)
+    )
+
 
 def test_p_is_of_the_margin_not_of_zero() -> None:
     ours, theirs = [1.000, 1.0005, 0.9995], [1.0049, 1.0054, 1.0044]
@@ -263,12 +401,16 @@ def test_p_is_of_the_margin_not_of_zero() -> None:
     assert submit.p_value(ours, [x + 0.002 for x in theirs]) < 0.01
     assert submit.p_value([1.0], theirs) == 1.0, "one seed shows nothing"
 
+
 def test_wall_clock_over_the_cap_fails_in_the_record_track(folder: Path) -> None:
     record = as_record(folder, 0.0)
     assert submit.check(record, None, run=False) == []
     over_time(record)
     found = [str(f) for f in submit.check(record, None, run=False)]
-    assert any(re.search(r"train_seed1337.log:\d+: training took 600.153 s", f) for f in found), found
+    assert any(re.search(r"train_seed1337.log:\d+: training took 600.153 s", f) for f in found), (
+        found
+    )
+
 
 # ---- Folders of others
 
@@ -285,6 +427,7 @@ final_int6_sliding_window val_loss:2.7400 val_bpb:{bpb:.4f} eval_time:80000ms
 final_int6_sliding_window_exact val_loss:2.7400{seed} val_bpb:{bpb:.8f}
 """
 
+
 @pytest.fixture
 def other(tmp_path: Path) -> Path:
     """A folder as others write it: fewer keys, other final lines, prose around the table."""
@@ -293,15 +436,31 @@ def other(tmp_path: Path) -> Path:
     script = "import math\nprint(math.pi)\n"
     (folder / "train_gpt.py").write_text(script)
     for seed, bpb in ((42, 1.08561), (314, 1.08602)):
-        (folder / f"train_seed{seed}.log").write_text(OTHERS_LOG.format(
-            seed=seed, bpb=bpb, code=len(script), total=15_900_000 + len(script), bar="=" * 100))
-    (folder / "submission.json").write_text(json.dumps(dict(
-        author="O", github_id="o", name="Other", date="2026-03-01", val_bpb=1.0858,
-        bytes_total=15_900_000 + len(script),
-        seed_results={"42": dict(val_bpb=1.08561), "314": dict(val_bpb=1.08602)}), indent=1))
-    (folder / "README.md").write_text("Beats 1.1147, mean **1.0858**.\n\n| seed | bpb |\n|---|---|\n"
-                                      "| **42** | 1.0856 |\n| 314 | 1.08602 |\n| old 42nd | 1.2 |\n")
+        (folder / f"train_seed{seed}.log").write_text(
+            OTHERS_LOG.format(
+                seed=seed, bpb=bpb, code=len(script), total=15_900_000 + len(script), bar="=" * 100
+            )
+        )
+    (folder / "submission.json").write_text(
+        json.dumps(
+            dict(
+                author="O",
+                github_id="o",
+                name="Other",
+                date="2026-03-01",
+                val_bpb=1.0858,
+                bytes_total=15_900_000 + len(script),
+                seed_results={"42": dict(val_bpb=1.08561), "314": dict(val_bpb=1.08602)},
+            ),
+            indent=1,
+        )
+    )
+    (folder / "README.md").write_text(
+        "Beats 1.1147, mean **1.0858**.\n\n| seed | bpb |\n|---|---|\n"
+        "| **42** | 1.0856 |\n| 314 | 1.08602 |\n| old 42nd | 1.2 |\n"
+    )
     return folder
+
 
 def test_a_folder_of_others_passes_and_fails_by_its_logs(other: Path) -> None:
     assert submit.check(other, None, run=True) == []
@@ -313,18 +472,27 @@ def test_a_folder_of_others_passes_and_fails_by_its_logs(other: Path) -> None:
     assert any("val_bpb 1.0758 where the logs give" in f for f in found), found
     assert any("train_gpt.py: does not start" in f and "lib_next_door" in f for f in found), found
 
-def test_a_package_that_is_declared_is_no_fault(other: Path, capsys: pytest.CaptureFixture[str]) -> None:
+
+def test_a_package_that_is_declared_is_no_fault(
+    other: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (other / "requirements.txt").write_text("some-gpu-kernel>=1\n")
     size = (other / "train_gpt.py").stat().st_size
     (other / "train_gpt.py").write_text("import some_gpu_kernel".ljust(size))
     assert submit.check(other, None, run=True) == []
-    assert "note train_gpt.py: not started here, some_gpu_kernel is not installed" in capsys.readouterr().out
+    assert (
+        "note train_gpt.py: not started here, some_gpu_kernel is not installed"
+        in capsys.readouterr().out
+    )
+
 
 # ---- What a model says
+
 
 @pytest.fixture(scope="session")
 def artifact(finished: Path) -> Path:
     return finished / "seed1337" / "model.ptz"
+
 
 def test_logits_are_those_that_are_scored(artifact: Path) -> None:
     model, *_ = tg.load_model(artifact.read_bytes(), "it")
@@ -332,21 +500,42 @@ def test_logits_are_those_that_are_scored(artifact: Path) -> None:
     logits = torch.stack([generate.next_logits(model, ids[: i + 1].tolist()) for i in range(32)])
     with torch.inference_mode():
         scored = model(ids[None, :-1], ids[None, 1:])
-    assert F.cross_entropy(logits, ids[1:]).item() == pytest.approx(scored.item(), abs=2e-2)  # bfloat16
+    assert F.cross_entropy(logits, ids[1:]).item() == pytest.approx(
+        scored.item(), abs=2e-2
+    )  # bfloat16
+
 
 def test_draws_follow_temperature_top_k_and_seed() -> None:
     logits, random = torch.tensor([0.0, 1.0, 3.0, 2.0]), torch.Generator().manual_seed(0)
     assert generate.draw(logits, 0.0, 0, random) == 2
     assert {generate.draw(logits, 5.0, 2, random) for _ in range(200)} == {2, 3}
-    counts = torch.bincount(torch.tensor([generate.draw(logits, 2.0, 0, random) for _ in range(4000)]))
+    counts = torch.bincount(
+        torch.tensor([generate.draw(logits, 2.0, 0, random) for _ in range(4000)])
+    )
     assert torch.allclose(counts / 4000, (logits / 2).softmax(-1), atol=0.03)
 
+
 def test_command_streams_the_same_text_for_the_same_seed(
-        artifact: Path, corpus: dict, monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str]) -> None:
+    artifact: Path,
+    corpus: dict,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     def say(*words: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["generate.py", str(artifact), "def main", "--tokenizer",
-                                          corpus["TOKENIZER_PATH"], "--tokens", "80", *words])
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            [
+                "generate.py",
+                str(artifact),
+                "def main",
+                "--tokenizer",
+                corpus["TOKENIZER_PATH"],
+                "--tokens",
+                "80",
+                *words,
+            ],
+        )
         assert generate.main() == 0
         return capsys.readouterr().out
 
@@ -354,17 +543,26 @@ def test_command_streams_the_same_text_for_the_same_seed(
     assert say("--seed", "1").startswith("def main")
     assert say("--top-k", "1") == say("--temperature", "0")
 
+
 def test_text_is_streamed_whole_characters_at_a_time(corpus: dict) -> None:
     tokenizer = spm.SentencePieceProcessor(model_file=corpus["TOKENIZER_PATH"])
     ids = tokenizer.encode("x = 1  # \N{SNOWMAN} \N{GRINNING FACE} y")
     pieces = list(generate.stream(tokenizer, ids[:3], iter(ids[3:])))
-    assert "".join(pieces) == tokenizer.decode(ids) and not any("\ufffd" in piece for piece in pieces)
+    assert "".join(pieces) == tokenizer.decode(ids) and not any(
+        "\ufffd" in piece for piece in pieces
+    )
     assert len(pieces) > 3
 
-@pytest.mark.parametrize("spoil", [lambda path: path.write_bytes(b"no model"), lambda path: path.unlink()])
+
+@pytest.mark.parametrize(
+    "spoil", [lambda path: path.write_bytes(b"no model"), lambda path: path.unlink()]
+)
 def test_what_is_no_artifact_is_one_line(
-        spoil: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str]) -> None:
+    spoil: Callable[[Path], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     path = tmp_path / "x.ptz"
     path.touch()
     spoil(path)

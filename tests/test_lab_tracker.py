@@ -1,4 +1,5 @@
 """TRACKER: what goes to TensorBoard or Weights & Biases as well, and that neither can end a run."""
+
 import sys
 import types
 from pathlib import Path
@@ -8,8 +9,17 @@ import pytest
 
 import train_gpt as tg
 
-SMALL = dict(PRESET="Bp,tiny", MODEL_DIM="32", TRAIN_SEQ_LEN="64", TRAIN_BATCH_TOKENS="256", ITERATIONS="3",
-             WARMDOWN_ITERS="0", WARMUP_STEPS="0", TRAIN_LOG_EVERY="1")
+SMALL = dict(
+    PRESET="Bp,tiny",
+    MODEL_DIM="32",
+    TRAIN_SEQ_LEN="64",
+    TRAIN_BATCH_TOKENS="256",
+    ITERATIONS="3",
+    WARMDOWN_ITERS="0",
+    WARMUP_STEPS="0",
+    TRAIN_LOG_EVERY="1",
+)
+
 
 def run(corpus: dict[str, str], folder: Path, tracker: str) -> str:
     """The log of a run with a tracker."""
@@ -18,6 +28,7 @@ def run(corpus: dict[str, str], folder: Path, tracker: str) -> str:
     assert (folder / "run" / "result.json").exists()
     return (folder / "run" / "train.log").read_text()
 
+
 def test_tensorboard_shows_what_metrics_jsonl_has(corpus: dict, tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run(corpus, tmp_path, "tensorboard")
@@ -25,6 +36,7 @@ def test_tensorboard_shows_what_metrics_jsonl_has(corpus: dict, tmp_path: Path) 
     events.Reload()
     assert [e.step for e in events.Scalars("train_loss")] == [1, 2, 3]
     assert [e.step for e in events.Scalars("val_bpb")] == [3]
+
 
 def fake_wandb(fails: str, sent: list[dict[str, Any]]) -> types.ModuleType:
     def init(**_: Any) -> types.SimpleNamespace:
@@ -41,12 +53,23 @@ def fake_wandb(fails: str, sent: list[dict[str, Any]]) -> types.ModuleType:
     module.init = init
     return module
 
-@pytest.mark.parametrize(("fails", "count", "warning"), [
-    ("", 4, None), ("init", 0, "TRACKER is off: OSError: no network"),
-    ("log", 2, "TRACKER is off: RuntimeError: quota")])
+
+@pytest.mark.parametrize(
+    ("fails", "count", "warning"),
+    [
+        ("", 4, None),
+        ("init", 0, "TRACKER is off: OSError: no network"),
+        ("log", 2, "TRACKER is off: RuntimeError: quota"),
+    ],
+)
 def test_a_tracker_that_fails_is_switched_off_and_named(
-        fails: str, count: int, warning: str | None, corpus: dict, tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch) -> None:
+    fails: str,
+    count: int,
+    warning: str | None,
+    corpus: dict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     sent: list[dict[str, Any]] = []
     monkeypatch.setitem(sys.modules, "wandb", fake_wandb(fails, sent))
     log = run(corpus, tmp_path, "wandb")
@@ -54,7 +77,9 @@ def test_a_tracker_that_fails_is_switched_off_and_named(
     assert (warning is None) == ("warning: TRACKER" not in log.split("=" * 100)[1])
     assert warning is None or log.count(f"warning: {warning}\n") == 1
 
+
 def test_a_package_that_is_missing_is_a_warning(
-        corpus: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert "warning: TRACKER is off: ModuleNotFoundError" in run(corpus, tmp_path, "wandb")

@@ -1,4 +1,5 @@
 """Plan and model: sharing, skips, groups of parameters, and the mathematics of every layer."""
+
 import math
 from collections import Counter
 from dataclasses import replace
@@ -13,12 +14,21 @@ from test_data import one_thread  # noqa: F401, a fixture for this file too
 
 import train_gpt as tg
 
-SMALL = dict(vocab_size=64, model_dim=32, num_heads=4, num_kv_heads=2, train_seq_len=24, dtype="float32",
-             rope_dims=0)
+SMALL = dict(
+    vocab_size=64,
+    model_dim=32,
+    num_heads=4,
+    num_kv_heads=2,
+    train_seq_len=24,
+    dtype="float32",
+    rope_dims=0,
+)
+
 
 def architecture(preset: str = "", **values: object) -> tg.Architecture:
     """A published system at the smallest size, in float32."""
     return replace(tg.Config.from_env({"PRESET": preset}).architecture(), **SMALL | values)
+
 
 def random_model(a: tg.Architecture, seed: int = 0) -> tg.GPT:
     """With noise on every parameter: as initialised, the residual branches are zero."""
@@ -29,16 +39,24 @@ def random_model(a: tg.Architecture, seed: int = 0) -> tg.GPT:
             p.add_(0.2 * torch.randn_like(p))
     return model
 
+
 def tokens(length: int = 24, seed: int = 0) -> torch.Tensor:
     return torch.randint(64, (2, length), generator=torch.Generator().manual_seed(seed))
+
 
 # ---- The plan
 
 ARCHITECTURES = st.builds(
     lambda **values: replace(tg.Architecture(), **values),
-    num_layers=st.integers(1, 13), num_prelude=st.integers(0, 3), num_shared=st.integers(1, 5),
-    num_loops=st.integers(1, 4), num_coda=st.integers(0, 3), share_attn_only=st.booleans(),
-    use_unique_norms=st.booleans())
+    num_layers=st.integers(1, 13),
+    num_prelude=st.integers(0, 3),
+    num_shared=st.integers(1, 5),
+    num_loops=st.integers(1, 4),
+    num_coda=st.integers(0, 3),
+    share_attn_only=st.booleans(),
+    use_unique_norms=st.booleans(),
+)
+
 
 def check_looped(a: tg.Architecture) -> None:
     plan, passes = tg.make_plan(a), a.num_shared * a.num_loops
@@ -46,18 +64,23 @@ def check_looped(a: tg.Architecture) -> None:
     assert len(plan) == a.num_prelude + passes + a.num_coda
     assert [layer.row for layer in plan] == list(range(len(plan)))
     skips = [layer.skip for layer in plan if layer.skip >= 0]
-    assert len(skips) == sum(layer.push for layer in plan) and (skips == [] or a.core_skips != "none")
+    assert len(skips) == sum(layer.push for layer in plan) and (
+        skips == [] or a.core_skips != "none"
+    )
     for index in ("attn",) if a.share_attn_only else ("attn", "mlp"):
         used = [getattr(layer, index) for layer in plan]
         outside = used[:first] + used[end:]
         assert set(used) == set(range(a.num_prelude + a.num_shared + a.num_coda))
-        assert Counter(used[first:end]) == dict.fromkeys(used[first : first + a.num_shared], a.num_loops)
+        assert Counter(used[first:end]) == dict.fromkeys(
+            used[first : first + a.num_shared], a.num_loops
+        )
         assert used[first:end] == used[first : first + a.num_shared] * a.num_loops
         assert len(set(outside)) == len(outside) and not set(outside) & set(used[first:end])
     mlps = [layer.mlp for layer in plan]
     assert mlps == (list(range(len(plan))) if a.share_attn_only else [layer.attn for layer in plan])
     gains = list(range(passes)) if a.use_unique_norms else [-1] * passes
     assert [layer.gain for layer in plan] == [-1] * a.num_prelude + gains + [-1] * a.num_coda
+
 
 def check_flat(a: tg.Architecture) -> None:
     plan, half, kept, taken = tg.make_plan(a), a.num_layers // 2, [], {}
@@ -71,10 +94,12 @@ def check_flat(a: tg.Architecture) -> None:
     assert taken == {half + j: half - 1 - j for j in range(half)}
     assert [layer.skip for layer in plan if layer.skip >= 0] == list(range(half))
 
+
 @pytest.mark.parametrize("preset", ["", *tg.SYSTEMS])
 def test_plan_of_presets(preset: str) -> None:
     a = architecture(preset)
     (check_looped if a.num_shared else check_flat)(a)
+
 
 @settings(max_examples=200, deadline=None)
 @given(ARCHITECTURES)
@@ -82,9 +107,11 @@ def test_plan_of_any_architecture(a: tg.Architecture) -> None:
     check_looped(a)
     check_flat(replace(a, num_shared=0))
 
+
 @pytest.mark.parametrize("n", range(1, 14))
 def test_flat_plan_of_every_length(n: int) -> None:
     check_flat(architecture("naive", num_layers=n))
+
 
 @settings(max_examples=20, deadline=None)
 @given(ARCHITECTURES)
@@ -100,14 +127,25 @@ def test_model_holds_what_the_plan_names(a: tg.Architecture) -> None:
     assert model.cond.gamma.shape == model.cond.beta.shape == (len(plan), 2, 32)
     assert len(model.cond.gain) == sum(layer.gain >= 0 for layer in plan)
 
+
 # ---- Parameters and optimizers
+
 
 @pytest.mark.parametrize("preset", ["", *tg.SYSTEMS])
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_parameter_is_in_one_group(preset: str, tied: bool) -> None:
-    config = replace(tg.Config.from_env({"PRESET": preset}), **SMALL, tie_embeddings=tied, matrix_lr=0.01,
-                     ttt_lr=0.0, eval_stride=0, scalar_lr=0.02, tied_embed_lr=0.03, embed_lr=0.04,
-                     head_lr=0.05)
+    config = replace(
+        tg.Config.from_env({"PRESET": preset}),
+        **SMALL,
+        tie_embeddings=tied,
+        matrix_lr=0.01,
+        ttt_lr=0.0,
+        eval_stride=0,
+        scalar_lr=0.02,
+        tied_embed_lr=0.03,
+        embed_lr=0.04,
+        head_lr=0.05,
+    )
     model = tg.GPT(config.architecture(), 0.1)
     adam, muon = tg.make_optimizers(model, config)
     groups = [(type(o), group) for o in (adam, muon) for group in o.param_groups]
@@ -126,12 +164,14 @@ def test_every_parameter_is_in_one_group(preset: str, tied: bool) -> None:
             expected = torch.optim.AdamW, 0.02
         assert rate[id(p)] == expected, name
 
+
 def test_unknown_role_has_no_group() -> None:
     config = replace(tg.Config(), **SMALL)
     model = tg.GPT(config.architecture(), 0.1)
     model.tok_emb.role = "other"
     with pytest.raises((KeyError, AssertionError)):
         tg.make_optimizers(model, config)
+
 
 @pytest.mark.parametrize("preset", ["", "L", "naive"])
 def test_parts_cover_the_matrices(preset: str) -> None:
@@ -141,7 +181,9 @@ def test_parts_cover_the_matrices(preset: str) -> None:
             assert sum(p.parts) == len(p)
     assert tg.GPT(a, 0.1).attn[0].qkv.weight.parts == (32, 16, 16)
 
+
 # ---- Causality and attention
+
 
 @pytest.mark.parametrize("preset", ["T", "M", "Q", "naive"])
 def test_hidden_states_do_not_see_the_future(preset: str) -> None:
@@ -155,7 +197,10 @@ def test_hidden_states_do_not_see_the_future(preset: str) -> None:
             torch.testing.assert_close(after[:, :place], before[:, :place], rtol=0, atol=1e-5)
             assert not torch.allclose(after[:, place], before[:, place], atol=1e-3)
             if place < 199:
-                assert not torch.allclose(after[:, -1], before[:, -1], atol=1e-6), "no memory of the past"
+                assert not torch.allclose(after[:, -1], before[:, -1], atol=1e-6), (
+                    "no memory of the past"
+                )
+
 
 @pytest.mark.parametrize("preset", ["T", "M", "Q", "naive"])
 def test_shorter_input_is_a_prefix(preset: str) -> None:
@@ -164,32 +209,47 @@ def test_shorter_input_is_a_prefix(preset: str) -> None:
         short, whole = (model.hidden(x, model.scoring)[0] for x in (ids[:, :9], ids))
     torch.testing.assert_close(short, whole[:, :9], rtol=0, atol=1e-5)
 
+
 @pytest.mark.parametrize("length", [1, 2, 127, 128, 129, 200, 256])
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (4, 1), (6, 2)])
 def test_attention_is_pytorchs(length: int, heads: int, kv_heads: int) -> None:
     generator = torch.Generator().manual_seed(length)
-    q, k, v, out = (torch.randn(2, n, length, 8, generator=generator, dtype=torch.float64, requires_grad=True)
-                    for n in (heads, kv_heads, kv_heads, heads))
+    q, k, v, out = (
+        torch.randn(2, n, length, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+        for n in (heads, kv_heads, kv_heads, heads)
+    )
     theirs = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     ours = tg.attend(q, k, v)
     torch.testing.assert_close(ours, theirs)
-    for mine, other in zip(torch.autograd.grad((ours * out).sum(), (q, k, v)),
-                           torch.autograd.grad((theirs * out).sum(), (q, k, v))):
+    for mine, other in zip(
+        torch.autograd.grad((ours * out).sum(), (q, k, v)),
+        torch.autograd.grad((theirs * out).sum(), (q, k, v)),
+    ):
         torch.testing.assert_close(mine, other)
+
 
 # ---- The head
 
-def plain_loss(h: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, cap: float) -> torch.Tensor:
+
+def plain_loss(
+    h: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, cap: float
+) -> torch.Tensor:
     logits = F.linear(h, head.to(h.dtype)).float()
     return F.cross_entropy(cap * torch.tanh(logits / cap), targets)
 
-def head_case(rows: int, ignored: str, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> tuple:
+
+def head_case(
+    rows: int, ignored: str, dtype: torch.dtype = torch.float32, scale: float = 1.0
+) -> tuple:
     generator = torch.Generator().manual_seed(rows)
     h = (scale * torch.randn(rows, 16, generator=generator)).to(dtype).requires_grad_()
     head = torch.randn(40, 16, generator=generator, requires_grad=True)
     targets = torch.randint(40, (rows,), generator=generator)
-    targets[{"none": slice(0), "tail": slice(rows - rows // 3, None), "most": slice(1, None)}[ignored]] = -100
+    targets[
+        {"none": slice(0), "tail": slice(rows - rows // 3, None), "most": slice(1, None)}[ignored]
+    ] = -100
     return h, head, targets
+
 
 @pytest.mark.parametrize("rows", [1, 5, 511, 512, 513, 1100])
 @pytest.mark.parametrize("ignored", ["none", "tail", "most"])
@@ -205,6 +265,7 @@ def test_chunked_head_loss(rows: int, ignored: str, cap: float) -> None:
     with torch.no_grad():
         torch.testing.assert_close(tg.head_loss(h, head, targets, cap), theirs)
 
+
 def test_chunked_head_loss_in_bfloat16() -> None:
     h, head, targets = head_case(700, "tail", torch.bfloat16)
     theirs, ours = plain_loss(h, head, targets, 30.0), tg.head_loss(h, head, targets, 30.0)
@@ -214,18 +275,25 @@ def test_chunked_head_loss_in_bfloat16() -> None:
         assert mine.dtype == other.dtype
         assert (mine.float() - other.float()).norm() < 0.02 * other.float().norm()
 
+
 @pytest.mark.parametrize("cap", [0.5, 5.0, 30.0])
 def test_softcap_bounds_the_loss(cap: float) -> None:
     h, head, targets = head_case(600, "none", scale=1e3)
     for loss in (tg.head_loss(h, head, targets, cap), tg.head_loss(-h, head, targets, cap)):
         assert math.log(40) - 2 * cap <= loss.item() <= math.log(40) + 2 * cap
-    assert F.cross_entropy(F.linear(h, head), targets) > math.log(40) + 60, "the cap had nothing to bound"
+    assert F.cross_entropy(F.linear(h, head), targets) > math.log(40) + 60, (
+        "the cap had nothing to bound"
+    )
+
 
 def test_model_loss_leaves_out_ignored_targets() -> None:
     model, ids, targets = random_model(architecture()), tokens(), tokens(seed=1)
     h = model.hidden(ids, model.scoring)[0].flatten(0, 1)
     targets[:, ::3] = -100
-    torch.testing.assert_close(model(ids, targets), plain_loss(h, model.tok_emb, targets.flatten(), 30.0))
+    torch.testing.assert_close(
+        model(ids, targets), plain_loss(h, model.tok_emb, targets.flatten(), 30.0)
+    )
+
 
 # ---- Neutral is absent
 
@@ -236,6 +304,7 @@ NEUTRAL = {
     "depth": ("R", dict(depth_embed="none"), "cond.depth"),
     "gains": ("S", dict(use_unique_norms=False, unique_norms_input_norm=False), "cond.gain"),
 }
+
 
 @pytest.mark.parametrize("preset, off, table", NEUTRAL.values(), ids=NEUTRAL)
 def test_neutral_table_is_no_table(preset: str, off: dict, table: str) -> None:
@@ -250,6 +319,7 @@ def test_neutral_table_is_no_table(preset: str, off: dict, table: str) -> None:
         with_table.get_parameter(table or "cond.gamma").add_(9.0)
     assert not torch.allclose(with_table(ids, targets), without(ids, targets))
 
+
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_gamma_is_capped(sign: float) -> None:
     models = [random_model(architecture("K")) for _ in range(2)]
@@ -257,6 +327,7 @@ def test_gamma_is_capped(sign: float) -> None:
         for model, value in zip(models, (4.0, 400.0)):
             model.cond.gamma.fill_(sign * value)
     assert torch.equal(*(model.hidden(tokens(), model.scoring)[0] for model in models))
+
 
 @pytest.mark.parametrize("preset", ["T", "M", "naive"])
 def test_layers_as_initialised_pass_the_embedding_on(preset: str) -> None:
@@ -268,6 +339,7 @@ def test_layers_as_initialised_pass_the_embedding_on(preset: str) -> None:
     x0 = tg.rms_norm(F.embedding(tokens(), model.tok_emb))
     torch.testing.assert_close(model.hidden(tokens(), model.scoring)[0], tg.rms_norm(x0))
 
+
 def test_birkhoff_mix_is_convex() -> None:
     mix = random_model(architecture("T")).mix[0]
     carried, anchor = mix.weights()
@@ -276,10 +348,12 @@ def test_birkhoff_mix_is_convex() -> None:
     x, x0 = torch.randn(2, 2, 3, 32)
     torch.testing.assert_close(mix(x, x0), carried * x + anchor * x0)
 
+
 def test_free_mix_is_the_weighted_sum() -> None:
     mix = random_model(architecture("naive")).mix[0]
     x, x0 = torch.randn(2, 2, 3, 32)
     torch.testing.assert_close(mix(x, x0), mix.weight[0] * x + mix.weight[1] * x0)
+
 
 def test_flat_model_is_the_u_net_written_out() -> None:
     a = architecture("naive", num_layers=5)
@@ -296,10 +370,13 @@ def test_flat_model_is_the_u_net_written_out() -> None:
         outputs.append(x)
     torch.testing.assert_close(model.hidden(ids, model.scoring)[0], tg.rms_norm(x))
 
+
 # ---- Rotary embedding
+
 
 def rope_architecture(**values: object) -> tg.Architecture:
     return tg.Architecture(**values | dict(model_dim=512, num_heads=8, train_seq_len=1024))
+
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 900), st.integers(0, 900), st.integers(0, 100))
@@ -315,6 +392,7 @@ def test_rope_depends_on_the_distance_alone(i: int, j: int, shift: int) -> None:
     if abs(i - j) < 20 and i != j:
         assert abs(product(i, j) - product(i, i)) > 1e-6
 
+
 @pytest.mark.parametrize("base", [10000.0, 500.0])
 def test_rope_tables_are_exact(base: float) -> None:
     """Up to the rounding of an angle to float32: at position 1023 it has four decimals."""
@@ -324,12 +402,15 @@ def test_rope_tables_are_exact(base: float) -> None:
         assert table.dtype == torch.float32 and table.shape == (1024, 1, 32)
         assert (np.abs(table[:, 0].double().numpy() - exact) <= 1e-6 * np.maximum(angle, 1)).all()
 
+
 def distinct_rotations(a: tg.Architecture) -> int:
     return len(torch.unique(torch.cat(tg.rope_tables(a), dim=-1)[:, 0], dim=0))
+
 
 def test_reference_bf16_collapses_positions() -> None:
     assert distinct_rotations(rope_architecture()) == 1024
     assert distinct_rotations(rope_architecture(reference_bf16=True)) == 513
+
 
 def test_sinusoidal_depth_codes_tell_the_layers_apart() -> None:
     depth = tg.GPT(architecture("T")).cond.depth

@@ -44,7 +44,11 @@ def write_source(folder: Path) -> set[str]:
     texts |= {f"copy_{i}.py": "the same text\n" for i in range(100)}
     texts |= {f"only_{i}.py": ONLY_IN_VAL * 5000 for i in range(100) if in_val(f"only_{i}.py")}
     unused = {f"marker_{i}.py": f"left out {MARKER} {i}\n" for i in range(100)}
-    unused |= {"empty.py": "", "notes.txt": "not Python\n", "site-packages/other.py": "not the library\n"}
+    unused |= {
+        "empty.py": "",
+        "notes.txt": "not Python\n",
+        "site-packages/other.py": "not the library\n",
+    }
     unused["__pycache__/cached.py"] = "not a source\n"
     for name, text in (texts | unused).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +72,10 @@ def sp(corpus):
 
 @pytest.fixture(scope="module")
 def streams(corpus):
-    return {name: np.fromfile(corpus[0] / path, dtype="<u2", offset=1024) for name, path in SHARDS.items()}
+    return {
+        name: np.fromfile(corpus[0] / path, dtype="<u2", offset=1024)
+        for name, path in SHARDS.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +83,9 @@ def documents(sp, streams):
     texts = {}
     for name, tokens in streams.items():
         edges = [*np.flatnonzero(tokens == 1).tolist(), len(tokens)]
-        texts[name] = [sp.decode(tokens[start + 1 : end].tolist()) for start, end in pairwise(edges)]
+        texts[name] = [
+            sp.decode(tokens[start + 1 : end].tolist()) for start, end in pairwise(edges)
+        ]
     return texts
 
 
@@ -155,7 +164,9 @@ def test_held_out_round_trip_and_bytes(sp, streams, documents):
 
 def test_stream_is_the_encoding(sp, streams, documents):
     for name, texts in documents.items():
-        assert streams[name].tolist() == [token for text in texts for token in (1, *sp.encode(text))]
+        assert streams[name].tolist() == [
+            token for text in texts for token in (1, *sp.encode(text))
+        ]
 
 
 LAYOUT = st.sampled_from(["\n", "\r\n", "\t", "    ", " ", "x = 1", "def f():", "\0"])
@@ -195,8 +206,14 @@ def test_indentation_is_cheap(sp):
 def test_count_bytes_boundaries(sp):
     marker, newline = sp.piece_to_id(MARKER), sp.piece_to_id("\n")
     four = sp.piece_to_id(MARKER * 4)
-    for ids, size in [([1, marker], 0), ([1, four], 3), ([1, marker, four], 4), ([3, marker, newline], 1),
-                      ([1, 4 + 0xC3, 4 + 0xA9, marker], 3), ([1, newline, 1, marker, 2, 0], 1)]:
+    for ids, size in [
+        ([1, marker], 0),
+        ([1, four], 3),
+        ([1, marker, four], 4),
+        ([3, marker, newline], 1),
+        ([1, 4 + 0xC3, 4 + 0xA9, marker], 3),
+        ([1, newline, 1, marker, 2, 0], 1),
+    ]:
         assert sample.count_bytes(sp, np.array(ids)) == size, ids
 
 
@@ -214,7 +231,9 @@ def test_second_build_is_identical(corpus, tmp_path):
         assert result.returncode == 0, result.stderr
         assert result.stderr == ""
         assert "PRESET=tiny python train_gpt.py" in result.stdout
-        files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+        files = {
+            path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()
+        }
         assert files == {TOKENIZER, *SHARDS.values()}
         for name in files:
             assert (tmp_path / name).read_bytes() == (root / name).read_bytes(), name

@@ -3,8 +3,9 @@
 As a program it is what a rank runs instead of train_gpt.py: that script with a fault in it. It notes its exit
 code in the file that FAULTS_EXITS names.
 
-    python records/fault_job.py plain|cpu|nan:STEP|nan-forever:STEP|clock     # NaN: on the last rank alone
+    python records/tools/fault_job.py plain|cpu|nan:STEP|nan-forever:STEP|clock     # NaN: on the last rank alone
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -25,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import train_gpt as tg
 
@@ -34,33 +35,80 @@ STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"  # 1: torchrun can start ranks agai
 # Small, yet with every kind of state: both optimizers, an average, a schedule of passes, rounding at the end.
 # The large bigram table makes checkpoints of 5 MB, whose writing a signal can meet.
 BASE = dict(
-    PRESET="T,tiny", MODEL_DIM=32, NUM_HEADS=2, NUM_KV_HEADS=1, NUM_LOOPS=2, PASSES_SCHEDULE="0:1,10:2",
-    BIGRAM_VOCAB_SIZE=16384, BIGRAM_DIM=16, AVERAGE="ema", QAT_FRACTION=0.3, TRAIN_SEQ_LEN=64,
-    TRAIN_BATCH_TOKENS=512, ITERATIONS=STEPS, WARMUP_STEPS=3, WARMDOWN_ITERS=10, MAX_WALLCLOCK_SECONDS=0,
-    VAL_BATCH_SIZE=8192, TRAIN_LOG_EVERY=1, SAVE_EVERY=2, LOG_DIR=WORK, DATA_PATH=WORK / "data")
+    PRESET="T,tiny",
+    MODEL_DIM=32,
+    NUM_HEADS=2,
+    NUM_KV_HEADS=1,
+    NUM_LOOPS=2,
+    PASSES_SCHEDULE="0:1,10:2",
+    BIGRAM_VOCAB_SIZE=16384,
+    BIGRAM_DIM=16,
+    AVERAGE="ema",
+    QAT_FRACTION=0.3,
+    TRAIN_SEQ_LEN=64,
+    TRAIN_BATCH_TOKENS=512,
+    ITERATIONS=STEPS,
+    WARMUP_STEPS=3,
+    WARMDOWN_ITERS=10,
+    MAX_WALLCLOCK_SECONDS=0,
+    VAL_BATCH_SIZE=8192,
+    TRAIN_LOG_EVERY=1,
+    SAVE_EVERY=2,
+    LOG_DIR=WORK,
+    DATA_PATH=WORK / "data",
+)
 PLACES = {  # where a run is, from the last of these lines in its output
-    "set-up": r"^", "warm-up": r"^train_loader:", "training": r"^(resumed from step|step:\d+/\d+ passes:)",
+    "set-up": r"^",
+    "warm-up": r"^train_loader:",
+    "training": r"^(resumed from step|step:\d+/\d+ passes:)",
     "evaluation": rf"^(step:{STEPS}/{STEPS} train_loss|resumed from step:{STEPS}\b)",
-    "export": r"^peak memory", "scoring": r"^Code size:"}
+    "export": r"^peak memory",
+    "scoring": r"^Code size:",
+}
+
 
 class Job:
     """A run, in processes that carry one tag in their environment. `fault`: of `worker`; "" runs the script.
     `torchrun`: its options, where it is not to start all ranks by itself."""
 
-    def __init__(self, name: str, ranks: int = 1, fault: str = "", env: dict[str, Any] | None = None,
-                 torchrun: Iterable[str] = ()) -> None:
-        self.name, self.ranks, self.tag, self.began = name, ranks, uuid.uuid4().hex, time.perf_counter()
+    def __init__(
+        self,
+        name: str,
+        ranks: int = 1,
+        fault: str = "",
+        env: dict[str, Any] | None = None,
+        torchrun: Iterable[str] = (),
+    ) -> None:
+        self.name, self.ranks, self.tag, self.began = (
+            name,
+            ranks,
+            uuid.uuid4().hex,
+            time.perf_counter(),
+        )
         self.folder = Path((env or {}).get("LOG_DIR", WORK)) / name
         self.out = WORK / f"{name}.{self.tag[:6]}.out"
         torchrun = torchrun or ("--standalone", f"--nproc_per_node={ranks}")
-        clean = {k: v for k, v in os.environ.items() if k.lower() not in tg.Config.__dataclass_fields__}
-        own = {k: str(v) for k, v in (BASE | dict(RUN_ID=name, RESUME="auto") | (env or {})).items()}
+        clean = {
+            k: v for k, v in os.environ.items() if k.lower() not in tg.Config.__dataclass_fields__
+        }
+        own = {
+            k: str(v) for k, v in (BASE | dict(RUN_ID=name, RESUME="auto") | (env or {})).items()
+        }
         launcher = ["-m", "torch.distributed.run", *torchrun] if ranks > 1 else []
         program = [__file__, fault] if fault else [str(ROOT / "train_gpt.py")]
-        marks = {"FAULTS_TAG": self.tag, "FAULTS_EXITS": str(self.out.with_suffix(".exits")), STORE: "1"}
+        marks = {
+            "FAULTS_TAG": self.tag,
+            "FAULTS_EXITS": str(self.out.with_suffix(".exits")),
+            STORE: "1",
+        }
         with open(self.out, "w") as out:
-            self.popen = subprocess.Popen([sys.executable, *launcher, *program], env=clean | marks | own,
-                                          stdout=out, stderr=out, start_new_session=True)
+            self.popen = subprocess.Popen(
+                [sys.executable, *launcher, *program],
+                env=clean | marks | own,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
 
     def text(self) -> str:
         return self.out.read_text(errors="replace")
@@ -124,10 +172,12 @@ class Job:
 
     def place(self) -> str:
         """Where it was when it ended, from its output."""
-        return [place for place, line in PLACES.items() if re.search(line, self.text(), re.MULTILINE)][-1]
+        return [
+            place for place, line in PLACES.items() if re.search(line, self.text(), re.MULTILINE)
+        ][-1]
 
     def exits(self) -> list[str]:
-        """"rank: code" of every process of `worker` that chose its end, in that order."""
+        """ "rank: code" of every process of `worker` that chose its end, in that order."""
         path = self.out.with_suffix(".exits")
         return path.read_text().splitlines() if path.exists() else []
 
@@ -136,33 +186,46 @@ class Job:
         found = re.findall(r"^resumed from step:(\d+)", self.text(), re.MULTILINE)
         return int(found[-1]) if found else None
 
+
 def digest(folder: Path) -> str:
     path = folder / tg.ARTIFACT
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
 
+
 def difference(a: Path, b: Path) -> float:
     """Largest |a - b| / max |b| of a tensor, over the tensors of two artifacts."""
-    x, y = ([*tg.load_model((path / tg.ARTIFACT).read_bytes(), str(path))[0].parameters()] for path in (a, b))
+    x, y = (
+        [*tg.load_model((path / tg.ARTIFACT).read_bytes(), str(path))[0].parameters()]
+        for path in (a, b)
+    )
     return max(((p - q).abs().max() / q.abs().max().clamp_min(1e-12)).item() for p, q in zip(x, y))
+
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl; ValueError if one is no JSON."""
+
     def refuse(name: str) -> None:
         raise ValueError(f"{name} is no JSON")
+
     text = (folder / "metrics.jsonl").read_text()
     return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
 
+
 def same_course(a: Path, b: Path) -> bool:
     """Whether two runs logged the same steps, each once, in order, and the same losses to the last bit."""
-    one, two = ([tuple(map(m.get, ("step", "weights", "train_loss", "val_loss"))) for m in metrics(folder)]
-                for folder in (a, b))
+    one, two = (
+        [tuple(map(m.get, ("step", "weights", "train_loss", "val_loss"))) for m in metrics(folder)]
+        for folder in (a, b)
+    )
     return one == two and len({row[:2] for row in one}) == len(one)
+
 
 def finish(name: str, ranks: int, env: dict[str, Any] | None = None) -> Job:
     """An uninterrupted run, or what is left of one."""
     job = Job(name, ranks, env=env)
     job.seconds = job.end() - job.began
     return job
+
 
 def prepare(source: Path) -> None:
     """Copies 60,000 training tokens, in two shards, and 5,001 validation tokens."""
@@ -174,17 +237,27 @@ def prepare(source: Path) -> None:
             sys.exit(f"--data {source} holds no fineweb_{split}_*.bin")
         header = np.fromfile(path, "<i4", 256)
         tokens, header[2] = np.fromfile(path, "<u2", count, offset=1024 + 2 * start), count
-        (WORK / "data" / f"fineweb_{split}_{i:06d}.bin").write_bytes(header.tobytes() + tokens.tobytes())
+        (WORK / "data" / f"fineweb_{split}_{i:06d}.bin").write_bytes(
+            header.tobytes() + tokens.tobytes()
+        )
+
 
 def worker(fault: str) -> None:
     """train_gpt.py with a fault, in this process."""
     kind, _, at = fault.partition(":")
-    leave, now, train_step, hit = os._exit, time.time, tg.Trainer.train_step, range(int(at or 0), STEPS)
+    leave, now, train_step, hit = (
+        os._exit,
+        time.time,
+        tg.Trainer.train_step,
+        range(int(at or 0), STEPS),
+    )
     hit = hit if "forever" in kind else hit[:1]
+
     def note(code: int) -> None:
         with open(os.environ["FAULTS_EXITS"], "a") as file:
             file.write(f"{os.environ.get('RANK', 0)}: {code}\n")
         leave(code)
+
     def broken(self: tg.Trainer, step: int, *rest: Any) -> None:
         forward, world = self.forward, self.world
         if kind == "clock":  # a day ahead, then two days back
@@ -195,10 +268,12 @@ def worker(fault: str) -> None:
             self.forward = lambda *args: forward(*args) * math.nan
         train_step(self, step, *rest)
         self.forward = forward
+
     os._exit = note
     if kind != "plain":
         tg.Trainer.train_step = broken
     os._exit(tg.main())
+
 
 if __name__ == "__main__":
     worker(sys.argv[1])

@@ -1,15 +1,16 @@
 """The run matrix: the rows of runs.toml, each with several seeds, one folder a run, and what they show.
 
-    python records/ablate.py list                                    # rows, series, hypotheses
-    python records/ablate.py run series1 wins --seeds 3 --nproc 8    # one node, one run after the other
-    python records/ablate.py run all --seeds 3 --nproc 8 --cluster slurm --job slurm_partition=gpu
-    python records/ablate.py report                                  # tables, pictures, report.html
+    python records/tools/ablate.py list                                    # rows, series, hypotheses
+    python records/tools/ablate.py run series1 wins --seeds 3 --nproc 8    # one node, one run after the other
+    python records/tools/ablate.py run all --seeds 3 --nproc 8 --cluster slurm --job slurm_partition=gpu
+    python records/tools/ablate.py report                                  # tables, pictures, report.html
 
 A run is `train_gpt.py` with the variables of its row, of the scale and of `--set`; other options of the
 script that happen to stand in the environment do not reach it. It lives in <out>/<scale>/<row>/seed<n>/,
 where run.json says how it was started. `run` can be stopped and started again at any time: a finished run
 is left alone, a run that was cut off is set aside and made again, a failed one is tried again.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -27,7 +28,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import train_gpt as tg
 
@@ -36,8 +37,10 @@ OPTIONS = {name.upper() for name in FIELDS} | {"USE_DEPTH_EMBED"}
 
 # ---- 1. The table ----------------------------------------------------------------------------------------
 
+
 class Row(NamedTuple):
     """One row of runs.toml."""
+
     name: str
     series: str
     what: str
@@ -45,18 +48,23 @@ class Row(NamedTuple):
     baselines: list[str]
     set: dict[str, str]
 
+
 class Scale(NamedTuple):
     """A size at which rows are run: variables, and divisors of the row's own values."""
+
     name: str
     what: str
     divide: dict[str, int]
     set: dict[str, str]
 
+
 class Claim(NamedTuple):
     """What a source concludes from several pairs of rows, [row, baseline] each."""
+
     name: str
     what: str
     pairs: list[list[str]]
+
 
 class Table(NamedTuple):
     rows: dict[str, Row]
@@ -68,24 +76,33 @@ class Table(NamedTuple):
         series, picked = {row.series for row in self.rows.values()}, {}
         for name in names:
             if name not in self.rows and name not in series and name != "all":
-                raise ValueError(f"{name} is neither a run nor a series; runs: {', '.join(self.rows)}; "
-                                 f"series: {', '.join(sorted(series))}; or all")
+                raise ValueError(
+                    f"{name} is neither a run nor a series; runs: {', '.join(self.rows)}; "
+                    f"series: {', '.join(sorted(series))}; or all"
+                )
             picked |= {r.name: r for r in self.rows.values() if name in (r.name, r.series, "all")}
         return list(picked.values())
+
 
 def texts(values: dict[str, Any]) -> dict[str, str]:
     """Variables as an environment holds them."""
     return {name: tg.show(value) for name, value in values.items()}
 
+
 def read_table(path: Path) -> Table:
     """The table in a TOML file; ValueError says which entry is wrong."""
+
     def entries(kind: type, section: str) -> dict[str, Any]:
         made = {}
         for name, entry in data.get(section, {}).items():
             if entry.keys() != set(kind._fields) - {"name"}:
-                raise ValueError(f"{path}: {section}.{name} has {', '.join(entry)}; it needs "
-                                 f"{', '.join(kind._fields[1:])}")
-            made[name] = kind(name, **entry | ({"set": texts(entry["set"])} if "set" in entry else {}))
+                raise ValueError(
+                    f"{path}: {section}.{name} has {', '.join(entry)}; it needs "
+                    f"{', '.join(kind._fields[1:])}"
+                )
+            made[name] = kind(
+                name, **entry | ({"set": texts(entry["set"])} if "set" in entry else {})
+            )
         return made
 
     try:
@@ -100,9 +117,13 @@ def read_table(path: Path) -> Table:
             raise ValueError(f"{path}: {entry} names {', '.join(missing)}, which is not a run")
     return table
 
+
 # ---- 2. What a run is ------------------------------------------------------------------------------------
 
-def variables(row: Row, scale: Scale | None, scale_name: str, given: dict[str, str]) -> dict[str, str]:
+
+def variables(
+    row: Row, scale: Scale | None, scale_name: str, given: dict[str, str]
+) -> dict[str, str]:
     """The variables of a row at a scale of the table (`scale`), of train_gpt.py (`scale_name`) or its own."""
     if scale is None:
         preset = [p for p in (row.set.get("PRESET", ""), scale_name) if p]
@@ -112,13 +133,17 @@ def variables(row: Row, scale: Scale | None, scale_name: str, given: dict[str, s
     for name, divisor in scale.divide.items():
         value, rest = divmod(getattr(full, name.lower()), divisor)
         if rest or not value:
-            raise ValueError(f"scale {scale.name}: {name} of {row.name} is not a multiple of {divisor}")
+            raise ValueError(
+                f"scale {scale.name}: {name} of {row.name} is not a multiple of {divisor}"
+            )
         divided[name] = str(value)
     return scale.set | row.set | divided | given
+
 
 @dataclass(frozen=True, eq=False)
 class Run:
     """A row with a seed, where it goes and how it is launched."""
+
     row: str
     seed: int
     scale: str
@@ -136,10 +161,18 @@ class Run:
     def environment(self) -> dict[str, str]:
         parent = self.folder.parent
         log_dir = parent.relative_to(ROOT) if parent.is_relative_to(ROOT) else parent
-        return self.variables | dict(SEED=str(self.seed), LOG_DIR=str(log_dir), RUN_ID=self.folder.name)
+        return self.variables | dict(
+            SEED=str(self.seed), LOG_DIR=str(log_dir), RUN_ID=self.folder.name
+        )
 
     def command(self) -> list[str]:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(self.ranks)]
+        torchrun = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(self.ranks),
+        ]
         return [sys.executable, *(torchrun if self.ranks > 1 else []), "train_gpt.py"]
 
     def beside(self, suffix: str) -> Path:
@@ -148,25 +181,35 @@ class Run:
     def __str__(self) -> str:
         return f"{self.row} seed {self.seed}"
 
+
 def finished(run: Run) -> bool:
     """Whether its folder holds its result; ValueError if that is the result of other variables."""
     path = run.folder / "result.json"
     if not path.exists():
         return False
     recorded, asked = FIELDS | json.loads(path.read_text())["config"], asdict(run.config())
-    apart = [f"{n.upper()} {tg.show(recorded[n])} there, {tg.show(asked[n])} asked for" for n in asked
-             if recorded[n] != asked[n] and n not in ("log_dir", "run_id", "preset")]
+    apart = [
+        f"{n.upper()} {tg.show(recorded[n])} there, {tg.show(asked[n])} asked for"
+        for n in asked
+        if recorded[n] != asked[n] and n not in ("log_dir", "run_id", "preset")
+    ]
     if apart:
-        raise ValueError(f"{run.folder} holds another run ({'; '.join(apart)}): choose another --out")
+        raise ValueError(
+            f"{run.folder} holds another run ({'; '.join(apart)}): choose another --out"
+        )
     return True
 
+
 # ---- 3. One run ------------------------------------------------------------------------------------------
+
 
 class Failed(RuntimeError):
     """A run that did not end with a result; the message is its cause."""
 
+
 class Busy(Failed):
     """Another process is making this run."""
+
 
 @contextmanager
 def locked(path: Path) -> Iterator[int]:
@@ -179,27 +222,37 @@ def locked(path: Path) -> Iterator[int]:
             raise Busy("another process is making this run") from None
         yield file.fileno()
 
+
 def set_aside(folder: Path) -> None:
     """Renames what a run left that did not end, to the first free name."""
     if folder.exists():
         names = (folder.with_name(f"{folder.name}.unfinished{i}") for i in range(1, 10_000))
         folder.rename(next(name for name in names if not name.exists()))
 
+
 def commit() -> str | None:
     """The commit of the script, "+" behind it if the script was edited since; None outside of git."""
+
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            ["git", *words], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
+
     try:
         edited = git("status", "--porcelain", "train_gpt.py")
         return git("rev-parse", "HEAD").strip() + ("+" if edited else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
+
 def cause(console: Path, code: int) -> str:
     """The line of a failed run's output that says why."""
-    lines = [line.strip() for line in console.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [
+        line.strip() for line in console.read_text(errors="replace").splitlines() if line.strip()
+    ]
     ours = [line for line in lines if line.startswith("[rank ")]
     return f"exit code {code}: {(ours or lines or ['no output'])[0 if ours else -1]} ({console})"
+
 
 def execute(run: Run, tick: Callable[[float], None]) -> bool:
     """Makes a run unless it is there; whether it was made now. Failed says why there is no result."""
@@ -211,8 +264,15 @@ def execute(run: Run, tick: Callable[[float], None]) -> bool:
         console, words = run.beside(".console"), run.command()
         script, started = commit(), time.time()
         with open(console, "wb") as out:
-            process = subprocess.Popen(words, cwd=ROOT, env=clean | run.environment(), stdout=out,
-                                       stderr=out, stdin=subprocess.DEVNULL, pass_fds=[lock])
+            process = subprocess.Popen(
+                words,
+                cwd=ROOT,
+                env=clean | run.environment(),
+                stdout=out,
+                stderr=out,
+                stdin=subprocess.DEVNULL,
+                pass_fds=[lock],
+            )
         try:
             while process.poll() is None:
                 tick(time.time() - started)
@@ -222,14 +282,24 @@ def execute(run: Run, tick: Callable[[float], None]) -> bool:
             process.wait()
         if not finished(run):
             raise Failed(cause(console, process.returncode))
-        record = dict(row=run.row, seed=run.seed, scale=run.scale, variables=run.variables, ranks=run.ranks,
-                      command=["python", *words[1:]], git_commit=script, exit_code=process.returncode,
-                      wall_seconds=round(time.time() - started, 1))
+        record = dict(
+            row=run.row,
+            seed=run.seed,
+            scale=run.scale,
+            variables=run.variables,
+            ranks=run.ranks,
+            command=["python", *words[1:]],
+            git_commit=script,
+            exit_code=process.returncode,
+            wall_seconds=round(time.time() - started, 1),
+        )
         tg.write_atomically(run.folder / "run.json", json.dumps(record, indent=1).encode())
         console.unlink()
         return True
 
+
 # ---- 4. The matrix ---------------------------------------------------------------------------------------
+
 
 class Board:
     """What has been done and how long the rest will take: a line on a terminal, plain lines elsewhere."""
@@ -274,8 +344,10 @@ class Board:
         if made:
             result, left = json.loads((run.folder / "result.json").read_text()), self.seconds_left()
             large = "" if result["fits"] else "; TOO LARGE for a submission"
-            self.say(f"{place} {run}: val_bpb {result['roundtrip']['val_bpb']:.4f}{large}, "
-                     f"{duration(left or 0)} left")
+            self.say(
+                f"{place} {run}: val_bpb {result['roundtrip']['val_bpb']:.4f}{large}, "
+                f"{duration(left or 0)} left"
+            )
 
     def failed(self, run: Run, why: str) -> None:
         self.say(f"{self.place()} {run}: FAILED, {why}")
@@ -284,15 +356,19 @@ class Board:
 
     def summary(self) -> int:
         """Prints what came of it; the exit code."""
-        self.say(f"{len(self.runs)} runs: {self.made} made, {self.found} there already, "
-                 f"{len(self.failures)} failed, {len(self.left)} not started")
+        self.say(
+            f"{len(self.runs)} runs: {self.made} made, {self.found} there already, "
+            f"{len(self.failures)} failed, {len(self.left)} not started"
+        )
         for run, why in self.failures.items():
             self.say(f"  {run}: {why}")
         return 1 if self.failures or self.left else 0
 
+
 def duration(seconds: float) -> str:
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+
 
 def run_here(board: Board) -> None:
     """One run after the other; a failure does not stop the rest."""
@@ -302,33 +378,60 @@ def run_here(board: Board) -> None:
         except (Failed, ValueError) as error:
             board.failed(run, str(error))
 
+
 def run_by_jobs(board: Board, options: argparse.Namespace) -> None:
     """Hands every run that is not there to submitit, each as this command for one row and seed; waits."""
-    import submitit  # optional: records/requirements.txt
+    import submitit  # optional: records/tools/requirements.txt
     from submitit.helpers import CommandFunction
+
     out, parameters = options.out.resolve(), pairs(options.job)
     jobs, executor = {}, submitit.AutoExecutor(out / "jobs", cluster=options.cluster)
-    executor.update_parameters(**{name: int(v) if v.isdigit() else v for name, v in parameters.items()})
-    same = ["--nproc", str(options.nproc), "--out", str(out), "--table", str(options.table.resolve()),
-            "--scale", options.scale, *(["--set", *options.set] if options.set else [])]
+    executor.update_parameters(
+        **{name: int(v) if v.isdigit() else v for name, v in parameters.items()}
+    )
+    same = [
+        "--nproc",
+        str(options.nproc),
+        "--out",
+        str(out),
+        "--table",
+        str(options.table.resolve()),
+        "--scale",
+        options.scale,
+        *(["--set", *options.set] if options.set else []),
+    ]
     for run in list(board.left):
         if finished(run):
             board.done(run, False)
     with executor.batch():
         for run in board.left:
-            jobs[run] = executor.submit(CommandFunction(
-                [sys.executable, str(Path(__file__).resolve()), "run", run.row, "--first-seed", str(run.seed),
-                 *same]))
+            jobs[run] = executor.submit(
+                CommandFunction(
+                    [
+                        sys.executable,
+                        str(Path(__file__).resolve()),
+                        "run",
+                        run.row,
+                        "--first-seed",
+                        str(run.seed),
+                        *same,
+                    ]
+                )
+            )
     board.say(f"{len(jobs)} jobs, logs in {out / 'jobs'}")
     while board.left:
         for run in [run for run in board.left if jobs[run].done()]:
             if finished(run):
                 board.done(run, True)
             else:
-                board.failed(run, f"job {jobs[run].job_id} ended without a result: {jobs[run].paths.stderr}")
+                board.failed(
+                    run, f"job {jobs[run].job_id} ended without a result: {jobs[run].paths.stderr}"
+                )
         time.sleep(0.2)
 
+
 # ---- 5. The command --------------------------------------------------------------------------------------
+
 
 def pairs(words: list[str]) -> dict[str, str]:
     """KEY=VALUE words."""
@@ -336,6 +439,7 @@ def pairs(words: list[str]) -> dict[str, str]:
         if "=" not in word:
             raise ValueError(f"{word!r} is not KEY=VALUE")
     return dict(word.split("=", 1) for word in words)
+
 
 def plan(table: Table, options: argparse.Namespace) -> list[Run]:
     """The runs that are asked for, seed by seed; ValueError if nothing like it exists."""
@@ -345,14 +449,25 @@ def plan(table: Table, options: argparse.Namespace) -> list[Run]:
     if taken := given.keys() & {"SEED", "LOG_DIR", "RUN_ID", "EVAL_ONLY"}:
         raise ValueError(f"--set {', '.join(sorted(taken))}: the matrix sets that itself")
     if options.scale and scale is None and options.scale not in tg.SCALES:
-        raise ValueError(f"--scale {options.scale}: there are {', '.join([*tg.SCALES, *table.scales])}")
+        raise ValueError(
+            f"--scale {options.scale}: there are {', '.join([*tg.SCALES, *table.scales])}"
+        )
     runs = []
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         for row in table.pick(options.names):
             name = options.scale or "full"
-            runs.append(Run(row.name, seed, name, variables(row, scale, options.scale, given),
-                            options.out.resolve() / name / row.name / f"seed{seed}", options.nproc))
+            runs.append(
+                Run(
+                    row.name,
+                    seed,
+                    name,
+                    variables(row, scale, options.scale, given),
+                    options.out.resolve() / name / row.name / f"seed{seed}",
+                    options.nproc,
+                )
+            )
     return runs
+
 
 def show_table(table: Table, names: list[str]) -> None:
     for row in table.pick(names or ["all"]):
@@ -363,6 +478,7 @@ def show_table(table: Table, names: list[str]) -> None:
             print(f"{'':9}not runnable: {unknown} is not an option of this train_gpt.py")
     for scale in table.scales.values():
         print(f"scale {scale.name}: {scale.what}")
+
 
 def run_matrix(table: Table, options: argparse.Namespace) -> int:
     """Every run is checked before the first is launched; one that cannot run is a failure among others."""
@@ -383,8 +499,10 @@ def run_matrix(table: Table, options: argparse.Namespace) -> int:
         board.say("interrupted; the same command goes on")
     return board.summary()
 
+
 def show_report(table: Table, options: argparse.Namespace) -> int:
-    from records import report  # optional: records/requirements.txt
+    from records.tools import report  # optional: records/tools/requirements.txt
+
     name, scale = options.scale or "full", table.scales.get(options.scale)
     what = f"Scale {name}: {scale.what}." if scale else f"Scale {name} of train_gpt.py."
     folder = options.out.resolve() / name
@@ -392,28 +510,46 @@ def show_report(table: Table, options: argparse.Namespace) -> int:
         print(path)
     return 0
 
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = top.add_subparsers(dest="command", required=True)
     listing, run, report = (commands.add_parser(name) for name in ("list", "run", "report"))
     for sub in (listing, run):
         sub.add_argument("names", nargs="*" if sub is listing else "+", help="runs, series, or all")
     run.add_argument("--seeds", type=int, default=1, help="how many, counted from --first-seed")
     run.add_argument("--first-seed", type=int, default=1337)
-    run.add_argument("--nproc", type=int, default=1, help="ranks, one a GPU; more than one by torchrun")
-    run.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="variables for every run")
-    run.add_argument("--cluster", choices=("slurm", "local"), default="", help="one submitit job a run")
-    run.add_argument("--job", nargs="+", default=[], metavar="KEY=VALUE", help="submitit's job parameters")
+    run.add_argument(
+        "--nproc", type=int, default=1, help="ranks, one a GPU; more than one by torchrun"
+    )
+    run.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="variables for every run"
+    )
+    run.add_argument(
+        "--cluster", choices=("slurm", "local"), default="", help="one submitit job a run"
+    )
+    run.add_argument(
+        "--job", nargs="+", default=[], metavar="KEY=VALUE", help="submitit's job parameters"
+    )
     report.add_argument("--to", type=Path, help="folder for the report; else <out>/<scale>")
     for sub in (run, report):
-        sub.add_argument("--scale", default="", help="of runs.toml or of train_gpt.py; else full size")
-        sub.add_argument("--out", type=Path, default=ROOT / "logs" / "lab", help="folder of the runs")
+        sub.add_argument(
+            "--scale", default="", help="of runs.toml or of train_gpt.py; else full size"
+        )
+        sub.add_argument(
+            "--out", type=Path, default=ROOT / "logs" / "lab", help="folder of the runs"
+        )
     for sub in (listing, run, report):
         sub.add_argument("--table", type=Path, default=ROOT / "records" / "runs.toml")
     return top
 
+
 def main() -> int:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a run is ended with its launcher
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # so that a run is ended with its launcher
     options = parser().parse_args()
     try:
         table = read_table(options.table)
@@ -426,6 +562,7 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,9 +1,10 @@
 """Processor time of a training step at one, two and three passes, plain and with the recurrence study's set.
 
-    OMP_NUM_THREADS=1 taskset -c 0 python records/growth/step_times.py >> records/growth/step_times.jsonl
+    OMP_NUM_THREADS=1 taskset -c 0 python records/tools/step_times.py >> records/growth/step_times.jsonl
 
 What the numbers of steps of `growth/` follow from. Rows and passes take their steps in turn; needs no data.
 """
+
 import json
 import statistics
 import sys
@@ -16,13 +17,25 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train_gpt as tg
 
-PLAIN = dict(USE_PERI_NORM="0", USE_BIRKHOFF_MIX="0", USE_TIMESTEP_SCALE="0", USE_TIMESTEP_BIAS="0",
-             DEPTH_EMBED="none")
+PLAIN = dict(
+    USE_PERI_NORM="0",
+    USE_BIRKHOFF_MIX="0",
+    USE_TIMESTEP_SCALE="0",
+    USE_TIMESTEP_BIAS="0",
+    DEPTH_EMBED="none",
+)
+
 
 def measure(width: int, heads: int, length: int, batch: int, steps: int) -> dict[str, float]:
     """Median milliseconds by row and passes; the first two of the steps are left out."""
-    size = dict(MODEL_DIM=str(width), NUM_HEADS=str(heads), NUM_KV_HEADS="1", TRAIN_SEQ_LEN=str(length),
-                TRAIN_BATCH_TOKENS=str(batch), MICRO_BATCH_TOKENS=str(batch))
+    size = dict(
+        MODEL_DIM=str(width),
+        NUM_HEADS=str(heads),
+        NUM_KV_HEADS="1",
+        TRAIN_SEQ_LEN=str(length),
+        TRAIN_BATCH_TOKENS=str(batch),
+        MICRO_BATCH_TOKENS=str(batch),
+    )
     ids, world, trainers = torch.randint(1024, (batch + 1,)), tg.World({}), {}
     micro = [(ids[:-1].view(-1, length), ids[1:].view(-1, length))]
     for row, values in (("plain", PLAIN), ("set", {})):
@@ -38,8 +51,11 @@ def measure(width: int, heads: int, length: int, batch: int, steps: int) -> dict
                 times.setdefault(f"{row} {passes}", []).append(1e3 * (time.process_time() - start))
     return {name: round(statistics.median(values[2:]), 1) for name, values in times.items()}
 
+
 if __name__ == "__main__":
-    for size in (dict(width=64, heads=2, length=256, batch=4096),
-                 dict(width=32, heads=1, length=128, batch=2048)):
+    for size in (
+        dict(width=64, heads=2, length=256, batch=4096),
+        dict(width=32, heads=1, length=128, batch=2048),
+    ):
         times = measure(**size, steps=14)
         print(json.dumps(size | dict(milliseconds=times, versions=tg.versions(tg.World({})))))

@@ -1,0 +1,327 @@
+"""The faults of `faults.py table`, and what is expected of a run that meets them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fault_job import PLACES, STEPS, STORE, WORK, Job
+
+DISK, SAVED = (
+    WORK / "disk",
+    {"SAVE_EVERY": 5},
+)  # a small disk of its own; what the runs of the table have
+
+
+class Case(NamedTuple):
+    """A fault: `act` on a run when its output has the line `mark`, and what is expected then."""
+
+    fault: str
+    expected: str
+    line: str  # a pattern of the message
+    exits: str  # "rank: code" of the ranks that choose their end
+    act: Callable[[Job], Any] = lambda job: None
+    mark: str = r"^step:7/"
+    ranks: int = 1
+    inject: str = "plain"
+    env: dict[str, Any] = {}
+    before: Callable[[str], Any] = lambda name: None  # is given the run's name
+    undo: Callable[[Job], Any] = lambda job: None  # before it is resumed
+    resume: bool = True
+    same: bool = True  # the final artifact is that of an uninterrupted run
+    torchrun: tuple[str, ...] = ()
+
+
+def mount(*options: str) -> None:
+    DISK.mkdir(exist_ok=True)
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(DISK)], check=True
+    )
+
+
+def remount(mode: str) -> None:
+    """Tried again while a file is open for writing."""
+    while subprocess.run(
+        ["mount", "-o", f"remount,{mode}", str(DISK)], capture_output=True
+    ).returncode:
+        time.sleep(0.01)
+
+
+def fill(_: Job) -> None:
+    with contextlib.suppress(OSError), open(DISK / "filler", "wb", buffering=0) as file:
+        while file.write(b"\0" * 65536):
+            pass
+
+
+def to_rank(number: int, sent: signal.Signals) -> Callable[[Job], None]:
+    return lambda job: os.kill(job.rank(number), sent)
+
+
+def to_launcher(sent: signal.Signals) -> Callable[[Job], None]:
+    return lambda job: job.popen.send_signal(sent)
+
+
+def to_all(sent: signal.Signals) -> Callable[[Job], None]:
+    """As Slurm does: torchrun then passes its own on to the ranks, which get a second one."""
+    return lambda job: [os.kill(pid, sent) for pid in job.processes()] and None
+
+
+def own_data(name: str) -> None:
+    shutil.copytree(WORK / "data", WORK / "broken", dirs_exist_ok=True)
+
+
+def shard(act: Callable[[Path], Any], **env: Any) -> dict[str, Any]:
+    """Fields of a case in which something happens to a shard in the middle of a run."""
+    path = WORK / "broken" / "fineweb_train_000000.bin"
+    return dict(
+        env=env | {"DATA_PATH": path.parent},
+        before=own_data,
+        act=lambda job: act(path),
+        undo=lambda job: own_data(job.name),
+    )
+
+
+def checkpoints(damage: Callable[[list[Path]], Any] = len) -> dict[str, Any]:
+    """Fields of a case that begins with the folder of a run killed after step 17, and `damage` to that."""
+
+    def before(name: str) -> None:
+        if not (WORK / "killed").exists():
+            job = Job("killed", env=SAVED)
+            job.wait_for(r"^step:17/")
+            job.kill()
+        shutil.copytree(WORK / "killed", WORK / name)
+        damage(sorted((WORK / name).glob("*.ckpt")))
+
+    return dict(before=before, mark=r"^", resume=False)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+TERM, PREVIOUS = signal.SIGTERM, "warning, the checkpoint before it is used"
+STOPPED = dict(expected="exit 5", line="stopped by SIGTERM", exits="0: 5")
+ONE_STOPPED = STOPPED | dict(act=to_launcher(TERM))
+BOTH_STOPPED = STOPPED | dict(expected="both exit 5", exits="0: 5, 1: 5", ranks=2)
+RESTARTS = ("--standalone", "--nproc_per_node=2", "--max-restarts=2")
+ON_DISK = dict(env={"LOG_DIR": DISK})
+
+CASES = (
+    *(
+        Case(
+            f"rank {r} of 2 killed",
+            f"rank {1 - r} names it, exit 6",
+            rf"\[rank {1 - r}\] .*lost ranks: \[?{r}\b",
+            f"{1 - r}: 6",
+            to_rank(r, signal.SIGKILL),
+            ranks=2,
+        )
+        for r in (0, 1)
+    ),
+    Case(
+        "rank 1 of 2 hangs (SIGSTOP), RANK_TIMEOUT_SECONDS=5",
+        "rank 0 names it, exit 6",
+        r"lost ranks: \[1\]",
+        "0: 6",
+        to_rank(1, signal.SIGSTOP),
+        ranks=2,
+        env={"RANK_TIMEOUT_SECONDS": 5},
+    ),
+    Case(
+        f"rank 1 of 2 killed, torchrun --max-restarts=2, {STORE}=1",
+        "goes on by itself",
+        r"^resumed from step:[1-9]",
+        "0: 6, 0: 0, 1: 0",
+        to_rank(1, signal.SIGKILL),
+        ranks=2,
+        resume=False,
+        torchrun=RESTARTS,
+    ),
+    Case(
+        "the same without",
+        "goes on by itself",
+        r"^resumed from step:[1-9]",
+        "0: 6, 0: 0, 1: 0",
+        to_rank(1, signal.SIGKILL),
+        ranks=2,
+        env={STORE: "0"},
+        resume=False,
+        torchrun=RESTARTS,
+    ),
+    Case(
+        "NaN on rank 1 of 2 in step 13",
+        "step is left out, exit 0",
+        r"^step:13/\d+ train_loss:nan",
+        "0: 0, 1: 0",
+        ranks=2,
+        inject="nan:12",
+        mark=r"^step:13/",
+        resume=False,
+        same=False,
+    ),
+    Case(
+        "NaN on rank 1 of 2 from step 13 on",
+        "exit 3, nothing exported",
+        "is not finite",
+        "0: 3, 1: 3",
+        ranks=2,
+        inject="nan-forever:12",
+        mark=r"^step:13/",
+        same=False,
+    ),
+    Case(
+        "train shard removed, 2 ranks",
+        "names it, exit 2",
+        "No such file",
+        "0: 2, 1: 2",
+        ranks=2,
+        **shard(Path.unlink),
+    ),
+    Case(
+        "train shard removed, SAVE_EVERY=0",
+        "names it, saves, exit 2",
+        "No such file",
+        "0: 2",
+        **shard(Path.unlink, SAVE_EVERY=0),
+    ),
+    Case(
+        "train shard truncated",
+        "names it, exit 2",
+        "was cut after it was opened",
+        "0: 2",
+        **shard(cut),
+    ),
+    Case(
+        "disk too small for checkpoints (tmpfs, 3 MB)",
+        "warnings, exit 0",
+        "warning: no checkpoint of step 5:",
+        "0: 0",
+        before=lambda _: mount("size=3m"),
+        resume=False,
+        **ON_DISK,
+    ),
+    Case(
+        "disk full from step 22 on (tmpfs, 32 MB)",
+        "exit 2 at the export; resumes once there is room",
+        "No space left",
+        "0: 2",
+        fill,
+        r"^step:22/",
+        before=lambda _: mount("size=32m"),
+        undo=lambda _: (DISK / "filler").unlink(),
+        **ON_DISK,
+    ),
+    Case(
+        "LOG_DIR read-only",
+        "exit 2",
+        "Read-only file system",
+        "0: 2",
+        mark=r"^",
+        before=lambda _: mount("size=32m", "ro"),
+        undo=lambda _: remount("rw"),
+        **ON_DISK,
+    ),
+    Case(
+        "LOG_DIR read-only from step 7 on",
+        "exit 2 at the export; resumes once it is writable",
+        "Read-only file system",
+        "0: 2",
+        lambda _: remount("ro"),
+        before=lambda _: mount("size=32m"),
+        undo=lambda _: remount("rw"),
+        **ON_DISK,
+    ),
+    Case(
+        "time.time() jumps by days",
+        "nothing changes",
+        rf"^step:{STEPS}/{STEPS} train_loss",
+        "0: 0",
+        inject="clock",
+        mark=r"^step:10/",
+        resume=False,
+    ),
+    Case(
+        "SIGTERM in warm-up",
+        **STOPPED,
+        act=lambda job: time.sleep(0.3) or job.popen.send_signal(TERM),
+        mark=PLACES["warm-up"],
+        env={"WARMUP_STEPS": 100},
+    ),
+    Case("SIGTERM in evaluation", **ONE_STOPPED, mark=PLACES["evaluation"]),
+    Case("SIGTERM in export", **ONE_STOPPED, mark=r"^packed"),
+    Case("SIGTERM in export, SAVE_EVERY=0", **ONE_STOPPED, mark=r"^packed", env={"SAVE_EVERY": 0}),
+    Case(
+        "SIGTERM to torchrun and both ranks in evaluation, SAVE_EVERY=0",
+        **BOTH_STOPPED,
+        act=to_all(TERM),
+        mark=PLACES["evaluation"],
+        env={"SAVE_EVERY": 0},
+    ),
+    Case("SIGTERM in scoring", **ONE_STOPPED, mark=PLACES["scoring"]),
+    Case("SIGTERM in training", **ONE_STOPPED),
+    Case("SIGTERM to torchrun in training, 2 ranks", **BOTH_STOPPED, act=to_launcher(TERM)),
+    Case("SIGTERM to rank 1 alone in training, 2 ranks", **BOTH_STOPPED, act=to_rank(1, TERM)),
+    Case("SIGINT in training", "exit 5", "stopped by SIGINT", "0: 5", to_launcher(signal.SIGINT)),
+    Case(
+        "last checkpoint truncated",
+        PREVIOUS,
+        "warning: .*00015.ckpt is damaged or truncated",
+        "0: 0",
+        **checkpoints(lambda paths: cut(paths[-1])),
+    ),
+    Case(
+        "a bit of the last checkpoint flipped",
+        PREVIOUS,
+        "warning: .*00015.ckpt is damaged or truncated",
+        "0: 0",
+        **checkpoints(lambda paths: flip(paths[-1])),
+    ),
+    Case(
+        "both checkpoints damaged",
+        "refused, exit 2",
+        r"\[rank 0\] RESUME=auto: .*00015.ckpt is damaged",
+        "0: 2",
+        **checkpoints(lambda paths: [flip(path) for path in paths]),
+        same=False,
+    ),
+    Case(
+        "resumed with another MATRIX_LR",
+        "refused, names it, exit 2",
+        r"\[rank 0\] RESUME=auto: .*MATRIX_LR was 0.04, is 0.01",
+        "0: 2",
+        **checkpoints(),
+        env={"MATRIX_LR": 0.01},
+        same=False,
+    ),
+    Case(
+        "one rank's run resumed on two",
+        "goes on, equal to rounding",
+        "^resumed from step:15",
+        "0: 0, 1: 0",
+        ranks=2,
+        **checkpoints(),
+        same=False,
+    ),
+    Case(
+        "a finished run resumed",
+        "refused, exit 2",
+        "holds a finished run",
+        "0: 2",
+        mark=r"^",
+        resume=False,
+        before=lambda name: shutil.copytree(WORK / "whole1", WORK / name),
+    ),
+)
