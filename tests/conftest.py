@@ -17,14 +17,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import shutil
 import signal
 import sysconfig
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping
 
 import numpy as np
 import pytest
 import sample
 import torch
-from helpers import THREADS
+from helpers import NAMES, THREADS
 from hypothesis import HealthCheck, settings
+
+import train_gpt as tg
 
 torch.set_num_threads(THREADS)
 # No example has a time limit: a loaded machine is no fault of the code.
@@ -57,6 +59,25 @@ def pytest_runtest_protocol() -> Generator[None, bool | None, bool | None]:
 def same_draws() -> None:
     """What a test draws from PyTorch's global generator is the same in every run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def main_here(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mapping[str, str]], int]:
+    """Runs the script's `main` in this process with these variables; its exit code.
+
+    It gets no signals: Ctrl-C is to end the tests, not one run of them.
+    """
+
+    def run(env: Mapping[str, str]) -> int:
+        with monkeypatch.context() as patch:
+            for name in NAMES:
+                patch.delenv(name, raising=False)
+            for name, value in env.items():
+                patch.setenv(name, value)
+            patch.setattr(signal, "signal", lambda number, handler: None)
+            return tg.main()
+
+    return run
 
 
 @pytest.fixture(scope="session")

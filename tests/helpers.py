@@ -47,7 +47,7 @@ def run_here(env: Mapping[str, str], folder: Path) -> dict[str, Any]:
     """A run in this process, in `folder`; what its result.json holds."""
     config = tg.Config.from_env({"RUN_ID": "run", **env, "LOG_DIR": str(folder)})
     assert tg.run(config, tg.World({})) == 0
-    return json.loads((folder / config.run_id / "result.json").read_text())
+    return result_of(folder / config.run_id)
 
 
 def clean_environment() -> dict[str, str]:
@@ -121,6 +121,11 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 def losses(folder: Path) -> list[float]:
     """The training losses that a run logged."""
     return [row["train_loss"] for row in metrics(folder) if "train_loss" in row]
+
+
+def result_of(folder: Path) -> dict[str, Any]:
+    """A run's result.json."""
+    return json.loads((folder / "result.json").read_text())
 
 
 def log_of(folder: Path) -> str:

@@ -1,6 +1,5 @@
 """Whole runs: every preset trains, exports, reloads and scores; ranks agree; warm-up, averages."""
 
-import json
 import math
 import shutil
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from helpers import (
     losses,
     metrics,
     real_trainer,
+    result_of,
     run_here,
     start,
 )
@@ -81,10 +81,6 @@ def test_training_lowers_the_loss_and_health_is_true(
     assert "step:25/25 train_loss:" in log and "Total submission size int8+zlib: " in log
     assert "final_int8_zlib_roundtrip_exact val_loss:" in log
     assert f"val_bpb:{result['roundtrip']['val_bpb']:.8f}" in log
-
-
-def result_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "result.json").read_text())
 
 
 def test_one_rank_and_two_ranks_agree(corpus: dict[str, str], tmp_path: Path) -> None:
