@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import sample
 import torch
-from helpers import NAMES, THREADS
+from helpers import NAMES, ON_CPU, THREADS
 from hypothesis import HealthCheck, settings
 
 import train_gpt as tg
@@ -32,8 +32,6 @@ torch.set_num_threads(THREADS)
 # No example has a time limit: a loaded machine is no fault of the code.
 settings.register_profile("any load", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any load")
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def pytest_xdist_auto_num_workers() -> int:
@@ -47,7 +45,7 @@ def pytest_runtest_protocol() -> Generator[None, bool | None, bool | None]:
 
     A run of the script in this process installs its own; left there, Ctrl-C would end no test.
     """
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in tg.STOP_SIGNALS}
     try:
         return (yield)
     finally:
@@ -72,9 +70,9 @@ def main_here(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mapping[str, str]], 
         with monkeypatch.context() as patch:
             for name in NAMES:
                 patch.delenv(name, raising=False)
-            for name, value in env.items():
+            for name, value in (ON_CPU | dict(env)).items():
                 patch.setenv(name, value)
-            patch.setattr(signal, "signal", lambda number, handler: None)
+            patch.setattr(tg.World, "handle_signals", lambda world: None)
             return tg.main()
 
     return run
@@ -84,8 +82,11 @@ def main_here(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mapping[str, str]], 
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Variables that point a run at 60,000 training and 5,001 validation tokens of source code."""
     root, source = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("source")
-    for path in Path(sysconfig.get_path("stdlib")).glob("*.py"):  # a third of it is enough
-        shutil.copy(path, source)
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    for path in [*stdlib.glob("*.py"), *stdlib.glob("[a-e]*/*.py")]:  # a third of it is enough
+        copy = source / path.relative_to(stdlib)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(path, copy)
     sample.build(root, source, 1024)
     folder = root / "datasets" / "sample_sp1024"
     for split, count in (("train", 60_000), ("val", 5_001)):

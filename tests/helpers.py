@@ -5,13 +5,14 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import socket
 import struct
 import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ SCRIPT = Path(tg.__file__)
 ROOT = SCRIPT.parent
 THREADS = int(os.environ["OMP_NUM_THREADS"])  # of every process, set in conftest.py
 HANG = 600  # seconds after which a process is taken to hang, on a machine however loaded
+ON_CPU = {"DEVICE": "cpu"}  # where every test runs that does not say otherwise
 # The variables that configure a run.
 NAMES = {f.name.upper() for f in fields(tg.Config)} | {"USE_DEPTH_EMBED", "RANK", "WORLD_SIZE"}
 
@@ -43,10 +45,15 @@ def refused(job: Callable[..., Any], *args: Any) -> str:
 # ---- Runs
 
 
+def one_rank(device: str = "cpu") -> tg.World:
+    """The only rank of a run."""
+    return tg.World({}, device=device)
+
+
 def run_here(env: Mapping[str, str], folder: Path) -> dict[str, Any]:
     """A run in this process, in `folder`; what its result.json holds."""
-    config = tg.Config.from_env({"RUN_ID": "run", **env, "LOG_DIR": str(folder)})
-    assert tg.run(config, tg.World({})) == 0
+    config = tg.Config.from_env(ON_CPU | {"RUN_ID": "run", **env, "LOG_DIR": str(folder)})
+    assert tg.run(config, one_rank(config.device)) == 0
     return result_of(folder / config.run_id)
 
 
@@ -61,7 +68,7 @@ def start(
     """A run in processes of its own as a user starts it: several ranks by torchrun."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command = [sys.executable, *(torchrun if ranks > 1 else []), str(script)]
-    given = clean_environment() | {"PYTHONPATH": str(ROOT)} | dict(env)
+    given = clean_environment() | ON_CPU | {"PYTHONPATH": str(ROOT)} | dict(env)
     return subprocess.run(command, env=given, capture_output=True, text=True, timeout=HANG)
 
 
@@ -85,9 +92,10 @@ def fork_ranks(env: Mapping[str, str], ranks: int, job: Callable[[], int] = tg.m
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["torch._dynamo", "hypothesis", "pytest", "helpers"])
     outs = [Path(env["LOG_DIR"]) / f"{port}.{rank}.out" for rank in range(ranks)]
+    variables = [ON_CPU | dict(env) | world | {"RANK": str(rank)} for rank in range(ranks)]
     processes = [
-        server.Process(target=become_rank, args=(job, {**env, **world, "RANK": str(rank)}, out))
-        for rank, out in enumerate(outs)
+        server.Process(target=become_rank, args=(job, given, out))
+        for given, out in zip(variables, outs)
     ]
     try:
         for process in processes:
@@ -129,8 +137,11 @@ def result_of(folder: Path) -> dict[str, Any]:
 
 
 def log_of(folder: Path) -> str:
-    """A run's log without the source that it opens with."""
-    return (folder / "train.log").read_text().split("=" * 100)[-1]
+    """A run's log without the script that it opens with."""
+    head, _, rest = (folder / "train.log").read_bytes().partition(b"\n")
+    found = re.fullmatch(rb"script_bytes:(\d+) script_sha256:[0-9a-f]{64}", head)
+    assert found, head
+    return rest[int(found[1]) :].decode()
 
 
 class ManualTime:
@@ -223,14 +234,30 @@ def noisy_model(a: tg.Architecture, noise: float = 0.2, seed: int = 0) -> tg.GPT
 def stub_trainer(config: tg.Config, model: tg.GPT | None = None) -> tg.Trainer:
     """A trainer whose micro-batches come from the test."""
     batches: Any = SimpleNamespace(accumulation=1, sequences=2)
-    return tg.Trainer(config, tg.World({}), model or drawn(config, 0), batches)
+    return tg.Trainer(config, one_rank(), model or drawn(config, 0), batches)
 
 
 def real_trainer(env: Mapping[str, str]) -> tg.Trainer:
     """A trainer on the data that `env` names."""
-    config, world = tg.Config.from_env(env), tg.World({})
+    config, world = tg.Config.from_env(ON_CPU | dict(env)), one_rank()
     batches = tg.Batches(tg.Tokens(config, "train"), config, world)
     return tg.Trainer(config, world, drawn(config, config.seed), batches)
+
+
+def no_score(*_: Any) -> tg.Score:
+    return tg.Score(0.0, 0.0, 0, 0, 0.0)
+
+
+def train_only(trainer: tg.Trainer, folder: Path) -> None:
+    """Trains and logs as a run does, in `folder`, but scores nothing."""
+    log = tg.Log(folder, True)
+    checkpoints = tg.Checkpoints(trainer.config, trainer.world, trainer.batches.tokens.total, log)
+    trainer.train(tg.Reporter(trainer.config, log), checkpoints, no_score)
+
+
+def flat(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Copies of tensors as one vector."""
+    return torch.cat([t.detach().flatten() for t in tensors])
 
 
 def noise_of(name: str, shape: list[int]) -> torch.Tensor:
@@ -293,11 +320,11 @@ def unchanged(x: torch.Tensor) -> torch.Tensor:
 
 
 def stub_world(
-    rank: int = 0, size: int = 1, sum_: Callable[[torch.Tensor], torch.Tensor] = unchanged
+    rank: int = 0, size: int = 1, all_reduce: Callable[[torch.Tensor], torch.Tensor] = unchanged
 ) -> Any:
-    """A rank of a run that exists in this process alone; `sum_` adds tensors up over the ranks."""
+    """A rank of a run that exists in this process alone; `all_reduce` adds up over ranks."""
     cpu = torch.device("cpu")
-    return SimpleNamespace(rank=rank, size=size, device=cpu, on_cuda=False, sum_=sum_)
+    return SimpleNamespace(rank=rank, size=size, device=cpu, on_cuda=False, all_reduce=all_reduce)
 
 
 def tokenizer_bytes(vocab_size: int = PIECES, **options: Any) -> bytes:
@@ -321,7 +348,7 @@ def tokenizer_bytes(vocab_size: int = PIECES, **options: Any) -> bytes:
 
 # ---- Sealed files: magic and version, SHA-256 of the rest, codec, length, packed header and values
 
-ARTIFACT_MAGIC, CHECKPOINT_MAGIC = b"GOLFGPT\x02", b"GOLFRUN\x01"
+ARTIFACT_MAGIC, CHECKPOINT_MAGIC = b"GOLFGPT\x02", b"GOLFRUN\x02"
 
 
 def sealed(body: bytes, magic: bytes = ARTIFACT_MAGIC) -> bytes:
@@ -332,6 +359,6 @@ def sealed(body: bytes, magic: bytes = ARTIFACT_MAGIC) -> bytes:
 def parts_of(data: bytes) -> tuple[dict[str, Any], bytes, str]:
     """Header, values, codec of a sealed file that the script has made."""
     codec, length = data[40:48].rstrip(b"\0").decode(), struct.unpack_from("<Q", data, 48)[0]
-    raw = tg.code(codec, 1, data[56:], length)
+    raw = tg.decompress(codec, data[56:], length)
     size = struct.unpack_from("<I", raw)[0]
     return json.loads(raw[4 : 4 + size]), raw[4 + size :], codec

@@ -12,7 +12,7 @@ from torch import Tensor
 import train_gpt as tg
 
 # Two prelude layers, a core of two run three times in training and four in scoring, three coda.
-STACK: dict[str, Any] = tg.PLAIN | tg.core(2, 2, 3, 3) | DIMS | dict(mlp_mult=3.0, eval_passes=4)
+STACK: dict[str, Any] = tg.PLAIN | tg.layers(2, 2, 3, 3) | DIMS | dict(mlp_mult=3.0, eval_passes=4)
 T_SET: dict[str, Any] = dict(
     use_peri_norm=True,
     use_birkhoff_mix=True,

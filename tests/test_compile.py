@@ -2,7 +2,6 @@
 
 import functools
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,15 @@ from helpers import (
     GROWTH,
     drawn,
     fork_ranks,
+    log_of,
     losses,
     noisy_model,
+    one_rank,
     real_trainer,
     run_here,
     small_config,
     stub_trainer,
+    train_only,
 )
 from stack_written_out import documents
 from torch import Tensor
@@ -41,9 +43,9 @@ NARROW = dict(MODEL_DIM="32", NUM_HEADS="2", NUM_KV_HEADS="1", DTYPE="float32", 
 
 
 def loss_and_gradients(forward: Any, model: tg.GPT, ids: Tensor) -> tuple[float, list[Tensor]]:
-    """Of one sequence more than its length: ids [B, T + 1]."""
+    """Of the model, by a function that computes what it does; ids [B, T + 1]."""
     model.zero_grad()
-    loss = forward(ids[:, :-1], ids[:, 1:])
+    loss = forward(ids[:, :-1], ids[:, 1:], model.scoring)
     loss.backward()
     return loss.item(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
@@ -90,7 +92,8 @@ def test_blocks_are_one_graph_at_any_depth(
     env = NARROW | {"PRESET": f"{system},tiny", "COMPILE": "block", "NUM_LOOPS": str(loops)}
     config = tg.Config.from_env(env)
     model = noisy_model(config.architecture(), 0.05)
-    forward, ids = tg.compiled(model, config, tg.World({})), torch.randint(1024, (2, 33))
+    forward = tg.Compiler(config, one_rank()).forward(model)
+    ids = torch.randint(1024, (2, 33))
     found = []
     for f in (model, forward, forward):
         loss, gradients = loss_and_gradients(f, model, ids)
@@ -115,7 +118,7 @@ def test_rates_and_momentum_make_no_new_graph(monkeypatch: pytest.MonkeyPatch) -
 def test_a_compiled_step_rounds_as_its_mode_says() -> None:
     """A graph that forgot the mode would give the weights of the plain step."""
     torch._dynamo.reset()
-    config = small_config({}, **tg.core(0, 1, 2, 1), matrix_bits=4, core_bits=3)
+    config = small_config({}, **tg.layers(0, 1, 2, 1), matrix_bits=4, core_bits=3)
     both, core = tg.Mode(2, tg.Rounding(4), tg.Rounding(3)), tg.Mode(2, core=tg.Rounding(3))
     eager, compiled = stub_trainer(config), stub_trainer(config)
     build = functools.partial(torch.compile, backend="eager", fullgraph=True, dynamic=False)
@@ -132,9 +135,10 @@ def test_attention_backends_agree(backend: str) -> None:
     env = {"PRESET": "T,tiny", "DTYPE": "float32", "ATTN_BACKEND": backend}
     config, ids = tg.Config.from_env(env), torch.randint(1024, (2, 257))
     model = tg.GPT(config.architecture(), 0.02)
+    forward = tg.Compiler(config, one_rank()).forward(model)
+    batch = ids[:, :-1], ids[:, 1:], model.scoring
     with torch.nn.attention.sdpa_kernel(tg.KERNELS[backend]), torch.no_grad():
-        found = tg.compiled(model, config, tg.World({}))(ids[:, :-1], ids[:, 1:])
-        assert found.item() == pytest.approx(model(ids[:, :-1], ids[:, 1:]).item(), abs=1e-5)
+        assert forward(*batch).item() == pytest.approx(model(*batch).item(), abs=1e-5)
 
 
 def test_a_compiled_graph_of_another_attention_is_not_taken_from_the_cache(
@@ -153,40 +157,71 @@ def test_a_compiled_graph_of_another_attention_is_not_taken_from_the_cache(
         model, ids = tg.GPT(config.architecture(), 0.02), torch.zeros(1, 32, dtype=torch.int64)
         kernels = torch.nn.attention.sdpa_kernel(tg.KERNELS[backend], set_priority=True)
         with kernels, torch.no_grad():
-            tg.compiled(model, config, tg.World({}))(ids, ids.clone())
+            tg.Compiler(config, one_rank()).forward(model)(ids, ids.clone(), model.scoring)
         assert counts["autograd_cache_hit"] == hits
 
 
 # ---- A compiler that fails
 
 
-def main_without_a_compiler(fails: str) -> int:
-    """A run whose compiler fails for whole models; on rank `fails`, or "all", for blocks too."""
-    build = torch.compile
+def main_with_a_compiler_that_fails(whole: str, blocks: str) -> int:
+    """A run whose compiler fails for whole models, and for blocks, on these ranks ("0 1").
 
-    def broken(f: Any = None, **options: Any) -> Any:
+    COMPILE=auto means a graph of the model, as it does on CUDA.
+    """
+    patch, build, rank = pytest.MonkeyPatch(), torch.compile, os.environ["RANK"]
+    begin = tg.Compiler.__init__
+
+    def on_cuda(compiler: tg.Compiler, config: tg.Config, world: tg.World) -> None:
+        begin(compiler, config, world)
+        if config.compile == "auto":
+            compiler.level = "model"
+
+    def broken(function: Any, **_: Any) -> Any:
         def fail(*_: Any, **__: Any) -> None:
             raise RuntimeError("no compiler here")
 
-        here = fails == "all" or fails == os.environ["RANK"] and f is tg.block
-        return fail if here or isinstance(f, torch.nn.Module) else build(f, backend="eager")
+        is_whole = isinstance(function, torch.nn.Module)
+        fails = rank in whole if is_whole else function is tg.block and rank in blocks
+        return fail if fails else build(function, backend="eager")
 
-    torch.compile = broken
+    patch.setattr(tg.Compiler, "__init__", on_cuda)
+    patch.setattr(torch, "compile", broken)
     return tg.main()
 
 
-@pytest.mark.parametrize(("ranks", "fails", "steps"), [(1, "none", 1), (2, "1", 1), (1, "all", 0)])
-def test_a_rung_that_fails_on_one_rank_is_left_by_all(
-    ranks: int, fails: str, steps: int, corpus: dict[str, str], tmp_path: Path
+@pytest.mark.parametrize(
+    ("ranks", "level", "whole", "blocks", "code"),
+    [
+        (1, "auto", "0", "", 0),  # falls to blocks
+        (2, "auto", "1", "", 0),  # on both ranks, though it failed on one
+        (1, "auto", "0", "0", 1),  # no further
+        (2, "auto", "0 1", "1", 1),
+        (1, "model", "0", "", 1),  # what was asked for by name does not fall
+    ],
+)
+def test_a_compiler_that_fails(
+    ranks: int,
+    level: str,
+    whole: str,
+    blocks: str,
+    code: int,
+    corpus: dict[str, str],
+    tmp_path: Path,
 ) -> None:
-    env = SMALL | NARROW | dict(PRESET="Bp,tiny", COMPILE="model", WARMUP_STEPS=str(steps))
-    env |= corpus | dict(LOG_DIR=str(tmp_path), RUN_ID="run")
-    ended = fork_ranks(env, ranks, functools.partial(main_without_a_compiler, fails))
-    assert ended.codes == [0] * ranks, ended.texts
-    log = (tmp_path / "run" / "train.log").read_text()
-    fallen = re.findall(r"^warning: COMPILE=(\w+) failed.*: Traceback", log, re.MULTILINE)
-    assert fallen == (["model"] if fails == "none" else ["model", "block"])
-    assert "no compiler here" in ended.texts[0]
+    """Never silently eager: auto falls from model to block, then the traceback ends the run."""
+    env = SMALL | NARROW | corpus | dict(PRESET="Bp,tiny", COMPILE=level, LOG_DIR=str(tmp_path))
+    job = functools.partial(main_with_a_compiler_that_fails, whole, blocks)
+    ended = fork_ranks(env | {"RUN_ID": "run"}, ranks, job)
+    assert ended.codes == [code] * ranks, ended.texts
+    fell = "warning: COMPILE=model failed, going on with COMPILE=block: Traceback"
+    assert (fell in log_of(tmp_path / "run")) == (level == "auto")
+    assert (tmp_path / "run" / tg.ARTIFACT).exists() == (code == 0)
+    if code:
+        last = "block" if blocks else "model"
+        for text in ended.texts:
+            assert f"COMPILE={last} failed (COMPILE=off trains without it): Traceback" in text
+            assert "RuntimeError: no compiler here" in text
 
 
 # ---- Nothing is compiled on the clock
@@ -209,16 +244,12 @@ MODES = [
 ]
 
 
-def no_score(*_: Any) -> tg.Score:
-    return tg.Score(0.0, 0.0, 0, 0, 0.0)
-
-
 def grow(env: Mapping[str, str], folder: Path) -> list[float]:
     """The losses of a run of `train`, which does not score."""
     folder.mkdir()
     trainer = real_trainer(env)
     trainer.warm_up()
-    trainer.train(tg.Log(folder, True), no_score)
+    train_only(trainer, folder)
     return losses(folder)
 
 
@@ -240,8 +271,8 @@ def test_growth_compiles_nothing_on_the_clock(
     made: list[int] = []
     warm_up = tg.Trainer.warm_up
 
-    def counted(trainer: tg.Trainer) -> None:
-        warm_up(trainer)
+    def counted(trainer: tg.Trainer, log: Any = print) -> None:
+        warm_up(trainer, log)
         made.append(counter.frame_count)
 
     monkeypatch.setattr(tg.Trainer, "warm_up", counted)
@@ -262,14 +293,15 @@ def grow_on_a_rank() -> int:
     """Grows under a backend that counts: graphs before and after training go to a file."""
     counter = torch._dynamo.testing.CompileCounter()
     torch.compile = functools.partial(torch.compile, backend=counter)
-    config, world = tg.Config.from_env(os.environ), tg.World(os.environ)
+    config = tg.Config.from_env(os.environ)
+    world = tg.World(os.environ, device=config.device)
     model = drawn(config, config.seed + world.rank)  # rank 0's weights are broadcast
     batches = tg.Batches(tg.Tokens(config, "train"), config, world)
     trainer = tg.Trainer(config, world, model, batches)
     trainer.warm_up()
     before, folder = counter.frame_count, Path(config.log_dir) / str(world.rank)
     folder.mkdir()
-    trainer.train(tg.Log(folder, True), no_score)
+    train_only(trainer, folder)
     (folder / "graphs").write_text(f"{before} {counter.frame_count}")
     torch.distributed.barrier()
     return 0

@@ -46,7 +46,7 @@ def test_component_is_its_formula(name: str, passes: int) -> None:
 def test_growth_penalty_is_its_formula(passes: int, per_pass: bool) -> None:
     a = tg.Architecture(**STACK | dict(pass_scale_init=0.5, feedback_rank=2))
     model, ids = exact_model(a), documents()
-    mode = tg.Mode(passes, jacobian=0.3, per_pass=per_pass)
+    mode = tg.Mode(passes, growth_weight=0.3, per_pass=per_pass)
     for matrix in (m for m in model.modules() if isinstance(m, tg.Matrix)):
         matrix.weight.data.mul_(1.7)  # growth beyond what is free
     written = Written(model, a, mode)
@@ -55,7 +55,7 @@ def test_growth_penalty_is_its_formula(passes: int, per_pass: bool) -> None:
     with torch.no_grad():
         penalty = float(model.hidden(ids, mode)[1])
         loss = model(ids, documents(1), mode).item()
-        plain = model(ids, documents(1), mode._replace(jacobian=0.0)).item()
+        plain = model(ids, documents(1), mode._replace(growth_weight=0.0)).item()
         other = float(model.hidden(ids, mode._replace(per_pass=not per_pass))[1])
     assert penalty == pytest.approx(0.3 * written.penalty(), rel=1e-4) and penalty > 1e-4
     assert loss - plain == pytest.approx(penalty, rel=1e-3)
@@ -65,8 +65,8 @@ def test_growth_penalty_is_its_formula(passes: int, per_pass: bool) -> None:
 
 def test_growth_within_the_state_is_free() -> None:
     x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
-    assert tg.overgrowth(x, 1.99 * x).item() == 0 < tg.overgrowth(x, 2.01 * x).item()
-    for part in torch.autograd.grad(tg.overgrowth(x, 3 * x.detach() + x * x), x):
+    assert tg.growth_penalty(x, 1.99 * x).item() == 0 < tg.growth_penalty(x, 2.01 * x).item()
+    for part in torch.autograd.grad(tg.growth_penalty(x, 3 * x.detach() + x * x), x):
         assert part.isfinite().all() and part.any()
 
 
@@ -83,7 +83,7 @@ def test_smear_gate_stays_within_documents(place: int, seed: int) -> None:
         other[:, place - 1] = 2 + (ids[:, place - 1] - 1) % 62
         ids[:, place] = other[:, place] = tg.BOS
         with torch.no_grad():
-            inputs[kind] = [model.inputs(x)[0] for x in (ids, other)]
+            inputs[kind] = [model.embed(x)[0] for x in (ids, other)]
     mine, theirs = inputs["document"]
     assert torch.equal(mine[:, place:], theirs[:, place:]) and not torch.equal(mine, theirs)
     mine, theirs = inputs["published"]
@@ -172,7 +172,7 @@ def test_rounding_is_straight_through(core: bool, factor: Tensor | float) -> Non
 
 def test_rounding_acts_on_a_step() -> None:
     """Rounding nothing, everything and the core alone move the weights to different places."""
-    config = small_config({}, **tg.core(0, 1, 2, 1), matrix_bits=4, core_bits=3)
+    config = small_config({}, **tg.layers(0, 1, 2, 1), matrix_bits=4, core_bits=3)
     both, core = tg.Mode(2, tg.Rounding(4), tg.Rounding(3)), tg.Mode(2, core=tg.Rounding(3))
     after = []
     for mode in (tg.Mode(2), both, core):

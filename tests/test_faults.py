@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import HANG, ManualTime, fork_ranks, log_of, metrics, result_of
+from helpers import HANG, ManualTime, fork_ranks, log_of, metrics, one_rank, result_of
 
 import train_gpt as tg
 
@@ -132,7 +132,7 @@ def linger_on_rank_0(seconds: float) -> None:
     """With the first word to a tracker, and with packing: both of them rank 0 does alone."""
     pack = tg.pack_to_fit
 
-    def send(_: tg.Log, values: dict[str, Any]) -> None:
+    def send(_: tg.Tracker, values: dict[str, Any]) -> None:
         if values["step"] == 0:
             time.sleep(seconds)
 
@@ -140,7 +140,7 @@ def linger_on_rank_0(seconds: float) -> None:
         time.sleep(seconds)
         return pack(*args)
 
-    PATCH.setattr(tg.Log, "send", send)
+    PATCH.setattr(tg.Tracker, "send", send)
     PATCH.setattr(tg, "pack_to_fit", slow_pack)
 
 
@@ -151,7 +151,7 @@ def print_weights() -> None:
     def traced(self: tg.Trainer, *rest: Any) -> Any:
         done = train(self, *rest)
         weights = sum(p.double().sum().item() for p in self.params)
-        print(f"skipped {int(self.numbers[0])} weights {weights!r}", flush=True)
+        print(f"skipped {self.skipped.count} weights {weights!r}", flush=True)
         return done
 
     PATCH.setattr(tg.Trainer, "train", traced)
@@ -216,7 +216,7 @@ def copied(env: Env, folder: Path, name: str) -> Env:
 
 def run_to_its_end(env: Env) -> Path:
     """Begins a run in this process or goes on with it; its folder."""
-    assert tg.run(tg.Config.from_env(env), tg.World({})) == 0
+    assert tg.run(tg.Config.from_env(env), one_rank()) == 0
     return folder_of(env)
 
 
@@ -424,6 +424,8 @@ def test_restarts_on_several_nodes_with_a_store_that_is_used_are_refused() -> No
         TORCHELASTIC_MAX_RESTARTS="1",
         TORCHELASTIC_USE_AGENT_STORE="True",
         GROUP_WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="1",
     )
     with pytest.raises(tg.InputError, match="needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
         tg.World(env)
@@ -567,7 +569,7 @@ def test_the_clock_goes_on_and_validation_is_not_on_it(
     """Five steps of 0.3 s, then steps of 0.1 s in a run that goes on; a validation takes 1 s."""
     names = env | {"RUN_ID": "clock", "SAVE_EVERY": "0", "VAL_LOSS_EVERY": "2"}
     clock, clocks = ManualTime(), []
-    train_step, score, load = tg.Trainer.train_step, tg.Scorer.score, tg.Trainer.resume
+    train_step, score, restore = tg.Trainer.train_step, tg.Scorer.score, tg.restore
     step_seconds = itertools.chain([0.3] * FAULT_STEP, [math.nan], itertools.repeat(0.1))
 
     def timed_step(self: tg.Trainer, *args: Any) -> None:
@@ -582,14 +584,14 @@ def test_the_clock_goes_on_and_validation_is_not_on_it(
         clock.now += 1
         return score(*args)
 
-    def loaded(self: tg.Trainer, log: tg.Log) -> None:
-        load(self, log)
-        if self.step:
-            clocks.append((self.clock.per_step, self.clock.due))
+    def restored(trainer: tg.Trainer, *rest: Any) -> None:
+        restore(trainer, *rest)
+        if trainer.step:
+            clocks.append((trainer.clock.per_step, trainer.clock.due))
 
     monkeypatch.setattr(tg, "time", clock)
     monkeypatch.setattr(tg.Trainer, "train_step", timed_step)
-    monkeypatch.setattr(tg.Trainer, "resume", loaded)
+    monkeypatch.setattr(tg, "restore", restored)
     monkeypatch.setattr(tg.Scorer, "score", timed_score)
     with pytest.raises(OSError, match="the disk is gone"):
         run_to_its_end(names)

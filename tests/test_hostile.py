@@ -265,7 +265,7 @@ def artifact(
 def parts_of(data: bytes) -> tuple[dict[str, Any], bytes, str]:
     """Header, values, codec."""
     codec, length = data[40:48].rstrip(b"\0").decode(), struct.unpack_from("<Q", data, 48)[0]
-    raw = tg.code(codec, 1, data[56:], length)
+    raw = tg.decompress(codec, data[56:], length)
     size = struct.unpack_from("<I", raw)[0]
     return json.loads(raw[4 : 4 + size]), raw[4 + size :], codec
 
@@ -278,7 +278,7 @@ def fitting(values: dict[str, Any], fill: bytes, limit: int) -> tuple[dict[str, 
             parameters = list(tg.GPT(tg.Architecture.from_json(values)).named_parameters())
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         return None
-    bits = [bool(tg.ROLES[p.role].bits) for _, p in parameters]
+    bits = [bool(tg.role_of(p).bits) for _, p in parameters]
     count = sum(
         p.numel() + 2 * len(p) if b else 2 * p.numel() for b, (_, p) in zip(bits, parameters)
     )

@@ -53,7 +53,7 @@ def test_attention_is_pytorchs(length: int, heads: int, kv_heads: int) -> None:
         for n in (heads, kv_heads, kv_heads, heads)
     )
     theirs = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    ours = tg.attend(q, k, v)
+    ours = tg.attention(q, k, v)
     torch.testing.assert_close(ours, theirs)
     for mine, other in zip(
         torch.autograd.grad((ours * out).sum(), (q, k, v)),
@@ -122,7 +122,7 @@ def test_model_loss_leaves_out_ignored_targets() -> None:
     h = model.hidden(ids, model.scoring)[0].flatten(0, 1)
     targets[:, ::3] = -100
     expected = plain_loss(h, model.tok_emb, targets.flatten(), 30.0)
-    torch.testing.assert_close(model(ids, targets), expected)
+    torch.testing.assert_close(model(ids, targets, model.scoring), expected)
 
 
 # ---- Neutral is absent
@@ -145,11 +145,11 @@ def test_neutral_table_is_no_table(preset: str, off: dict[str, Any], table: str)
     with_table, without = tg.GPT(a, 0.1), noisy_model(replace(a, **off))
     missing = with_table.load_state_dict(without.state_dict(), strict=False).missing_keys
     assert missing == ([table] if table else [])
-    ids, targets = random_tokens(), random_tokens(seed=1)
-    assert torch.equal(with_table(ids, targets), without(ids, targets))
+    ids, targets, mode = random_tokens(), random_tokens(seed=1), without.scoring
+    assert torch.equal(with_table(ids, targets, mode), without(ids, targets, mode))
     with torch.no_grad():
         with_table.get_parameter(table or "cond.gamma").add_(9.0)
-    assert not torch.allclose(with_table(ids, targets), without(ids, targets))
+    assert not torch.allclose(with_table(ids, targets, mode), without(ids, targets, mode))
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
@@ -193,13 +193,14 @@ def test_flat_model_is_the_u_net_written_out() -> None:
     model, ids = noisy_model(a), random_tokens()
     x0 = tg.rms_norm(F.embedding(ids, model.tok_emb))
     x, outputs = x0, []
-    setting = tg.Setting(tg.Rounding(), model.rope.unbind())
-    neutral = tg.Mod(torch.ones(1), torch.ones(1), torch.zeros(1))
+    cos, sin = model.rope.unbind()
+    context = tg.Context(tg.Rounding(), (cos, sin))
+    neutral = tg.Modulation(torch.ones(1), torch.ones(1), torch.zeros(1))
     for v in range(5):
         if v in (2, 3):
             x = x + model.skip[v - 2] * outputs[3 - v]
-        x = model.attn[v](model.mix[v](x, x0), neutral, setting)
-        x = model.mlp[v](x, neutral, setting.rounding)
+        x = model.attn[v](model.mix[v](x, x0), neutral, context)
+        x = model.mlp[v](x, neutral, context.rounding)
         outputs.append(x)
     torch.testing.assert_close(model.hidden(ids, model.scoring)[0], tg.rms_norm(x))
 

@@ -197,7 +197,7 @@ def gradient_norm(config: tg.Config, micro: list[tuple[Tensor, Tensor]]) -> floa
 
 def test_clipping_is_of_the_averaged_gradient() -> None:
     """Two micro-batches that point apart: each by itself would be clipped, their average is not."""
-    config = small_config({}, **tg.core(1, 1, 2, 1), grad_clip_norm=1e9)
+    config = small_config({}, **tg.layers(1, 1, 2, 1), grad_clip_norm=1e9)
     micro = [(documents(i), documents(i + 1)) for i in (0, 2)]
     size = gradient_norm(config, micro)
     alone = min(gradient_norm(config, [pair]) for pair in micro)

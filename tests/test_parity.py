@@ -166,7 +166,7 @@ def test_loss_and_gradients(name: str) -> None:
     ids = torch.tensor(
         np.random.default_rng(7).integers(0, DIMS["VOCAB_SIZE"], (2, DIMS["SEQ"] + 1))
     )
-    loss = model(ids[:, :-1], ids[:, 1:])
+    loss = model(ids[:, :-1], ids[:, 1:], model.scoring)
     loss.backward()
     assert loss.item() == pytest.approx(case["loss"], abs=1e-5)
     for key, expected in case["grad_norm"].items():
@@ -184,7 +184,7 @@ def growing_architecture(case: dict, dims: dict) -> tg.Architecture:
     """A case of the growing-recurrence stack as ours."""
     flags, start, end = case["flags"], dims["CORE_START"], dims["CORE_END"]
     on = lambda name, value: value if flags[name] else 0  # noqa: E731
-    values = tg.PLAIN | tg.core(
+    values = tg.PLAIN | tg.layers(
         start, end - start, dims.get("NUM_LOOPS", 3), dims["NUM_LAYERS"] - end
     )
     return tg.Architecture(
@@ -286,7 +286,10 @@ def test_growing_loss_and_gradients(name: str) -> None:
             whole = len(places) == 1 and key != "skip_weights"
             for piece, (p, index) in zip([value] if whole else value, places):
                 p[index] = piece
-    unused = {"skip_weights": a.num_prelude - len(model.skip), "residual_scale.scales": 1}
+    unused = {
+        "skip_weights": case["params"]["skip_weights"][0] - len(model.skip),
+        "residual_scale.scales": 1,
+    }
     held = sum(
         np.prod(s, dtype=int) - unused.get(k, 0) * np.prod(s[1:], dtype=int)
         for k, s in case["params"].items()
@@ -298,7 +301,7 @@ def test_growing_loss_and_gradients(name: str) -> None:
         np.random.default_rng(7).integers(0, dims["VOCAB_SIZE"], (2, dims["SEQ"] + 1))
     )
     core = tg.Rounding(flags["core_qat_bits"], 1 / 127)
-    mode = tg.Mode(flags["passes"], core=core, jacobian=flags["jacobian_weight"])
+    mode = tg.Mode(flags["passes"], core=core, growth_weight=flags["jacobian_weight"])
     loss = model(ids[:, :-1], ids[:, 1:], mode)
     loss.backward()
     assert loss.item() == pytest.approx(case["loss"], abs=1e-5)

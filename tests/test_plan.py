@@ -144,7 +144,7 @@ def test_plan_at_any_number_of_passes(a: tg.Architecture, passes: int) -> None:
 @pytest.mark.parametrize("stem", range(7))
 @pytest.mark.parametrize("tail", range(7))
 def test_skips_are_those_of_the_popping_loop(kind: str, stem: int, tail: int) -> None:
-    a = tg.Architecture(**STACK | tg.core(stem, 2, 2, tail) | dict(core_skips=kind))
+    a = tg.Architecture(**STACK | tg.layers(stem, 2, 2, tail) | dict(core_skips=kind))
     kept, expected, taken = list(range(stem)), {}, {}
     stack: list[int] = []
     for t in range(tail):

@@ -22,7 +22,9 @@ from helpers import (
     HANG,
     data_config,
     fork_ranks,
+    log_of,
     noisy_model,
+    one_rank,
     refused,
     run_here,
     stub_world,
@@ -106,12 +108,12 @@ def score_on_ranks(c: tg.Config, size: int) -> tuple[list[tg.Score], list[Record
     recorders = [Recorder() for _ in range(size)]
 
     def work(rank: int) -> None:
-        def sum_(x: Tensor) -> Tensor:
+        def all_reduce(x: Tensor) -> Tensor:
             shared[rank] = x.clone()
             barrier.wait(HANG)
             return x.copy_(torch.stack([shared[r] for r in range(size)]).sum(0))
 
-        scores[rank] = tg.Scorer(c, stub_world(rank, size, sum_)).score(recorders[rank])
+        scores[rank] = tg.Scorer(c, stub_world(rank, size, all_reduce)).score(recorders[rank])
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
     for thread in threads:
@@ -169,13 +171,14 @@ def test_score_of_a_real_model_is_its_mean_loss(split_folder: Path) -> None:
     split = Validation(split_folder, 250)
     size = dict(model_dim=32, num_heads=4, num_kv_heads=2)
     model = tg.GPT(replace(split.config.architecture(), **size, dtype="float32"), 0.5)
+    forward = functools.partial(model, mode=model.scoring)
     ids, total = torch.from_numpy(split.tokens), 0.0
     for start in range(0, 249, LENGTH):
         span = ids[start : start + LENGTH + 1]
-        total += model(span[None, :-1], span[None, 1:]).item() * (len(span) - 1)
+        total += forward(span[None, :-1], span[None, 1:]).item() * (len(span) - 1)
     for val_batch in (1, 5 * LENGTH, 300):
         config = replace(split.config, val_batch_size=val_batch)
-        score = tg.Scorer(config, stub_world()).score(model)
+        score = tg.Scorer(config, stub_world()).score(forward)
         assert score.val_loss == pytest.approx(total / 249, rel=1e-6)
 
 
@@ -293,6 +296,11 @@ TTT = dict(
 )
 
 
+def learner_of(model: tg.GPT, config: tg.Config) -> tg.Learner:
+    forward = functools.partial(model, mode=model.scoring)
+    return tg.Learner(model, forward, config, one_rank())
+
+
 @functools.cache
 def plain_losses() -> Tensor:
     """Those of `text()` with test-time training."""
@@ -316,7 +324,7 @@ def score_with(
     scorer = scorer_of(len(ids), config.train_seq_len, batch)
     tokens: Any = TextStream(ids)
     scorer.tokens = tokens
-    learner = tg.Learner(model, config, tg.World({})) if learn else None
+    learner = learner_of(model, config) if learn else None
     return scorer.score(keep, stride, learner), torch.cat(seen)
 
 
@@ -403,14 +411,14 @@ def test_learner_is_sgd_with_momentum_clip_and_cosine() -> None:
     """Two chunks of two epochs against the updates written out."""
     config = config_of(**TTT | dict(TTT_GRAD_CLIP="0.2", TTT_MOMENTUM="0.8"))
     model, copy = (noisy_model(config.architecture(), 0.05) for _ in range(2))
-    learner, params = tg.Learner(model, config, tg.World({})), list(copy.parameters())
+    learner, params = learner_of(model, config), list(copy.parameters())
     velocity = [torch.zeros_like(p) for p in params]
     for chunk, done in ((text(129, 1), 0.25), (text(129, 2), 0.5)):
         learner.learn(chunk, done)
         lr = 0.05 * (1 + np.cos(np.pi * done)) / 2
         for _ in range(2):
             copy.zero_grad()
-            copy(chunk[:-1].view(2, 64), chunk[1:].view(2, 64)).backward()
+            copy(chunk[:-1].view(2, 64), chunk[1:].view(2, 64), copy.scoring).backward()
             gradients = [p.grad for p in params if p.grad is not None]
             size = torch.cat([g.flatten() for g in gradients]).norm().item()
             assert size > 0.2
@@ -472,7 +480,7 @@ def check_modes(result: dict[str, Any], *modes: str) -> None:
 def test_a_run_scores_its_artifact(trained: tuple[Path, dict[str, Any]]) -> None:
     path, result = trained
     check_modes(result, "roundtrip", "ttt")  # test-time training slides, too
-    log = (path.parent / "train.log").read_text().split("=" * 100)[-1]
+    log = log_of(path.parent)
     for name in ("roundtrip", "ttt"):
         assert f"final_int8_lzma_{name}_exact val_loss:{result[name]['val_loss']:.8f}" in log
     assert "gptq_calibration batches:2" in log and "packed matrix_bits:8 codec:lzma" in log

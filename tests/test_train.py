@@ -1,5 +1,6 @@
 """Whole runs: every preset trains, exports, reloads and scores; ranks agree; warm-up, averages."""
 
+import hashlib
 import math
 import shutil
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from helpers import (
     GROWTH,
     SCRIPT,
     ManualTime,
+    flat,
     fork_ranks,
     log_of,
     losses,
@@ -21,6 +23,7 @@ from helpers import (
     result_of,
     run_here,
     start,
+    train_only,
 )
 from torch import Tensor
 
@@ -76,8 +79,11 @@ def test_training_lowers_the_loss_and_health_is_true(
     for row in start:  # the initial values, where everything is known
         assert row["mix"] == row["mix_x0"] == 0.5 and row["attn_shift"] == row["mlp_shift"] == 0
         assert row["attn_scale"] == row["mlp_scale"] == 1
-    whole, log = (tmp_path / "run" / "train.log").read_text(), log_of(tmp_path / "run")
-    assert whole.startswith(SCRIPT.read_text()), "the log opens with the source"
+    head, _, rest = (tmp_path / "run" / "train.log").read_bytes().partition(b"\n")
+    script, log = SCRIPT.read_bytes(), log_of(tmp_path / "run")
+    sha256 = hashlib.sha256(script).hexdigest()
+    assert head.decode() == f"script_bytes:{len(script)} script_sha256:{sha256}"
+    assert rest.startswith(script + b"\n"), "the log opens with the script"
     assert "step:25/25 train_loss:" in log and "Total submission size int8+zlib: " in log
     assert "final_int8_zlib_roundtrip_exact val_loss:" in log
     assert f"val_bpb:{result['roundtrip']['val_bpb']:.8f}" in log
@@ -202,8 +208,8 @@ def test_warm_up_restores_every_state(corpus: dict[str, str]) -> None:
     draws, before = repr(np.random.get_state()), state(trainer)
     trainer.warm_up()
     assert same(before, state(trainer)) and repr(np.random.get_state()) == draws
-    assert trainer.averaged == 0 and trainer.last_good == "none"
-    assert same(trainer.average, [p.data for p in trainer.params])
+    assert trainer.average.count == 0 and trainer.last_good == "none"
+    assert same(trainer.average.weights, [p.data for p in trainer.params])
     trainer.train_step(0, 0.0, trainer.batches.micro(0))
     assert not same(before[1:], state(trainer)[1:])
 
@@ -249,17 +255,16 @@ def averaged(
 ) -> tuple[tg.Trainer, list[np.ndarray]]:
     """A trainer after a run, and the weights it had after every step."""
     weights: list[np.ndarray] = []
-    update = tg.Trainer.update_average
+    update = tg.Average.update
 
-    def record(trainer: tg.Trainer, step: int, factor: float) -> None:
-        flat = torch.cat([p.detach().flatten() for p in trainer.params])
-        weights.append(flat.double().numpy())
+    def record(average: tg.Average, params: list[Any], step: int, factor: float) -> None:
+        weights.append(flat(params).double().numpy())
         assert step == len(weights)
-        update(trainer, step, factor)
+        update(average, params, step, factor)
 
-    monkeypatch.setattr(tg.Trainer, "update_average", record)
+    monkeypatch.setattr(tg.Average, "update", record)
     trainer = real_trainer(env)
-    trainer.train(tg.Log(folder, True), lambda *_: tg.Score(0.0, 0.0, 0, 0, 0.0))
+    train_only(trainer, folder)
     return trainer, weights
 
 
@@ -276,9 +281,9 @@ def test_moving_average_is_its_recurrence(
     expected = weights[0]
     for w in weights[1:]:
         expected = 0.7 * expected + 0.3 * w
-    found = torch.cat([p.flatten() for p in trainer.average]).numpy()
+    found = flat(trainer.average.weights).numpy()
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
-    assert trainer.averaged == 12 and np.abs(found - weights[-1]).max() > 1e-3
+    assert trainer.average.count == 12 and np.abs(found - weights[-1]).max() > 1e-3
 
 
 def test_stochastic_average_is_the_mean_of_what_it_collects(
@@ -287,9 +292,9 @@ def test_stochastic_average_is_the_mean_of_what_it_collects(
     env = corpus | AVERAGING | {"AVERAGE": "swa", "SWA_EVERY": "3", "SWA_LR_FACTOR": "0.65"}
     trainer, weights = averaged(env, tmp_path, monkeypatch)
     late = [step for step in range(1, 13) if step % 3 == 0 and (12 - step) / 10 < 0.65]
-    assert late == [6, 9, 12] and trainer.averaged == 3
+    assert late == [6, 9, 12] and trainer.average.count == 3
     expected = np.mean([weights[step - 1] for step in late], axis=0)
-    found = torch.cat([p.flatten() for p in trainer.average]).numpy()
+    found = flat(trainer.average.weights).numpy()
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
 
@@ -318,7 +323,7 @@ def test_the_average_is_exported_and_its_score_logged(
     def kept(trainer: tg.Trainer, *rest: Any) -> Any:
         done = train(trainer, *rest)
         last.extend(p.detach().clone() for p in trainer.params)
-        average.extend(trainer.average)
+        average.extend(trainer.average.weights)
         return done
 
     monkeypatch.setattr(tg, "pack", spy)
@@ -330,7 +335,9 @@ def test_the_average_is_exported_and_its_score_logged(
     before, after = (result[name]["val_loss"] for name in ("last_weights", "pre_quant"))
     assert (before == after) == (count == 0)
     kind = options["AVERAGE"]
-    assert f"\nAVERAGE={kind} of {count} weights\n" in log_of(tmp_path / "run")
+    assert f"\nAVERAGE={kind} of {count} weights; of none, the last are taken\n" in log_of(
+        tmp_path / "run"
+    )
     rows = metrics(tmp_path / "run")
     assert [row["weights"] for row in rows if "weights" in row] == ["last", kind]
 
@@ -340,4 +347,4 @@ def test_nothing_is_averaged_unless_asked(
 ) -> None:
     env = corpus | AVERAGING | {"AVERAGE": "none", "ITERATIONS": "2"}
     trainer, weights = averaged(env, tmp_path, monkeypatch)
-    assert len(weights) == 2 and trainer.average == [] and trainer.averaged == 0
+    assert len(weights) == 2 and not trainer.average.weights and trainer.average.count == 0
