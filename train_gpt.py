@@ -794,9 +794,23 @@ class Matrix(nn.Module):
         return F.linear(x, (w * factor).to(x.dtype))
 
 
+NORM_EPS = 1.1920929e-07  # PyTorch's default for float32, whatever the type that is normalised
+
+
 def rms_norm(x: Tensor) -> Tensor:
-    """RMSNorm without a gain; eps is PyTorch's default for float32, whatever the type of x."""
-    return F.rms_norm(x, x.shape[-1:], eps=1.1920929e-07)
+    """RMSNorm without a gain."""
+    return F.rms_norm(x, x.shape[-1:], eps=NORM_EPS)
+
+
+def normalise_heads(x: Tensor, gain: Tensor) -> Tensor:
+    """RMSNorm of each head of x [B, T, heads, E], times its gain [heads].
+
+    The gain multiplies the norm's statistic in float32: it costs no pass over the data, and
+    nothing of the normalised heads is kept for the backward pass.
+    """
+    wide = x.float()
+    statistic = torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPS)
+    return (wide * (statistic * gain[:, None])).to(x.dtype)
 
 
 def rope_tables(a: Architecture) -> tuple[Tensor, Tensor]:
@@ -925,8 +939,8 @@ class Attention(nn.Module):
         qk, v = qkv.split((H + K, K), dim=2)
         if context.value is not None:
             v = v + context.value.view(v.shape)
-        gain = F.pad(self.q_gain, (0, K), value=1.0).to(x.dtype)
-        qk = rotate(rms_norm(qk), *context.rope) * gain[:, None]
+        qk = normalise_heads(qk, F.pad(self.q_gain, (0, K), value=1.0))
+        qk = rotate(qk, *context.rope)
         q, k = qk.transpose(1, 2).split((H, K), dim=1)
         y = context.attention(q, k, v.transpose(1, 2)).transpose(1, 2)
         if context.xsa:
@@ -1011,7 +1025,8 @@ class SideEmbedding(nn.Module):
         self.scale = parameter("scalar", torch.full((1,), scale))
 
     def forward(self, index: Tensor) -> Tensor:
-        return F.linear(F.embedding(index, self.table), self.proj * self.scale)
+        # Projected as a table, which has fewer rows than a batch.
+        return F.embedding(index, F.linear(self.table, self.proj * self.scale))
 
 
 def bigram_index(ids: Tensor, buckets: int) -> Tensor:
@@ -1199,10 +1214,12 @@ class GPT(nn.Module):
 
     def embed(self, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Of ids [B, T]: x0 [B, T, D], and the value embeddings [B, T, K E], one for each row."""
-        x = F.embedding(ids, self.tok_emb)
         if self.buckets:
-            x = x + self.bigram(bigram_index(ids, self.buckets))
-        x = rms_norm(x).to(self.dtype)
+            bigram = self.bigram(bigram_index(ids, self.buckets))
+            x = rms_norm(F.embedding(ids, self.tok_emb) + bigram)
+        else:  # a table has fewer rows than a batch
+            x = F.embedding(ids, rms_norm(self.tok_emb))
+        x = x.to(self.dtype)
         if self.smear != "none":
             share = torch.sigmoid(self.smear_gate).to(x.dtype)
             if (
@@ -3057,6 +3074,7 @@ GROWING = (
         smear_gate="published",
         train_seq_len=2048,
         train_batch_tokens=786432,
+        micro_batch_tokens=98304,  # a rank's part of a batch on 8 GPUs: no accumulation
         matrix_init="orthogonal",
         warmdown_iters=3500,
         matrix_lr=0.025,
