@@ -27,6 +27,7 @@ import difflib
 import errno
 import fcntl
 import functools
+import gc
 import hashlib
 import importlib
 import itertools
@@ -39,6 +40,7 @@ import re
 import shlex
 import signal
 import struct
+import subprocess
 import sys
 import textwrap
 import time
@@ -326,7 +328,12 @@ class Config(Architecture):
     deterministic: bool = option(
         False, "Make CUDA repeat a run to the last bit, or name what cannot; slower."
     )
-    save_every: int = option(0, "Steps between checkpoints; 0: only when a run is interrupted.")
+    save_every: int = option(
+        -1,
+        "Steps between checkpoints; 0: only when a run is interrupted, as a lost GPU rank cannot "
+        "save; -1: 500 on CUDA, 0 on CPUs.",
+        -1,
+    )
     resume: str = option(
         "", "Path of a checkpoint to go on from, or auto: the last one of RUN_ID, if any."
     )
@@ -1515,6 +1522,7 @@ def pack(model: GPT, config: Config, hessians: Mapping[str, Tensor] | None = Non
     held = {name: store(p, config, hessians.get(name)) for name, p in model.named_parameters()}
     header = dict(
         architecture=asdict(config.architecture()),
+        tokenizer_sha256=file_hash(find_file(config.tokenizer_path)),
         tensors=[(name, stored.kind) for name, stored in held.items()],
     )
     values = (t.cpu().numpy().tobytes() for stored in held.values() for t in stored.tensors)
@@ -1594,6 +1602,20 @@ def load_model(data: bytes, origin: str, eval_passes: int = 0) -> tuple[GPT, Arc
     return model, architecture, kind
 
 
+def check_artifact_tokenizer(data: bytes, origin: str, config: Config) -> None:
+    """InputError if an artifact names another tokenizer than the one it is to be scored with."""
+    theirs = unseal(
+        "artifact", data, origin, ARTIFACT_LIMIT, lambda header, *_: header.get("tokenizer_sha256")
+    )
+    path = find_file(config.tokenizer_path)
+    ours = file_hash(path)
+    require(
+        not theirs or not ours or ours == theirs,
+        f"{origin} was trained with another tokenizer than TOKENIZER_PATH={path}: SHA-256 "
+        f"{str(theirs)[:12]}..., not {ours[:12]}...",
+    )
+
+
 # ---- 6. Scoring --------------------------------------------------------------------------------
 
 
@@ -1655,7 +1677,10 @@ class Scorer:
         counter = ByteCounter.from_sentencepiece(path, config.vocab_size)
         self.counter = counter.to(world.device)
         self.world, self.tokens, self.length = world, Tokens(config, "val"), config.train_seq_len
-        self.tokens.read(0, self.tokens.total)  # token ids are checked before anything else starts
+        used = torch.bincount(self.tokens.read(0, self.tokens.total), minlength=config.vocab_size)
+        spelled = (used * (counter.size + counter.space)).sum()
+        require(spelled, f"{self.tokens.paths[0]} has no text to score, only control tokens")
+        self.tokenizer = check_tokenizer(path, self.tokens)
         self.targets = self.tokens.total - 1
         T, chunk = self.length, config.ttt_chunk_tokens
         require(
@@ -1773,6 +1798,12 @@ def recurrence_health(model: GPT, ids: Tensor, mode: Mode) -> list[dict[str, flo
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 
 
+ADVICE = (
+    "for the sample corpus run `python data/sample.py` and set PRESET=tiny, for FineWeb run "
+    "`python data/fineweb.py` (data/README.md)"
+)
+
+
 def find_file(name: str) -> Path:
     """A file or folder that is named relative to the working directory or to this script."""
     here = Path(name)
@@ -1798,20 +1829,66 @@ def open_shard(path: Path) -> np.ndarray:
     return np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER_INTS, shape=(count,))
 
 
+def check_names(paths: list[Path]) -> None:
+    """InputError names a shard that is none, such as the copy "fineweb_val_000000 (1).bin"."""
+    numbers: list[str] = []
+    for path in paths:
+        good = re.fullmatch(r"fineweb_[a-z]+_\d+\.bin", path.name)
+        require(good, f"{path} is not named like a shard, fineweb_val_NNNNNN.bin: remove it")
+        numbers.append(path.stem.rpartition("_")[2])
+    for last, number, path in zip(numbers, numbers[1:], paths[1:]):
+        require(
+            len(number) == len(last) and int(number) == int(last) + 1,
+            f"{path} does not follow {last}: a split's shards have contiguous numbers of one width",
+        )
+
+
+class Manifest(NamedTuple):
+    """What manifest.json in a folder of shards says of them (data/README.md); empty without one."""
+
+    tokenizer_sha256: str
+    tokens: dict[str, dict[str, int]]  # of every shard, by split and name
+
+    @classmethod
+    def of(cls, folder: Path) -> Manifest:
+        path = folder / "manifest.json"
+        if not path.exists():
+            return cls("", {})
+        try:
+            read = json.loads(path.read_bytes())
+            sizes = {
+                split: {name: int(file["tokens"]) for name, file in entry["files"].items()}
+                for split, entry in read.get("splits", {}).items()
+                if "files" in entry
+            }
+            return cls(str(read.get("tokenizer", {}).get("sha256", "")), sizes)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path} is not a manifest of shards: {error!r:.200}") from None
+
+    def check_sizes(self, split: str, sizes: dict[str, int]) -> None:
+        """InputError if shards have other sizes, or if the validation split has other shards."""
+        said = self.tokens.get(split, {})
+        for name, size in sizes.items():
+            told = said.get(name, size)
+            require(told == size, f"{name} has {size} tokens, manifest.json says {told}")
+        differ = sorted(said.keys() ^ sizes.keys()) if said and split == "val" else []
+        require(not differ, f"manifest.json and the folder differ in {', '.join(differ)}")
+
+
 class Tokens:
     """The shards of one split as one sequence of token ids that starts again at its end."""
 
     def __init__(self, config: Config, split: Literal["train", "val"]) -> None:
         folder, T = find_file(config.data_path), config.train_seq_len
-        self.vocab_size = config.vocab_size
+        self.vocab_size, self.split = config.vocab_size, split
         self.paths = sorted(folder.glob(f"fineweb_{split}_*.bin"))
-        require(
-            self.paths,
-            "for the sample corpus, run `python data/sample.py` and set PRESET=tiny; for FineWeb, "
-            f"see data/README.md: DATA_PATH={folder} holds no fineweb_{split}_*.bin",
-        )
-        self.starts = np.cumsum([0, *(len(open_shard(path)) for path in self.paths)])
+        require(self.paths, f"{ADVICE}: DATA_PATH={folder} holds no fineweb_{split}_*.bin")
+        check_names(self.paths)
+        sizes = [len(open_shard(path)) for path in self.paths]
+        self.starts = np.cumsum([0, *sizes])
         self.total = int(self.starts[-1])
+        self.manifest = Manifest.of(folder)
+        self.manifest.check_sizes(split, dict(zip((path.name for path in self.paths), sizes)))
         require(
             self.total > T,
             f"TRAIN_SEQ_LEN={T}: {split} in {folder} has only {self.total} tokens",
@@ -1880,6 +1957,42 @@ class Batches:
 SPACE = "\u2581"  # how SentencePiece writes a space
 
 
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file; "" if there is none."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
+
+
+def check_tokenizer(path: Path, tokens: Tokens) -> str:
+    """How it is known that the shards are of the tokenizer at `path`; InputError if they are not.
+
+    Without a manifest a sample decides. Decoded and encoded again it must come out nearly the same:
+    over 0.99 of it does with its own tokenizer, 0.95 and less with another of 1,024 pieces.
+    """
+    ours, theirs = file_hash(path), tokens.manifest.tokenizer_sha256
+    if theirs:
+        require(
+            ours == theirs,
+            f"TOKENIZER_PATH={path} is not the tokenizer of {tokens.paths[0].parent}: its SHA-256 "
+            f"is {ours[:12]}..., manifest.json says {theirs[:12]}...",
+        )
+        return "manifest"
+    sp = spm.SentencePieceProcessor(model_file=str(path))
+    sample: list[int] = []
+    again: list[int] = []
+    for is_bos, group in itertools.groupby(tokens.read(0, 2000).tolist(), lambda id: id == BOS):
+        if not is_bos:  # a document or what is left of one
+            ids = list(group)
+            sample += ids
+            again += sp.encode(sp.decode(ids))
+    alike = difflib.SequenceMatcher(None, sample, again, autojunk=False).ratio()
+    require(
+        alike > 0.97,
+        f"TOKENIZER_PATH={path} does not fit {tokens.paths[0]}: what it makes of the first tokens "
+        f"is written otherwise ({alike:.2f} of it alike). Are the shards of another tokenizer?",
+    )
+    return f"not verified, no manifest names it; a sample fits ({alike:.3f})"
+
+
 @dataclass(frozen=True)
 class ByteCounter:
     """UTF-8 bytes of the text that tokens stand for, from tables [V].
@@ -1894,6 +2007,7 @@ class ByteCounter:
     @classmethod
     def from_sentencepiece(cls, path: Path, vocab_size: int) -> ByteCounter:
         """A byte piece is one byte; a control piece none, nor is the space of one behind it."""
+        require(path.exists(), f"{ADVICE}: TOKENIZER_PATH={path} is not there")
         try:
             sp = spm.SentencePieceProcessor(model_file=str(path))
             require(len(sp) == vocab_size, f"it has {len(sp)} pieces, VOCAB_SIZE={vocab_size}")
@@ -2235,8 +2349,7 @@ class Trainer:
             self.next_step(reporter)
             if clock.signal:
                 raise Ended(EXIT_STOPPED, f"step {self.step}: stopped by {clock.signal}")
-            saves = config.save_every and self.step % config.save_every == 0
-            if saves and self.step < config.iterations:
+            if checkpoints.due(self.step) and self.step < config.iterations:
                 checkpoints.save(self, patience=config.rank_timeout_seconds / 4)
 
     def next_step(self, reporter: Reporter) -> None:
@@ -2480,11 +2593,40 @@ class Checkpoint(NamedTuple):
     values: np.ndarray | None = None  # float32, of `Trainer.state` one after the other; on rank 0
 
 
+class HostCopier:
+    """Copies tensors to the host beside training: on a stream of its own, into pinned memory."""
+
+    def __init__(self, world: World) -> None:
+        self.stream = torch.cuda.Stream() if world.on_cuda else None
+
+    def start(self, tensors: list[Tensor]) -> Callable[[], np.ndarray]:
+        """Begins a copy of what the tensors hold now; what is returned waits for it."""
+        flat = torch.cat([t.flatten() for t in tensors])
+        if self.stream is None:
+            return flat.numpy
+        host = torch.empty(flat.shape, pin_memory=True)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            host.copy_(flat, non_blocking=True)
+            copied = self.stream.record_event()
+        flat.record_stream(self.stream)  # its memory is not given to others before
+
+        def wait_for_copy() -> np.ndarray:
+            copied.synchronize()
+            return host.numpy()
+
+        return wait_for_copy
+
+
 class Checkpoints:
     """Writes a run's checkpoints beside training and keeps two."""
 
     def __init__(self, config: Config, world: World, tokens: int, log: Log) -> None:
         self.config, self.world, self.tokens, self.log = config, world, tokens, log
+        self.every = config.save_every
+        if config.save_every < 0:
+            self.every = 500 if world.on_cuda else 0  # half a minute of eight H100s
+        self.copier = HostCopier(world)
         self.writer = ThreadPoolExecutor(1)
         self.pending: list[Future] = []
         self.metrics_bytes = 0  # when training ended; a run that goes on from there scores again
@@ -2492,8 +2634,11 @@ class Checkpoints:
     def end(self, trainer: Trainer) -> None:
         """Of a training that is complete."""
         self.metrics_bytes = self.log.size()
-        if self.config.save_every:
+        if self.every:
             self.save(trainer)
+
+    def due(self, step: int) -> bool:
+        return self.every > 0 and step % self.every == 0
 
     def save(self, trainer: Trainer, patience: float | None = None) -> None:
         """Copies the state now and has a thread write it, unless it still writes the last one."""
@@ -2503,7 +2648,7 @@ class Checkpoints:
             return
         if not self.world.is_main:
             return
-        values = torch.cat([t.flatten() for t in trainer.state()]).cpu().numpy()
+        values = self.copier.start(trainer.state())
         header = dict(
             config=asdict(self.config),
             tokens=self.tokens,
@@ -2513,10 +2658,10 @@ class Checkpoints:
         )
         self.pending = [self.writer.submit(self.write, step, header, values)]
 
-    def write(self, step: int, header: dict[str, Any], values: np.ndarray) -> None:
+    def write(self, step: int, header: dict[str, Any], values: Callable[[], np.ndarray]) -> None:
         path = self.log.folder / f"step_{step:08d}.ckpt"
         try:
-            write_atomically(path, seal("checkpoint", "none", header, [values.tobytes()]))
+            write_atomically(path, seal("checkpoint", "none", header, [values().tobytes()]))
             for old in sorted(self.log.folder.glob("step_*.ckpt"))[:-2]:
                 old.unlink()
         except OSError as error:
@@ -3105,42 +3250,69 @@ class Preset(NamedTuple):
 
     values: dict[str, Any]
     what: str
-    published: str = ""  # val_bpb of the system's own log, after rounding
+    bpb: float | None = None  # val_bpb after rounding, as published with the system
+    step_ms: float | None = (
+        None  # milliseconds a step, likewise: series 1 on one H100, else on eight
+    )
 
 
 SYSTEMS: dict[str, Preset] = {
-    "Ap": Preset(SCREEN | dict(num_layers=8), "series 1, A': 8 flat layers"),
-    "Bp": Preset(SCREEN | layers(0, 4, 2, 0), "series 1, B': 4 layers twice, nothing else"),
-    "C": Preset(SCREEN | MIX | layers(0, 4, 2, 0), "series 1: B' + Output-LN + convex mix"),
-    "Cp": Preset(
-        SCREEN | dict(use_birkhoff_mix=True) | layers(0, 4, 2, 0), "series 1, C': B' + convex mix"
+    "Ap": Preset(SCREEN | dict(num_layers=8), "series 1, A': 8 flat layers", 1.305, 357.88),
+    "Bp": Preset(
+        SCREEN | layers(0, 4, 2, 0), "series 1, B': 4 layers twice, nothing else", 1.3637, 363.37
     ),
-    "D": Preset(SCREEN | SCALE | layers(0, 4, 2, 0), "series 1: C + uncapped timestep scale"),
-    "E": Preset(SCREEN | SCALE | layers(1, 3, 2, 1), "series 1: D as 1+3x2+1"),
-    "F": Preset(SCREEN | SCALE | layers(1, 2, 3, 1), "series 1: D as 1+2x3+1"),
-    "G": Preset(MIX | layers(1, 3, 2, 1), "series 2: 1+3x2+1, Output-LN + convex mix"),
-    "H": Preset(MIX | layers(1, 4, 2, 1), "series 2: G as 1+4x2+1"),
-    "I": Preset(CAPPED | layers(1, 4, 2, 1), "series 2: H + capped timestep scale"),
-    "J": Preset(MIX | layers(1, 4, 3, 1), "series 2: G as 1+4x3+1"),
-    "K": Preset(CAPPED | layers(1, 4, 3, 1), "series 2: J + capped timestep scale"),
-    "L": Preset(OWN_MLPS | layers(1, 4, 2, 1), "series 3: I, an MLP of its own for every pass"),
+    "C": Preset(
+        SCREEN | MIX | layers(0, 4, 2, 0), "series 1: B' + Output-LN + convex mix", 1.3587, 352.85
+    ),
+    "Cp": Preset(
+        SCREEN | dict(use_birkhoff_mix=True) | layers(0, 4, 2, 0),
+        "series 1, C': B' + convex mix",
+        1.366,
+        346.95,
+    ),
+    "D": Preset(
+        SCREEN | SCALE | layers(0, 4, 2, 0), "series 1: C + uncapped timestep scale", 1.3584, 356.74
+    ),
+    "E": Preset(SCREEN | SCALE | layers(1, 3, 2, 1), "series 1: D as 1+3x2+1", 1.3428, 357.83),
+    "F": Preset(SCREEN | SCALE | layers(1, 2, 3, 1), "series 1: D as 1+2x3+1", 1.3622, 360.24),
+    "G": Preset(
+        MIX | layers(1, 3, 2, 1), "series 2: 1+3x2+1, Output-LN + convex mix", 1.2856, 34.59
+    ),
+    "H": Preset(MIX | layers(1, 4, 2, 1), "series 2: G as 1+4x2+1", 1.2704, 41.92),
+    "I": Preset(CAPPED | layers(1, 4, 2, 1), "series 2: H + capped timestep scale", 1.2668, 41.92),
+    "J": Preset(MIX | layers(1, 4, 3, 1), "series 2: G as 1+4x3+1", 1.267, 57.36),
+    "K": Preset(CAPPED | layers(1, 4, 3, 1), "series 2: J + capped timestep scale", 1.2659, 59.28),
+    "L": Preset(
+        OWN_MLPS | layers(1, 4, 2, 1), "series 3: I, an MLP of its own for every pass", 1.2406, 42.6
+    ),
     "M": Preset(OWN_MLPS | layers(1, 4, 3, 1), "series 3: K, an MLP of its own for every pass"),
-    "N": Preset(FILM | layers(1, 4, 2, 1), "series 3: I + FiLM bias"),
-    "O": Preset(FILM | layers(1, 4, 3, 1), "series 3: K + FiLM bias"),
+    "N": Preset(FILM | layers(1, 4, 2, 1), "series 3: I + FiLM bias", 1.2641, 42.48),
+    "O": Preset(FILM | layers(1, 4, 3, 1), "series 3: K + FiLM bias", 1.2625, 58.18),
     "P": Preset(
-        UNIQUE | LEARNED | layers(1, 4, 2, 1), "series 4: N + unique norms + learned depth code"
+        UNIQUE | LEARNED | layers(1, 4, 2, 1),
+        "series 4: N + unique norms + learned depth code",
+        1.2663,
+        48.54,
     ),
     "Q": Preset(
-        UNIQUE | LEARNED | layers(1, 4, 3, 1), "series 4: O + unique norms + learned depth code"
+        UNIQUE | LEARNED | layers(1, 4, 3, 1),
+        "series 4: O + unique norms + learned depth code",
+        1.2643,
+        66.96,
     ),
-    "R": Preset(LEARNED | layers(1, 4, 3, 1), "series 4: O + learned depth code"),
-    "S": Preset(UNIQUE | layers(1, 4, 3, 1), "series 4: O + unique norms"),
+    "R": Preset(LEARNED | layers(1, 4, 3, 1), "series 4: O + learned depth code", 1.2639, 62.56),
+    "S": Preset(UNIQUE | layers(1, 4, 3, 1), "series 4: O + unique norms", 1.2629, 61.87),
     "T": Preset(
         FILM | dict(depth_embed="sinusoidal") | layers(1, 4, 3, 1),
         "series 5: O + sinusoidal depth code; the default",
+        1.2624,
+        58.86,
     ),
     "naive": Preset(
-        dict(num_layers=9, leaky_relu_slope=0.0), "the contest's baseline: 9 flat layers, relu^2"
+        dict(num_layers=9, leaky_relu_slope=0.0),
+        "the contest's baseline: 9 flat layers, relu^2",
+        1.2244,
+        43.54,
     ),
     "flat_9x1_512": Preset(REPORT | dict(num_layers=9), '"baseline wins": 9 flat layers, D 512'),
     "recur_3x3_640": Preset(AT_640 | layers(0, 3, 3, 0), '"baseline wins": 3x3, D 640'),
@@ -3149,7 +3321,7 @@ SYSTEMS: dict[str, Preset] = {
     "recur_3x3_1024": Preset(AT_1024 | layers(0, 3, 3, 0), '"baseline wins": 3x3, D 1024'),
     "recur_2x6_1024": Preset(AT_1024 | layers(0, 2, 6, 0), '"baseline wins": 2x6, D 1024'),
     "growing": Preset(
-        GROWING, "growing recurrence (PR 1230): 4 + 3x(1, 2, 3) + 4, less its dead parts"
+        GROWING, "growing recurrence (PR 1230): 4 + 3x(1, 2, 3) + 4, less its dead parts", 1.1163
     ),
     "growing_live": Preset(
         GROWING
@@ -3333,10 +3505,16 @@ def help_text(width: int = 80) -> str:
     ):
         lines = [title]
         for name, preset in presets.items():
-            score = f" ({preset.published})" if preset.published else ""
+            score = f" [{preset.bpb:.4f}]" if preset.bpb else ""
             lines.append(hanging(f"  {name:<15}", preset.what + score, width))
         text.append("\n".join(lines))
-    text.append("Figures in brackets are val_bpb that the systems' own logs have, after rounding.")
+    text.append(
+        textwrap.fill(
+            "Figures in brackets are the val_bpb published with a system, after rounding; that of "
+            "growing is after test-time training.",
+            width,
+        )
+    )
     for f in fields(Config):
         group = f.metadata["group"]
         text.append((f"{group}\n" if group else "") + option_text(f, width))
@@ -3504,6 +3682,7 @@ class Artifact(NamedTuple):
 
 def read_artifact(path: Path, config: Config, world: World) -> Artifact:
     data = world.on_main(path.read_bytes)
+    check_artifact_tokenizer(data, str(path), config)
     model, architecture, kind = load_model(data, str(path), config.eval_passes)
     return Artifact(replace(config, **asdict(architecture)), data, model.to(world.device), kind)
 
@@ -3581,19 +3760,84 @@ def make_trainer(config: Config, world: World) -> Trainer:
     return Trainer(config, world, model.to(world.device), data)
 
 
+def attention_kernel(config: Config, world: World) -> str:
+    """The kernel that attention takes for the shapes of training."""
+    if config.attn_backend == "auto" and not world.on_cuda:
+        return "blocks"
+    width = config.model_dim // config.num_heads
+    dtype = getattr(torch, config.dtype)
+    q, k = (
+        torch.empty(1, heads, config.train_seq_len, width, device=world.device, dtype=dtype)
+        for heads in (config.num_heads, config.num_kv_heads)
+    )
+    choice = torch._fused_sdp_choice(q, k, k, is_causal=True, enable_gqa=True)
+    return BACKEND(choice).name.lower()
+
+
+def gpu_state(world: World) -> str:
+    """Driver, clocks, power and temperature of this rank's GPU, as nvidia-smi says."""
+    asked = "driver_version,clocks.sm,clocks.max.sm,power.draw,power.limit,temperature.gpu"
+    index = torch.cuda.get_device_properties(world.device).uuid
+    command = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader", f"--id=GPU-{index}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"nvidia-smi does not say: {error}"
+    values = done.stdout.strip().split(", ")
+    return " ".join(f"{name}:{value}" for name, value in zip(asked.split(","), values))
+
+
+# Dense bfloat16 FLOP/s by NVIDIA's data sheets.
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+
+
+def flops_per_token(model: GPT, length: int, passes: int) -> float:
+    """Of a training step: 6 for each matrix element used, the head's too, and causal attention.
+
+    Attention multiplies (T + 1) / 2 keys and values on average; a backward pass costs two forward.
+    """
+    width, used = model.tok_emb.shape[1], model.tok_emb.numel()
+    plan = model.plans[passes]
+    for layer in plan:
+        attn, mlp = model.attn[layer.attn], model.mlp[layer.mlp]
+        matrices = (attn.qkv, attn.proj, mlp.fc, mlp.proj)
+        used += sum(matrix.weight.numel() for matrix in matrices)
+    return 6.0 * used + len(plan) * 12.0 * width * (length + 1) / 2
+
+
+def speed(trainer: Trainer) -> str:
+    """Tokens/s at the end of training, beside those published with the preset, and MFU."""
+    config, world = trainer.config, trainer.world
+    rate = config.train_batch_tokens / max(trainer.clock.per_step, 1e-9)
+    passes = training_mode(config, trainer.step, trainer.clock.seconds).passes
+    flops = flops_per_token(trainer.model, config.train_seq_len, passes)
+    text = f"speed:{rate:,.0f} tokens/s flops_per_token:{flops / 1e6:.1f}M"
+    name = torch.cuda.get_device_name() if world.on_cuda else ""
+    peak = next((peak for chip, peak in PEAK_FLOPS.items() if chip in name), 0.0)
+    if peak:
+        text += f" mfu:{rate * flops / peak / world.size:.3f}"
+    for system in config.preset.split(","):
+        step_ms = SYSTEMS[system].step_ms if system in SYSTEMS else None
+        if step_ms and world.on_cuda:
+            published = 524288e3 / step_ms
+            text += f" published:{published:,.0f} tokens/s (its own hardware: see README)"
+    return text
+
+
 def log_setup(trainer: Trainer, log: Log) -> None:
     config, world, model = trainer.config, trainer.world, trainer.model
     batches = trainer.batches
     parameters = sum(p.numel() for p in trainer.params)
     log(f"model_params:{parameters} effective_layers:{len(model.plans[config.num_loops])}")
-    kernels = ">".join(kernel.name for kernel in KERNELS[config.attn_backend])
-    if config.attn_backend == "auto" and not world.on_cuda:
-        kernels = "blocks"
     log(
         f"world_size:{world.size} grad_accum_steps:{batches.accumulation} "
-        f"compile:{trainer.compiler.level} attention:{kernels}"
+        f"compile:{trainer.compiler.level} attention:{attention_kernel(config, world)}"
     )
+    if world.on_cuda:
+        log(f"gpu:{gpu_state(world)}")
     log(f"train_loader:shards:{len(batches.tokens.paths)} tokens:{batches.tokens.total}")
+    train = check_tokenizer(find_file(config.tokenizer_path), batches.tokens)
+    log(f"tokenizer of the train shards: {train}")
 
 
 class Validation:
@@ -3665,6 +3909,17 @@ def export(trainer: Trainer, trained: Trained, validation: Validation, log: Log)
     )
 
 
+@contextlib.contextmanager
+def frozen_garbage() -> Iterator[None]:
+    """Python's collector leaves out what exists already: its pauses would count as training."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def train_and_export(
     config: Config, world: World, scorer: Scorer
 ) -> tuple[Trainer, Log, dict[str, Any]]:
@@ -3685,7 +3940,9 @@ def train_and_export(
         restore(trainer, checkpoint, log)
     checkpoints = Checkpoints(config, world, trainer.batches.tokens.total, log)
     with checkpoints.kept(trainer):
-        trained = trainer.train(reporter, checkpoints, validation)
+        with frozen_garbage():
+            trained = trainer.train(reporter, checkpoints, validation)
+        log(speed(trainer))
         peak = torch.cuda.max_memory_allocated() >> 20 if world.on_cuda else 0
         log(f"peak memory allocated: {peak} MiB")
         last = training_mode(config, trainer.step, trained.seconds)
