@@ -1657,13 +1657,14 @@ class Learner:
             self.gradients.clip(config.ttt_grad_clip or math.inf)
             self.sgd.step()
 
-    def compile(self, tokens: Tensor) -> None:
-        """Runs a step's forward and backward pass, so that its graph is there."""
-        mine = slice(self.world.rank, None, self.world.size)
-        ids = tokens[:-1].view(-1, self.config.train_seq_len)[mine]
-        targets = tokens[1:].view(-1, self.config.train_seq_len)[mine]
-        if len(ids):
-            self.forward(ids, targets).backward()
+    def warm_up(self) -> None:
+        """Runs the forward and backward pass of a step, which `learn` forgets again."""
+        length = self.config.train_seq_len
+        sequences = self.config.ttt_chunk_tokens // length
+        mine = len(range(self.world.rank, sequences, self.world.size))
+        ids = torch.zeros((mine, length), dtype=torch.int64, device=self.world.device)
+        if mine:
+            self.forward(ids, ids.clone()).backward()
 
 
 class Scorer:
@@ -1741,12 +1742,11 @@ class Scorer:
 
     def warm_up(self, model: Scored, learner: Learner | None = None) -> None:
         """Runs what scoring runs once, so that nothing is compiled while it is timed."""
-        ids, targets = next(self.windows(range(1), self.length))
-        self.totals(model, ids, targets)
+        shape = (self.batch, self.length)
+        nothing = torch.zeros(shape, dtype=torch.int64, device=self.world.device)
+        self.totals(model, nothing, nothing.clone())
         if learner:
-            size = learner.config.ttt_chunk_tokens
-            tokens = self.tokens.read(0, size + 1).to(self.world.device).long()
-            learner.compile(tokens)
+            learner.warm_up()
 
     @torch.no_grad()
     def totals(self, model: Scored, ids: Tensor, targets: Tensor) -> Tensor:
@@ -2154,7 +2154,7 @@ class Clock:
             mine = (time.perf_counter() - self.started, self.world.signal)
             seen = self.world.gather(lambda: mine)
             seconds = seen[0][0]
-            self.per_step = (seconds - self.seconds) / (step - self.step)
+            self.per_step = max(seconds - self.seconds, 1e-9) / (step - self.step)
             self.step, self.seconds = step, seconds
             # The next reading comes in half of what is left, or after 5 s or ten steps.
             ahead = min(self.cap - seconds, 10.0) / 2 / self.per_step
@@ -2218,7 +2218,7 @@ class Trainer:
         self.average = Average(self.params, config)
         self.skipped = SkippedSteps(self.world.device)
         self.clock = Clock(self.world, config.training_seconds)
-        self.step = 0  # steps made
+        self.step, self.lr_factor = 0, 0.0  # steps made; the last one's fraction of learning rates
         self.grad_norm: Tensor | None = None  # of the last step, before clipping
         self.last_good = "none"
 
@@ -2244,7 +2244,8 @@ class Trainer:
         self.skipped.mask(gradients, step)
         if config.grad_clip_norm:
             self.grad_norm = gradients.clip(config.grad_clip_norm)
-        self.set_rates(lr_factor(config, step, seconds), muon_momentum(config, step))
+        self.lr_factor = lr_factor(config, step, seconds)
+        self.set_rates(self.lr_factor, muon_momentum(config, step))
         for optimizer in self.optimizers:
             optimizer.step()
         if config.reference_bf16:
@@ -2318,7 +2319,7 @@ class Trainer:
         return loss
 
     def why_to_stop(self, seconds: float) -> str:
-        """ "" while there is a step to make. At the end a step is to spare for the cap."""
+        """Why training ends now; empty while there is a step to make, with one to spare."""
         clock = self.clock
         if self.step == self.config.iterations:
             return "iterations"
@@ -2523,7 +2524,7 @@ class Reporter:
                 train_seconds=seconds,
                 tokens_per_second=speed,
                 step_ms=1e3 * trainer.clock.per_step,
-                lr_factor=lr_factor(self.config, step - 1, seconds),
+                lr_factor=trainer.lr_factor,
                 grad_norm=norm.item() if norm.isfinite() else None,
             )
         self.log.progress(self.progress(trainer, loss, seconds, speed))
@@ -2680,6 +2681,9 @@ class Checkpoints:
             diverged = isinstance(end, Ended) and end.code == EXIT_NON_FINITE
             if whole and not diverged:
                 self.save(trainer)
+                wait(self.pending)
+                self.log(f"to go on: {command_to_go_on(self.config, self.world, self.log.folder)}")
+            self.log.to_file(f"ended: {end}")
             raise
         finally:
             self.writer.shutdown()
@@ -2820,6 +2824,7 @@ def choose_cuda(device: str, size: int) -> bool:
     if torch.cuda.is_available():
         return True
     driver = Path("/proc/driver/nvidia/version")
+    has_gpu = driver.exists() or Path("/dev/nvidiactl").exists()
     found = ""
     if driver.exists():
         line = driver.read_text().splitlines()[0]
@@ -2834,7 +2839,7 @@ def choose_cuda(device: str, size: int) -> bool:
         "work). DEVICE=cpu trains on the CPU"
     )
     require(device != "cuda", f"DEVICE=cuda: {advice}")
-    require(not driver.exists(), advice)
+    require(not has_gpu, advice)
     require(size == 1, f"WORLD_SIZE={size} ranks without a GPU: {advice}")
     return False
 
@@ -2847,6 +2852,7 @@ class World:
         self.is_main = self.rank == 0
         self.on_cuda = choose_cuda(device, self.size)
         self.place, self.training, self.signal = "start", False, ""
+        self.lock: TextIO | None = None  # of the run's folder
         self.device = torch.device("cpu")
         if self.on_cuda:
             self.device = torch.device(f"cuda:{env.get('LOCAL_RANK', 0)}")
@@ -3035,7 +3041,6 @@ class Log:
         self.folder, self.metrics, self.is_main = folder, folder / "metrics.jsonl", is_main
         self.tracker = Tracker(tracker, folder) if tracker != "none" and is_main else None
         self.watched = is_main and sys.stderr is not None and sys.stderr.isatty()
-        self.lock: TextIO | None = None  # of the folder, while the run lives
 
     def size(self) -> int:
         """Bytes of metrics.jsonl."""
@@ -3474,9 +3479,9 @@ def questionable_names(env: Mapping[str, str]) -> tuple[list[str], list[str]]:
         alike = difflib.get_close_matches(name, ours, 1, 0.8)
         problem = ""
         if name in INSTEAD:
-            problem = f"{name} is of other scripts of the contest; here it is {INSTEAD[name]}"
+            problem = f"{name} is read by other scripts of the contest; set {INSTEAD[name]} instead"
         elif name in UNSUPPORTED:
-            problem = f"{name} is of other scripts of the contest; there is no such thing here"
+            problem = f"{name} is read by other scripts of the contest and has no counterpart here"
         elif alike:
             problem = f"{name} is not an option; did you mean {alike[0]}?"
         if problem and name in ORDINARY:
@@ -3619,7 +3624,7 @@ def open_log(config: Config, world: World) -> Log:
     def make() -> bool:
         known = folder.exists()
         if known:
-            log.lock = lock_folder(folder)
+            world.lock = lock_folder(folder)
         require(
             not known or config.resume == "auto",
             f"{folder} exists and would be overwritten: choose another RUN_ID, or RESUME=auto",
@@ -3627,7 +3632,7 @@ def open_log(config: Config, world: World) -> Log:
         require(not (folder / "result.json").exists(), f"{folder} holds a finished run")
         if not known:
             folder.mkdir(parents=True)
-            log.lock = lock_folder(folder)
+            world.lock = lock_folder(folder)
         return known
 
     known = world.on_main(make)
@@ -3952,7 +3957,16 @@ def train_and_export(
 
 
 def run(config: Config, world: World) -> int:
-    """One run as configured; result.json ends it. The exit code."""
+    """One run as configured. The exit code."""
+    try:
+        return do_run(config, world)
+    finally:
+        if world.lock:
+            world.lock.close()
+
+
+def do_run(config: Config, world: World) -> int:
+    """Trains or reads an artifact, scores it, and ends with result.json."""
     artifact = None
     result: dict[str, Any] = {}
     if config.eval_only:
