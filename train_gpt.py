@@ -15,7 +15,7 @@ bytes, 8 training, 9 compiling, averages, reports and checkpoints, 10 ranks, log
 
 Shapes: B sequences, T tokens, D model width, H query heads, K key/value heads, E head width,
 V vocabulary, R effective layers. Parameters, tables and optimizer states are float32; matmul
-operands and the residual stream are DTYPE.
+operands and the residual stream are DTYPE. "PR n" is pull request n of openai/parameter-golf.
 """
 
 from __future__ import annotations
@@ -84,11 +84,14 @@ def option(
 ) -> Any:
     """A field of `Config`: its default, what it means, its bounds.
 
-    `needs` lists what must hold for the option to act, as in "num_shared !tie_embeddings
-    num_loops>1 average=ema". `neutral` is the value that switches a technique off, where that is
-    not the default. `group` opens a group of options in `--help`.
+    Numbers are at least 0 unless `low` says otherwise. `needs` lists what must hold for the option
+    to act, as in "num_shared !tie_embeddings num_loops>1 average=ema". `neutral` is the value that
+    switches a technique off, where that is not the default. `group` opens a group of `--help`.
     """
-    return field(default=default, metadata=dict(locals()))
+    return field(
+        default=default,
+        metadata=dict(help=help, low=low, high=high, needs=needs, neutral=neutral, group=group),
+    )
 
 
 def parse(name: str, text: str, kind: Any) -> Any:
@@ -120,22 +123,34 @@ class Architecture:
     """
 
     vocab_size: int = option(
-        1024, "Pieces of the tokenizer (V); shards hold uint16 ids.", 2, 65536, group="Model"
+        1024,
+        "Pieces of the tokenizer (V); shards hold uint16 ids.",
+        low=2,
+        high=65536,
+        group="Model",
     )
-    model_dim: int = option(512, "Width of the residual stream (D).", 2, 65536)
-    num_heads: int = option(8, "Query heads (H).", 1, 1024)
-    num_kv_heads: int = option(4, "Key/value heads (K), each shared by H/K query heads.", 1, 1024)
-    mlp_mult: float = option(2.0, "Hidden width of an MLP as a multiple of MODEL_DIM.", 0.01, 64)
-    num_layers: int = option(9, "Layers of the flat U-Net.", 1, 256, needs="!num_shared")
-    num_prelude: int = option(1, "Layers before the core.", 0, 256, needs="num_shared")
-    num_shared: int = option(4, "Layers of the shared core; 0 makes a flat U-Net.", 0, 256)
+    model_dim: int = option(512, "Width of the residual stream (D).", low=2, high=65536)
+    num_heads: int = option(8, "Query heads (H).", low=1, high=1024)
+    num_kv_heads: int = option(
+        4, "Key/value heads (K), each shared by H/K query heads.", low=1, high=1024
+    )
+    mlp_mult: float = option(
+        2.0, "Hidden width of an MLP as a multiple of MODEL_DIM.", low=0.01, high=64
+    )
+    num_layers: int = option(9, "Layers of the flat U-Net.", low=1, high=256, needs="!num_shared")
+    num_prelude: int = option(1, "Layers before the core.", low=0, high=256, needs="num_shared")
+    num_shared: int = option(4, "Layers of the shared core; 0 makes a flat U-Net.", low=0, high=256)
     num_loops: int = option(
-        3, "Passes over the core in training, at most.", 1, 256, needs="num_shared"
+        3, "Passes over the core in training, at most.", low=1, high=256, needs="num_shared"
     )
     eval_passes: int = option(
-        0, "Passes over the core in scoring; 0 means NUM_LOOPS.", 0, 256, needs="num_shared"
+        0,
+        "Passes over the core in scoring; 0 means NUM_LOOPS.",
+        low=0,
+        high=256,
+        needs="num_shared",
     )
-    num_coda: int = option(1, "Layers after the core.", 0, 256, needs="num_shared")
+    num_coda: int = option(1, "Layers after the core.", low=0, high=256, needs="num_shared")
     core_skips: Literal["none", "all", "published"] = option(
         "none",
         "U-Net skips from the prelude to the coda; PR 1230 published half of them.",
@@ -147,15 +162,15 @@ class Architecture:
     pass_scale_init: float = option(
         1.0,
         "Start of alpha in x + alpha (core(x) - x), learned per further pass; 1 leaves it out.",
-        -4,
-        4,
+        low=-4,
+        high=4,
         needs="num_loops>1",
     )
     feedback_rank: int = option(
         0,
         "Rank r of the error feedback x + d * (x V) U^T before a further pass; 0 leaves it out.",
-        0,
-        4096,
+        low=0,
+        high=4096,
         needs="num_loops>1",
     )
     interpass_norm: bool = option(
@@ -163,12 +178,12 @@ class Architecture:
     )
     use_peri_norm: bool = option(
         True,
-        "Output-LN: normalise the MLP branch at its output instead of its input.",
+        "Output-LN (peri norm): normalise the MLP branch at its output instead of its input.",
         neutral=False,
     )
     use_birkhoff_mix: bool = option(
         True,
-        "Convex mix a x + (1-a) x0 with learned a in (0, 1) per channel; off: two free weights.",
+        "Convex (Birkhoff) mix a x + (1-a) x0, a in (0, 1) per channel; off: two free weights.",
         neutral=False,
     )
     use_timestep_scale: bool = option(
@@ -178,7 +193,9 @@ class Architecture:
         4.0, "Cap on |gamma|; 0 means none.", needs="use_timestep_scale", neutral=0.0
     )
     use_timestep_bias: bool = option(
-        True, "FiLM: shift both branches of an effective layer by a learned beta.", neutral=False
+        True,
+        "Shift both branches of an effective layer by a learned beta (FiLM bias).",
+        neutral=False,
     )
     use_unique_norms: bool = option(
         False,
@@ -187,47 +204,53 @@ class Architecture:
     )
     unique_norms_input_norm: bool = option(
         False,
-        "Keep the input norm beside unique norms under Output-LN, as PR 855 did by accident.",
+        "Keep the input norm beside unique norms under Output-LN, as PR 855 unknowingly did.",
         needs="use_unique_norms use_peri_norm",
     )
     depth_embed: Literal["none", "sinusoidal", "learned"] = option(
         "sinusoidal", "Depth code added to the stream before every effective layer.", neutral="none"
     )
     leaky_relu_slope: float = option(
-        0.5, "Slope of W2 leaky_relu(W1 x)^2 below zero; 0 is relu^2.", 0, 1
+        0.5, "Slope of W2 leaky_relu(W1 x)^2 below zero; 0 is relu^2.", low=0, high=1
     )
-    logit_softcap: float = option(30.0, "Bound c of the logits in c tanh(logit / c).", 1e-3)
-    rope_base: float = option(10000.0, "Base of the rotary frequencies.", 1)
-    rope_dims: int = option(0, "Channels of a head that are rotated; 0 means all.", 0, 65536)
+    logit_softcap: float = option(30.0, "Bound c of the logits in c tanh(logit / c).", low=1e-3)
+    rope_base: float = option(10000.0, "Base of the rotary frequencies.", low=1)
+    rope_dims: int = option(
+        0, "Channels of a head that are rotated; 0 means all.", low=0, high=65536
+    )
     ln_scale: bool = option(False, "Scale the norms of layer i, counted from 0, by (i + 1)^-0.5.")
     xsa_last_n: int = option(
-        0, "Exclusive self-attention in this many last layers outside the core.", 0, 256
+        0, "Exclusive self-attention in this many last layers outside the core.", low=0, high=256
     )
     smear_gate: Literal["none", "document", "published"] = option(
         "none",
         "Blend the previous token into each embedding; `published` does so across documents.",
     )
     bigram_vocab_size: int = option(
-        0, "Buckets of the hashed bigram embedding; 0 leaves it out.", 0, 1 << 20
+        0, "Buckets of the hashed bigram embedding; 0 leaves it out.", low=0, high=1 << 20
     )
     bigram_dim: int = option(
-        64, "Width of the bigram embedding.", 1, 65536, needs="bigram_vocab_size"
+        64, "Width of the bigram embedding.", low=1, high=65536, needs="bigram_vocab_size"
     )
     ve_last_n: int = option(
-        0, "This many last layers add the shared value embedding to v; 0 leaves it out.", 0, 256
+        0,
+        "This many last layers add the shared value embedding to v; 0 leaves it out.",
+        low=0,
+        high=256,
     )
-    ve_dim: int = option(128, "Width of the value embedding.", 1, 65536, needs="ve_last_n")
+    ve_dim: int = option(128, "Width of the value embedding.", low=1, high=65536, needs="ve_last_n")
     qk_gain_init: float = option(1.5, "Initial gain of the normalised queries, per head.")
     tie_embeddings: bool = option(True, "Use the token embedding as output projection.")
     train_seq_len: int = option(
-        1024, "Tokens of a sequence (T), in training and in scoring.", 2, 1 << 17
+        1024, "Tokens of a sequence (T), in training and in scoring.", low=2, high=1 << 17
     )
     dtype: Literal["bfloat16", "float32"] = option(
         "bfloat16", "Type of matmul operands and of the residual stream."
     )
     reference_bf16: bool = option(
         False,
-        "Keep RoPE positions, tables and embedding in bfloat16, as PR 855 did by accident.",
+        "Round RoPE positions, and in training tables and embedding, to bfloat16, as PR 855's "
+        "module-wide cast unknowingly did.",
     )
 
     def __post_init__(self) -> None:
@@ -281,7 +304,7 @@ def check_range(f: Field, value: Any) -> None:
 
 
 def neutral_values(kind: type[Architecture]) -> dict[str, Any]:
-    """The values that switch every technique off, of the options whose default does not."""
+    """The values that switch techniques off, of those options that are on by default."""
     found = {f.name: f.metadata["neutral"] for f in fields(kind)}
     return {name: value for name, value in found.items() if value is not None}
 
@@ -312,7 +335,7 @@ class Config(Architecture):
     tracker: Literal["none", "tensorboard", "wandb"] = option(
         "none", "Where metrics go as well, if it is installed."
     )
-    seed: int = option(1337, "Seed of the initial weights.", 0, 2**64 - 1)
+    seed: int = option(1337, "Seed of the initial weights.", low=0, high=2**64 - 1)
     device: Literal["auto", "cuda", "cpu"] = option(
         "auto",
         "Where to train; auto takes CUDA if there is a GPU, and the CPU for a single process only.",
@@ -332,13 +355,13 @@ class Config(Architecture):
         -1,
         "Steps between checkpoints; 0: only when a run is interrupted, as a lost GPU rank cannot "
         "save; -1: 500 on CUDA, 0 on CPUs.",
-        -1,
+        low=-1,
     )
     resume: str = option(
         "", "Path of a checkpoint to go on from, or auto: the last one of RUN_ID, if any."
     )
     rank_timeout_seconds: float = option(
-        60.0, "Seconds to wait for a missing rank before every rank stops.", 5
+        60.0, "Seconds to wait for a missing rank before every rank stops.", low=5
     )
     max_skipped_steps: int = option(
         10, "Steps with a loss or gradient that is not finite, skipped before the run ends."
@@ -368,11 +391,11 @@ class Config(Architecture):
     warmdown_iters: int = option(
         1200, "Steps (or their time) over which the learning rate falls to 0 at the end."
     )
-    train_batch_tokens: int = option(524288, "Tokens of a step, all ranks together.", 1)
-    micro_batch_tokens: int = option(65536, "Tokens of a rank's forward pass, at most.", 1)
-    val_batch_size: int = option(524288, "Tokens of a validation batch, all ranks together.", 1)
+    train_batch_tokens: int = option(524288, "Tokens of a step, all ranks together.", low=1)
+    micro_batch_tokens: int = option(65536, "Tokens of a rank's forward pass, at most.", low=1)
+    val_batch_size: int = option(524288, "Tokens of a validation batch, all ranks together.", low=1)
     val_loss_every: int = option(1000, "Steps between validations; 0: only at the end.")
-    train_log_every: int = option(200, "Steps between log lines, after the first ten.", 1)
+    train_log_every: int = option(200, "Steps between log lines, after the first ten.", low=1)
 
     embed_lr: float = option(
         0.6,
@@ -401,66 +424,75 @@ class Config(Architecture):
     matrix_init: Literal["uniform", "orthogonal"] = option(
         "uniform", "Initial matrices, of those that do not start at zero."
     )
-    muon_momentum: float = option(0.95, "Muon's Nesterov momentum, after its warm-up.", 0, 1)
+    muon_momentum: float = option(
+        0.95, "Muon's Nesterov momentum, after its warm-up.", low=0, high=1
+    )
     muon_momentum_warmup_start: float = option(
-        0.85, "Muon's momentum at step 0.", 0, 1, needs="muon_momentum_warmup_steps"
+        0.85, "Muon's momentum at step 0.", low=0, high=1, needs="muon_momentum_warmup_steps"
     )
     muon_momentum_warmup_steps: int = option(500, "Steps until Muon's momentum has risen.")
-    muon_backend_steps: int = option(5, "Newton-Schulz iterations.", 1)
-    beta1: float = option(0.9, "Adam's decay of the first moment.", 0, 1 - 1e-9)
-    beta2: float = option(0.95, "Adam's decay of the second moment.", 0, 1 - 1e-9)
+    muon_backend_steps: int = option(5, "Newton-Schulz iterations.", low=1)
+    beta1: float = option(0.9, "Adam's decay of the first moment.", low=0, high=1 - 1e-9)
+    beta2: float = option(0.95, "Adam's decay of the second moment.", low=0, high=1 - 1e-9)
     adam_eps: float = option(1e-8, "Added to the root of Adam's second moment.")
     grad_clip_norm: float = option(0.0, "Largest L2 norm of the averaged gradient; 0: no clipping.")
     average: Literal["none", "ema", "swa"] = option(
         "none", "Average of the weights over steps; it is what is exported."
     )
     ema_decay: float = option(
-        0.997, "Decay a step of AVERAGE=ema.", 0, 1 - 1e-9, needs="average=ema"
+        0.997, "Decay a step of AVERAGE=ema.", low=0, high=1 - 1e-9, needs="average=ema"
     )
     swa_every: int = option(
-        50, "Steps between the weights that AVERAGE=swa takes.", 1, needs="average=swa"
+        50, "Steps between the weights that AVERAGE=swa takes.", low=1, needs="average=swa"
     )
     swa_lr_factor: float = option(
         0.2,
         "AVERAGE=swa takes weights once the learning rate is below this fraction.",
-        0,
-        1,
+        low=0,
+        high=1,
         needs="average=swa",
     )
 
     qat_fraction: float = option(
         0.0,
         "Last fraction of the run that trains on rounded matrices (QAT).",
-        0,
-        1,
+        low=0,
+        high=1,
         group="Rounding and artifact",
     )
     qat_lr_factor: float = option(
         0.0,
         "Train on rounded matrices once the learning rate is below this fraction.",
-        0,
-        1,
+        low=0,
+        high=1,
         needs="warmdown_iters",
     )
     qat_core_only: bool = option(
         False, "Round only the core's matrices in QAT.", needs="num_shared"
     )
     matrix_bits: int = option(
-        8, "Bits of a stored matrix element; 0: the most with which the artifact fits.", 0, 8
+        8,
+        "Bits of a stored matrix element; 0: the most with which the artifact fits.",
+        low=0,
+        high=8,
     )
     core_bits: int = option(
-        0, "Bits of the core's matrix elements; 0 means MATRIX_BITS.", 0, 8, needs="num_shared"
+        0,
+        "Bits of the core's matrix elements; 0 means MATRIX_BITS.",
+        low=0,
+        high=8,
+        needs="num_shared",
     )
-    embed_bits: int = option(8, "Bits of a stored embedding element.", 2, 8)
+    embed_bits: int = option(8, "Bits of a stored embedding element.", low=2, high=8)
     quant_clip: Literal["percentile", "matrix", "row"] = option(
         "percentile",
         "Where rows saturate: a percentile, or the least squared error of the matrix or row.",
     )
     quant_clip_percentile: float = option(
-        99.99984, "Percentile of |w| in a row beyond which weights saturate.", 50, 100
+        99.99984, "Percentile of |w| in a row beyond which weights saturate.", low=50, high=100
     )
     quant_scale_floor: float = option(
-        0.0, "Smallest step of int8 rounding; PR 855 has 1/127 = 0.00787.", 0, 1
+        0.0, "Smallest step of int8 rounding; PR 855 has 1/127 = 0.00787.", low=0, high=1
     )
     gptq_batches: int = option(
         0,
@@ -487,11 +519,13 @@ class Config(Architecture):
         600.0, "Seconds of all evaluations together; a slower run is no submission."
     )
     ttt_lr: float = option(0.0, "SGD's learning rate of score-first test-time training; 0: none.")
-    ttt_epochs: int = option(3, "Passes over a chunk after it was scored.", 1, needs="ttt_lr")
+    ttt_epochs: int = option(3, "Passes over a chunk after it was scored.", low=1, needs="ttt_lr")
     ttt_chunk_tokens: int = option(
-        32768, "Tokens that are scored before they are trained on.", 1, needs="ttt_lr"
+        32768, "Tokens that are scored before they are trained on.", low=1, needs="ttt_lr"
     )
-    ttt_momentum: float = option(0.9, "SGD's momentum in test-time training.", 0, 1, needs="ttt_lr")
+    ttt_momentum: float = option(
+        0.9, "SGD's momentum in test-time training.", low=0, high=1, needs="ttt_lr"
+    )
     ttt_grad_clip: float = option(
         1.0,
         "Largest L2 norm of the gradient in test-time training; 0: no clipping.",
@@ -630,15 +664,15 @@ NONE = -1  # an index that points at nothing
 class Layer(NamedTuple):
     """One effective layer. Sharing is a repeated index: equal `attn` or `mlp` share weights."""
 
-    row: int  # its depth: row of the scale, shift and depth-code tables
-    attn: int  # attention and the mix before it; numbered as in the network without repetition
-    mlp: int
+    row: int  # of the tables that condition effective layers: scale, shift, depth code
+    attn: int  # index of the stored attention, and of the mix before it
+    mlp: int  # index of the stored MLP
     gain: int = NONE  # row of the unique norm gains
-    core: bool = False  # its weights are used in every pass
-    opens: int = NONE  # the pass over the core that begins here, counted from 0
-    closes: int = NONE  # the pass over the core that ends here
+    core: bool = False  # part of the core, so its weights are used in every pass
+    opens: int = NONE  # number of the pass over the core that begins here, 0 to NUM_LOOPS - 1
+    closes: int = NONE  # number of the pass over the core that ends here
     push: bool = False  # U-Net: its output is kept for a later layer
-    skip: int = NONE  # U-Net: weight with which the output kept last is added to its input
+    skip: int = NONE  # U-Net: index of the weight of the kept output that is added to its input
     value: int = NONE  # row of the value embedding's scales
     xsa: bool = False  # exclusive self-attention
 
@@ -657,15 +691,16 @@ def make_plan(a: Architecture, passes: int = 0) -> tuple[Layer, ...]:
     skips = num_skips(a, prelude, coda)
     last = a.num_loops - 1
 
-    def outside(index: int, row: int, **skip: Any) -> Layer:
+    def outer_layer(index: int, row: int, push: bool = False, skip: int = NONE) -> Layer:
         mlp = row if a.share_attn_only else index
         xsa = index >= stored - a.xsa_last_n
-        return Layer(row, index, mlp, value=value_row(index), xsa=xsa, **skip)
+        return Layer(row, index, mlp, push=push, skip=skip, value=value_row(index), xsa=xsa)
 
     def value_row(index: int) -> int:
-        return max(index - (stored - a.ve_last_n), NONE)
+        first = stored - a.ve_last_n
+        return index - first if index >= first else NONE
 
-    layers = [outside(i, i, push=i >= prelude - skips) for i in range(prelude)]
+    layers = [outer_layer(i, i, push=i >= prelude - skips) for i in range(prelude)]
     for number in range((passes or a.num_loops) if core else 0):
         visit = min(number, last)
         for i in range(prelude, prelude + core):
@@ -684,7 +719,7 @@ def make_plan(a: Architecture, passes: int = 0) -> tuple[Layer, ...]:
             )
     for t in range(coda):
         i = prelude + core + t
-        layers.append(outside(i, i + core * last, skip=t if t < skips else NONE))
+        layers.append(outer_layer(i, i + core * last, skip=t if t < skips else NONE))
     return tuple(layers)
 
 
@@ -697,8 +732,8 @@ def num_skips(a: Architecture, prelude: int, coda: int) -> int:
 
 
 # ---- 3. Model ----------------------------------------------------------------------------------
-# A gain before a matrix scales its columns and a scale behind it its rows: a pass over a weight is
-# cheaper than one over the data.
+# A gain on a matrix's input multiplies the columns of the matrix, a scale on its output the rows:
+# W (g x) = (W g) x, and a weight is smaller than the data.
 
 
 class Role(NamedTuple):
@@ -724,7 +759,7 @@ ROLES = {
 
 
 def parameter(role: str, value: Tensor, parts: tuple[int, ...] = ()) -> nn.Parameter:
-    """A float32 parameter with its role; `parts` are the rows of matrices in it (q, k, v)."""
+    """A float32 parameter with its role; `parts` are the row counts of matrices stacked in it."""
     p = nn.Parameter(value)
     p.role = role  # type: ignore[attr-defined]
     p.parts = parts or (len(value),)  # type: ignore[attr-defined]
@@ -884,7 +919,7 @@ class Modulation(NamedTuple):
     beta: Tensor  # added to its output, DTYPE
 
 
-class Conditioned(NamedTuple):
+class LayerConditioning(NamedTuple):
     """What conditions one effective layer."""
 
     attn: Modulation
@@ -897,13 +932,16 @@ class Context(NamedTuple):
 
     rounding: Rounding
     rope: tuple[Tensor, Tensor]  # cos and sin
-    attention: Callable[..., Tensor] = attention
+    attention: Callable[..., Tensor]  # of q, k, v
     value: Tensor | None = None  # value embedding [B, T, K E] that is added to v
     xsa: bool = False
 
 
 class Mix(nn.Module):
-    """x and x0 with two weights a channel, or "Birkhoff": sigmoid of w and of -w (PR 855)."""
+    """Adds x and x0 with two free weights a channel, or with a and 1 - a, a = sigmoid(w).
+
+    The second is PR 855's "Birkhoff" mix: a doubly stochastic 2 x 2 matrix is a and 1 - a.
+    """
 
     def __init__(self, a: Architecture) -> None:
         super().__init__()
@@ -946,7 +984,8 @@ class Attention(nn.Module):
         qk, v = qkv.split((H + K, K), dim=2)
         if context.value is not None:
             v = v + context.value.view(v.shape)
-        qk = normalise_heads(qk, F.pad(self.q_gain, (0, K), value=1.0))
+        gain = F.pad(self.q_gain, (0, K), value=1.0)  # keys have a gain of 1
+        qk = normalise_heads(qk, gain)
         qk = rotate(qk, *context.rope)
         q, k = qk.transpose(1, 2).split((H, K), dim=1)
         y = context.attention(q, k, v.transpose(1, 2)).transpose(1, 2)
@@ -961,11 +1000,8 @@ class MLP(nn.Module):
 
     def __init__(self, a: Architecture, core: bool, input_norm: bool) -> None:
         super().__init__()
-        self.slope, self.input_norm, self.output_norm = (
-            a.leaky_relu_slope,
-            input_norm,
-            a.use_peri_norm,
-        )
+        self.slope = a.leaky_relu_slope
+        self.input_norm, self.output_norm = input_norm, a.use_peri_norm
         hidden = round(a.mlp_mult * a.model_dim)
         self.fc = Matrix(uniform(hidden, a.model_dim), core)
         self.proj = Matrix(torch.zeros(a.model_dim, hidden), core)
@@ -976,24 +1012,28 @@ class MLP(nn.Module):
         h = F.leaky_relu(h, self.slope).square()
         scale = self.scale * mod.gamma
         if self.output_norm:
+            # Where W2 is 0, as at the start, the norm's gradient is 1 / sqrt(eps) = 2,900: only the
+            # direction of a gradient matters to Muon.
             out = rms_norm(self.proj(h, 1.0, rounding))
-            return torch.addcmul(x + mod.beta, out, scale.to(x.dtype))
+            return torch.addcmul(x + mod.beta, out, scale.to(x.dtype))  # x + beta + scale * out
         return x + self.proj(h, scale[:, None], rounding) + mod.beta
 
 
-class Weights(NamedTuple):
-    """The modules of one effective layer."""
+class LayerModules(NamedTuple):
+    """The stored modules that one effective layer uses."""
 
     mix: nn.Module
     attn: nn.Module
     mlp: nn.Module
 
 
-def block(w: Weights, x: Tensor, x0: Tensor, cond: Conditioned, context: Context) -> Tensor:
+def block(
+    layer: LayerModules, x: Tensor, x0: Tensor, cond: LayerConditioning, context: Context
+) -> Tensor:
     """One effective layer, [B, T, D] -> [B, T, D]; COMPILE=block compiles it once for all alike."""
-    x = w.mix(x, x0) + cond.depth
-    x = w.attn(x, cond.attn, context)
-    return w.mlp(x, cond.mlp, context.rounding)
+    x = layer.mix(x, x0) + cond.depth
+    x = layer.attn(x, cond.attn, context)
+    return layer.mlp(x, cond.mlp, context.rounding)
 
 
 def head_loss(h: Tensor, head: Tensor, targets: Tensor, softcap: float) -> Tensor:
@@ -1002,8 +1042,8 @@ def head_loss(h: Tensor, head: Tensor, targets: Tensor, softcap: float) -> Tenso
     h [N, D], head [V, D], targets [N] of which those below 0 are left out.
     """
     weight = head.to(h.dtype)
-    whole = h.is_cuda or torch.compiler.is_compiling()
-    rows = len(h) if whole else 512  # as many logits as stay in a CPU's cache
+    # A GPU and a compiler take all rows at once; a CPU so many that their logits stay in its cache.
+    rows = len(h) if h.is_cuda or torch.compiler.is_compiling() else 512
     total = torch.zeros((), device=h.device)
     for x, y in zip(h.split(rows), targets.split(rows)):
         logits = softcap * torch.tanh(F.linear(x, weight).float() / softcap)
@@ -1032,7 +1072,7 @@ class SideEmbedding(nn.Module):
         self.scale = parameter("scalar", torch.full((1,), scale))
 
     def forward(self, index: Tensor) -> Tensor:
-        # Projected as a table, which has fewer rows than a batch.
+        # The table is projected, not what is looked up: it has fewer rows than a batch has tokens.
         return F.embedding(index, F.linear(self.table, self.proj * self.scale))
 
 
@@ -1075,7 +1115,7 @@ class PassBoundary(nn.Module):
         return x
 
     def leave(self, start: Tensor, x: Tensor, number: int) -> Tensor:
-        """The state behind pass `number`, which took `start` to x."""
+        """The state after pass `number`, which took `start` to x."""
         if number == 0 or not self.scaled:
             return x
         return torch.lerp(start, x, self.scale[number - 1].to(x.dtype))
@@ -1094,14 +1134,15 @@ def growth_penalty(before: Tensor, after: Tensor) -> Tensor:
 class Conditioning(nn.Module):
     """Tables by effective layer: gamma and beta, depth code, norm gains.
 
-    arXiv 2410.01405 has the scale by timestep, 1709.07871 has FiLM.
+    Sources: "On expressive power of looped transformers" (arXiv 2410.01405) for a scale by
+    timestep, FiLM (arXiv 1709.07871) for the shift.
     """
 
     gamma: Tensor  # [R, 2, D], for attention and MLP, like beta
     beta: Tensor
     gain: Tensor  # [rows of the core, 2, D]
     no_gain: Tensor
-    gain_row: Tensor  # [R], which row of gain; NONE is the neutral one behind it
+    gain_row: Tensor  # [R], rows of no_gain and gain, one above the other
     depth: Tensor  # [R, D]
     scale_in: Tensor  # [R, 2, 1]
     scale_out: Tensor
@@ -1115,16 +1156,17 @@ class Conditioning(nn.Module):
         self.add("beta", a.use_timestep_bias, torch.zeros(R, 2, D if a.use_timestep_bias else 1))
         self.add("gain", gains > 0, torch.ones(gains, 2, D if gains else 1))
         self.add("no_gain", False, torch.ones(1, *self.gain.shape[1:]))
-        self.add("gain_row", False, torch.tensor([layer.gain for layer in plan]))
+        self.add("gain_row", False, torch.tensor([layer.gain + 1 for layer in plan]))
         self.add("depth", a.depth_embed == "learned", depth_code(a.depth_embed, R, D))
-        scale = torch.ones(R)
+        # LN_SCALE multiplies norms: of the inputs, and under Output-LN of the MLP's output.
+        scale_in, scale_out = torch.ones(R, 2, 1), torch.ones(R, 2, 1)
         if a.ln_scale:
-            scale = torch.tensor([layer.attn + 1.0 for layer in plan]) ** -0.5
-        at_output = torch.tensor(
-            [False, a.use_peri_norm]
-        )  # of attention and MLP: where the norm is
-        self.add("scale_in", False, torch.where(at_output, 1.0, scale[:, None])[..., None])
-        self.add("scale_out", False, torch.where(at_output, scale[:, None], 1.0)[..., None])
+            scale = torch.tensor([layer.attn + 1.0 for layer in plan])[:, None] ** -0.5
+            scale_in[:, 0] = scale
+            mlp = scale_out if a.use_peri_norm else scale_in
+            mlp[:, 1] = scale
+        self.add("scale_in", False, scale_in)
+        self.add("scale_out", False, scale_out)
 
     def add(self, name: str, learned: bool, value: Tensor) -> None:
         """A table that is learned, or a constant that no artifact carries."""
@@ -1133,24 +1175,27 @@ class Conditioning(nn.Module):
         else:
             self.register_buffer(name, value, persistent=False)
 
-    def rows(self, plan: tuple[Layer, ...], dtype: torch.dtype) -> list[Conditioned]:
+    def rows(self, plan: tuple[Layer, ...], dtype: torch.dtype) -> list[LayerConditioning]:
         """For every effective layer of `plan`, what conditions it."""
-        gain = (torch.cat((self.gain, self.no_gain))[self.gain_row] * self.scale_in).unbind()
+        gain = (torch.cat((self.no_gain, self.gain))[self.gain_row] * self.scale_in).unbind()
         gamma = (self.gamma.clamp(-self.cap, self.cap) * self.scale_out).unbind()
         beta = self.beta.to(dtype).unbind()
         depth = self.depth.to(dtype).unbind()
 
-        def row(i: int) -> Conditioned:
+        def row(i: int) -> LayerConditioning:
             attn, mlp = (
                 Modulation(gain[i][branch], gamma[i][branch], beta[i][branch]) for branch in (0, 1)
             )
-            return Conditioned(attn, mlp, depth[i])
+            return LayerConditioning(attn, mlp, depth[i])
 
         return [row(layer.row) for layer in plan]
 
 
 def depth_code(kind: str, rows: int, width: int) -> Tensor:
-    """Codes added to the stream [R, D]: none, sin(row / 10000^(i/D)), or zeros to be learned."""
+    """Codes added to the stream [R, D]: none, sin(row / 10000^(i/D)), or zeros to be learned.
+
+    PR 855 has sines only, so the first row is 0.
+    """
     if kind == "none":
         return torch.zeros(rows, 1)
     if kind == "learned":
@@ -1196,7 +1241,7 @@ class GPT(nn.Module):
         self.attn = modules(Attention(a, layer.core) for layer in attns.values())
         self.mlp = modules(MLP(a, x.core, has_input_norm(a, x)) for x in mlps.values())
         self.cond = Conditioning(a, trained)
-        self.core = PassBoundary(a)
+        self.core = PassBoundary(a)  # its parameters are named core.* in artifacts
         self.skip = nn.ParameterList(
             parameter("scalar", torch.ones(D)) for layer in trained if layer.push
         )
@@ -1224,7 +1269,7 @@ class GPT(nn.Module):
         if self.buckets:
             bigram = self.bigram(bigram_index(ids, self.buckets))
             x = rms_norm(F.embedding(ids, self.tok_emb) + bigram)
-        else:  # a table has fewer rows than a batch
+        else:  # the same for less work: a table has fewer rows than a batch has tokens
             x = F.embedding(ids, rms_norm(self.tok_emb))
         x = x.to(self.dtype)
         if self.smear != "none":
@@ -1248,7 +1293,7 @@ class GPT(nn.Module):
         conditions = self.cond.rows(plan, self.dtype)
         cos, sin = self.rope[:, : ids.shape[1]].to(self.dtype).unbind()
         x0, values = self.embed(ids)
-        x = x0.clone()  # one tensor as two arguments would be another graph
+        x = x0.clone()  # a compiled block with one tensor as x and x0 would be another graph
         kept: list[Tensor] = []  # for U-Net skips
         starts: list[Tensor] = []  # of passes over the core
         ends: list[Tensor] = []
@@ -1258,7 +1303,7 @@ class GPT(nn.Module):
             if layer.opens != NONE:
                 x = self.core.enter(x, layer.opens)
                 starts.append(x)
-            weights = Weights(self.mix[layer.attn], self.attn[layer.attn], self.mlp[layer.mlp])
+            stored = LayerModules(self.mix[layer.attn], self.attn[layer.attn], self.mlp[layer.mlp])
             context = Context(
                 rounding=mode.core if layer.core else mode.outside,
                 rope=(cos, sin),
@@ -1266,7 +1311,7 @@ class GPT(nn.Module):
                 value=values[layer.value] if layer.value != NONE else None,
                 xsa=layer.xsa,
             )
-            x = ops.block(weights, x, x0, cond, context)
+            x = ops.block(stored, x, x0, cond, context)
             if layer.closes != NONE:
                 x = self.core.leave(starts[-1], x, layer.closes)
                 ends.append(x)
@@ -1286,7 +1331,7 @@ class GPT(nn.Module):
     def forward(self, ids: Tensor, targets: Tensor, mode: Mode, ops: Ops = PLAIN_OPS) -> Tensor:
         """Mean cross-entropy in nats of targets [B, T] given ids [B, T]; -100 is left out."""
         x, penalty = self.hidden(ids, mode, ops)
-        head = self.tok_emb if self.tied else self.lm_head
+        head = self.tok_emb if self.tied else self.lm_head  # the table as it is, not normalised
         return ops.loss(x.flatten(0, 1), head, targets.flatten(), self.softcap) + penalty
 
 
@@ -1765,7 +1810,7 @@ def rms(x: Tensor) -> float:
 @torch.no_grad()
 def recurrence_health(model: GPT, ids: Tensor, mode: Mode) -> list[dict[str, float]]:
     """Per effective layer: mix weights, RMS of scales and shifts, alpha, growth of the stream."""
-    sizes = [1.0]  # RMS of the stream before the first layer and behind each; x0 is normalised
+    sizes = [1.0]  # RMS of the stream before the first layer and after each; x0 is normalised
 
     def measure(_: nn.Module, inputs: Any, out: Tensor) -> None:
         sizes.append(rms(out))
@@ -2006,7 +2051,7 @@ class ByteCounter:
 
     @classmethod
     def from_sentencepiece(cls, path: Path, vocab_size: int) -> ByteCounter:
-        """A byte piece is one byte; a control piece none, nor is the space of one behind it."""
+        """A byte piece is one byte; a control piece none, nor is the space that follows one."""
         require(path.exists(), f"{ADVICE}: TOKENIZER_PATH={path} is not there")
         try:
             sp = spm.SentencePieceProcessor(model_file=str(path))
@@ -3047,7 +3092,7 @@ class Log:
         return self.metrics.stat().st_size if self.metrics.exists() else 0
 
     def cut_metrics(self, size: int) -> None:
-        """Drops the metrics behind `size` bytes."""
+        """Drops the metrics after the first `size` bytes."""
         if self.is_main and self.metrics.exists():
             os.truncate(self.metrics, min(size, self.size()))
 
@@ -3200,8 +3245,8 @@ REPORT = dict(leaky_relu_slope=0.0, max_wallclock_seconds=180.0)  # "baseline wi
 AT_640 = REPORT | dict(model_dim=640)
 AT_768 = REPORT | dict(model_dim=768, num_heads=12)
 AT_1024 = REPORT | dict(model_dim=1024, num_heads=16)
-MIX = dict(use_peri_norm=True, use_birkhoff_mix=True)
-SCALE = MIX | dict(use_timestep_scale=True)
+NORM_AND_MIX = dict(use_peri_norm=True, use_birkhoff_mix=True)
+SCALE = NORM_AND_MIX | dict(use_timestep_scale=True)
 CAPPED = SCALE | dict(timestep_gamma_max=4.0)
 OWN_MLPS = CAPPED | dict(share_attn_only=True)
 FILM = CAPPED | dict(use_timestep_bias=True)
@@ -3267,7 +3312,10 @@ SYSTEMS: dict[str, Preset] = {
         SCREEN | layers(0, 4, 2, 0), "series 1, B': 4 layers twice, nothing else", 1.3637, 363.37
     ),
     "C": Preset(
-        SCREEN | MIX | layers(0, 4, 2, 0), "series 1: B' + Output-LN + convex mix", 1.3587, 352.85
+        SCREEN | NORM_AND_MIX | layers(0, 4, 2, 0),
+        "series 1: B' + Output-LN + convex mix",
+        1.3587,
+        352.85,
     ),
     "Cp": Preset(
         SCREEN | dict(use_birkhoff_mix=True) | layers(0, 4, 2, 0),
@@ -3281,11 +3329,14 @@ SYSTEMS: dict[str, Preset] = {
     "E": Preset(SCREEN | SCALE | layers(1, 3, 2, 1), "series 1: D as 1+3x2+1", 1.3428, 357.83),
     "F": Preset(SCREEN | SCALE | layers(1, 2, 3, 1), "series 1: D as 1+2x3+1", 1.3622, 360.24),
     "G": Preset(
-        MIX | layers(1, 3, 2, 1), "series 2: 1+3x2+1, Output-LN + convex mix", 1.2856, 34.59
+        NORM_AND_MIX | layers(1, 3, 2, 1),
+        "series 2: 1+3x2+1, Output-LN + convex mix",
+        1.2856,
+        34.59,
     ),
-    "H": Preset(MIX | layers(1, 4, 2, 1), "series 2: G as 1+4x2+1", 1.2704, 41.92),
+    "H": Preset(NORM_AND_MIX | layers(1, 4, 2, 1), "series 2: G as 1+4x2+1", 1.2704, 41.92),
     "I": Preset(CAPPED | layers(1, 4, 2, 1), "series 2: H + capped timestep scale", 1.2668, 41.92),
-    "J": Preset(MIX | layers(1, 4, 3, 1), "series 2: G as 1+4x3+1", 1.267, 57.36),
+    "J": Preset(NORM_AND_MIX | layers(1, 4, 3, 1), "series 2: G as 1+4x3+1", 1.267, 57.36),
     "K": Preset(CAPPED | layers(1, 4, 3, 1), "series 2: J + capped timestep scale", 1.2659, 59.28),
     "L": Preset(
         OWN_MLPS | layers(1, 4, 2, 1), "series 3: I, an MLP of its own for every pass", 1.2406, 42.6
