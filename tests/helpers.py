@@ -308,6 +308,13 @@ def write_shards(folder: Path, split: str, *shards: Any) -> Path:
     return folder
 
 
+def write_manifest(folder: Path, tokenizer: Path) -> None:
+    """Says of shards whose text is none that they are this tokenizer's."""
+    sha256 = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
+    manifest = {"tokenizer": {"sha256": sha256}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
 def data_config(folder: Path, **values: Any) -> tg.Config:
     """Sequences of four tokens from the shards in a folder."""
     return replace(

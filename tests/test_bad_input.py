@@ -21,6 +21,7 @@ from helpers import (
     shard_bytes,
     start,
     tokenizer_bytes,
+    write_manifest,
     write_shards,
 )
 
@@ -65,6 +66,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     draw = np.random.default_rng(0)
     write_shards(folder / "data", "train", *draw.integers(0, size, (2, 500)))
     write_shards(folder / "data", "val", draw.integers(0, size, 100))
+    write_manifest(folder / "data", model)
     return SMALL | dict(DATA_PATH=folder / "data", TOKENIZER_PATH=model, VOCAB_SIZE=size)
 
 
@@ -397,12 +399,12 @@ def test_non_finite_loss(
     assert result.err.count("\n") == 1 and "step" in result.err and "finite" in result.err
     step, loss = re.findall(r"^step:(\d+)/\d+ train_loss:([\d.]+) ", result.out, re.M)[-1]
     assert f"step {step}, train_loss {loss}" in result.err
-    assert sorted(tree(tmp_path / "logs/x")) == ["metrics.jsonl", "train.log"]
+    assert sorted(tree(tmp_path / "logs/x")) == ["metrics.jsonl", "run.lock", "train.log"]
 
 
 def test_non_finite_loss_at_once(run: Run, corpus: dict[str, Any]) -> None:
     result = run(**corpus, QK_GAIN_INIT=3e38, LOGIT_SOFTCAP=1e30, TIED_EMBED_INIT_STD=1e30)
-    assert result.code == 3 and "step 1 " in result.err and "none" in result.err
+    assert result.code == tg.EXIT_NON_FINITE and "skipped 3, last good: none" in result.err
 
 
 def test_too_large_for_a_submission(run: Run, corpus: dict[str, Any], tmp_path: Path) -> None:

@@ -417,18 +417,17 @@ def test_realistic_environment_passes() -> None:
     assert config(**dict.fromkeys(REALISTIC.split(), "junk")) == config()
 
 
+# Names that are told apart from typing errors.
+FOREIGN = tg.INSTEAD.keys() | tg.UNSUPPORTED | tg.ORDINARY
+
+
 def typos(name: str) -> set[str]:
     """One letter dropped, doubled or added at an end, or two neighbours swapped."""
-    places = range(len(name))
-    found = {name[:i] + name[i + 1 :] for i in places} | {
-        name[:i] + name[i] + name[i:] for i in places
-    }
-    swapped = {name[:i] + name[i + 1] + name[i] + name[i + 2 :] for i in places[:-1]}
-    return (
-        (found | swapped | {name + "S", name + "_", "_" + name})
-        - KINDS.keys()
-        - {"USE_DEPTH_EMBED"}
-    )
+    found = {name + "S", name + "_", "_" + name}
+    for i in range(len(name)):
+        found |= {name[:i] + name[i + 1 :], name[:i] + name[i] + name[i:]}
+        found.add(name[:i] + name[i : i + 2][::-1] + name[i + 2 :])
+    return found - KINDS.keys() - FOREIGN - {"USE_DEPTH_EMBED"}
 
 
 def suggestion(typo: str) -> str:
@@ -472,6 +471,25 @@ def test_every_typing_error_in_a_confusable_name(name: str) -> None:
         check_typo(name, typo)
 
 
+def test_names_of_other_scripts_are_refused_with_what_to_set() -> None:
+    """A pasted command says what it was to do; what is named in its place is an option."""
+    for name, instead in tg.INSTEAD.items():
+        ours = set(re.findall(r"[A-Z][A-Z_0-9]+", instead))
+        assert ours and ours <= KINDS.keys(), instead
+        if name not in tg.ORDINARY:
+            assert name in (message := refused(**{name: "1"})) and instead in message
+    for name in tg.UNSUPPORTED - tg.ORDINARY:
+        assert name in refused(**{name: "1"})
+    assert not FOREIGN & KINDS.keys()
+
+
+def test_ordinary_names_are_a_warning() -> None:
+    env = dict.fromkeys([*tg.ORDINARY, *REALISTIC.split()], "1")
+    errors, warnings = tg.questionable_names(env)
+    assert not errors and len(warnings) == 1
+    assert config(**env) == config()
+
+
 def test_public_depth_switch_is_guarded_too() -> None:
     assert "DEPTH_EMBED" in refused(USE_DEPTH_EMBD=1)
 
@@ -495,18 +513,41 @@ def test_artifact_header_round_trip() -> None:
         assert tg.Architecture.from_json(json.loads(json.dumps(asdict(a)))) == a
 
 
-def test_every_option_is_documented() -> None:
+def test_help_explains_every_option_and_preset() -> None:
+    """In sentences, and as wide as a terminal is."""
+    text = tg.help_text(80)
+    assert max(map(len, text.splitlines())) <= 80
+    for name, f in FIELDS.items():
+        assert f"  {name}={tg.show(f.default)}  (" in text
+        assert re.fullmatch(r"\S.*[.]", f.metadata["help"]), name
+        assert tg.answer(["--help", name.lower()]).startswith(f"  {name}=")
+    for name in (*tg.SYSTEMS, *tg.SCALES):
+        assert f"\n  {name} " in text
+
+
+@pytest.mark.parametrize(
+    "words, parts",
+    [
+        (["--help", "MATRIX_LRS"], ["MATRIX_LRS", "MATRIX_LR?"]),
+        (["--matrix-lr", "0.02"], ["MATRIX_LR=0.02 python train_gpt.py", "--help"]),
+        (["MATRIX_LR=0.02"], ["MATRIX_LR=0.02 python train_gpt.py"]),
+    ],
+)
+def test_arguments_are_answered_with_what_to_type(words: list[str], parts: list[str]) -> None:
+    with pytest.raises(tg.InputError) as caught:
+        tg.answer(words)
+    assert all(part in str(caught.value) for part in parts)
+
+
+def test_commands_of_the_readme_are_accepted() -> None:
+    """Every one that sets options of the script."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert [name for name in KINDS if f"`{name}`" not in text] == []
-    source = Path(tg.__file__).read_text(encoding="utf-8")
-    meanings = dict(re.findall(r"^    (\w+): .* = opt\(.*\)  # (.*)$", source, re.MULTILINE))
-    assert {name.upper() for name in meanings} == KINDS.keys()
-    rows = dict(re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", text.replace("\\|", "/"), re.MULTILINE))
-    assert [
-        name
-        for name, meaning in meanings.items()
-        if rows.get(name.upper()) != meaning.replace("|", "/")
-    ] == []
+    commands = re.findall(r"^(.*[A-Z_]+=\S+ .*)train_gpt[.]py", text, re.MULTILINE)
+    assert len(commands) > 2
+    for command in commands:
+        env = dict(re.findall(r"\b([A-Z][A-Z_]+)=(\S+)", command))
+        assert set(env) <= KINDS.keys() | {"OMP_NUM_THREADS"}, command
+        config(**env)
 
 
 IMPORT = """

@@ -194,7 +194,7 @@ def test_flat_model_is_the_u_net_written_out() -> None:
     x0 = tg.rms_norm(F.embedding(ids, model.tok_emb))
     x, outputs = x0, []
     cos, sin = model.rope.unbind()
-    context = tg.Context(tg.Rounding(), (cos, sin))
+    context = tg.Context(tg.Rounding(), (cos, sin), tg.attention)
     neutral = tg.Modulation(torch.ones(1), torch.ones(1), torch.zeros(1))
     for v in range(5):
         if v in (2, 3):

@@ -29,6 +29,7 @@ from helpers import (
     run_here,
     stub_world,
     tokenizer_bytes,
+    write_manifest,
     write_shards,
 )
 from hypothesis import assume, given, settings
@@ -55,6 +56,7 @@ class Validation:
         assert total <= self.sp.vocab_size()
         self.tokens = np.random.default_rng(total).permutation(self.sp.vocab_size())[:total]
         data = write_shards(folder / str(total), "val", *np.array_split(self.tokens, 3))
+        write_manifest(data, self.path)
         self.config = data_config(
             data,
             tokenizer_path=str(self.path),
