@@ -231,6 +231,11 @@ def noisy_model(a: tg.Architecture, noise: float = 0.2, seed: int = 0) -> tg.GPT
     return model
 
 
+def role_name(p: Any) -> str:
+    """The role that a parameter was made with."""
+    return p.role
+
+
 def stub_trainer(config: tg.Config, model: tg.GPT | None = None) -> tg.Trainer:
     """A trainer whose micro-batches come from the test."""
     batches: Any = SimpleNamespace(accumulation=1, sequences=2)
@@ -337,6 +342,8 @@ def stub_world(
 def tokenizer_bytes(vocab_size: int = PIECES, **options: Any) -> bytes:
     """A SentencePiece model of at most so many pieces, learned from TEXTS."""
     model = io.BytesIO()
+    chosen: dict[str, Any] = dict(model_type="bpe", byte_fallback=True, character_coverage=0.99)
+    chosen |= options
     spm.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS * 20),
         model_writer=model,
@@ -348,7 +355,7 @@ def tokenizer_bytes(vocab_size: int = PIECES, **options: Any) -> bytes:
         unk_id=3,
         hard_vocab_limit=False,
         num_threads=1,
-        **dict(model_type="bpe", byte_fallback=True, character_coverage=0.99) | options,
+        **chosen,
     )
     return model.getvalue()
 

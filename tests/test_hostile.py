@@ -112,8 +112,8 @@ def attempt(parser: Parser, data: bytes, path: Path, events: list[str]) -> str:
 def child(parser: Parser, inputs: Iterator[tuple[int, bytes]], path: Path, report: int) -> None:
     """Reads inputs one by one and writes an outcome for each; an alarm ends it if one hangs."""
     faulthandler.disable()
-    for number in (signal.SIGALRM, signal.SIGPROF):
-        signal.signal(number, signal.SIG_DFL)
+    for alarm in (signal.SIGALRM, signal.SIGPROF):
+        signal.signal(alarm, signal.SIG_DFL)
     torch.set_num_threads(THREADS)
     hints = get_type_hints(tg.Architecture)  # evaluates our own annotations: no event of an input
     pytest.MonkeyPatch().setattr(tg, "get_type_hints", {tg.Architecture: hints}.get)
@@ -159,7 +159,7 @@ def in_child(
 def outcomes_of(
     parser: Parser, input_of: Callable[[int], bytes], count: int, folder: Path
 ) -> list[Outcome]:
-    """Outcomes of inputs 0 to count - 1; a child that dies makes the outcome of the input it died of."""
+    """Outcomes of inputs 0 to count - 1; of one that a child dies of, its death."""
     outcomes: list[Outcome] = []
     while (done := len(outcomes)) < count:
         numbers = range(done, min(done + BATCH, count))
@@ -297,7 +297,7 @@ ODD += [{"architecture": {}}, [["tok_emb", "int8"]] * 2]
 
 
 def changed(draw: Random, node: Any) -> Any:
-    """A JSON value with one place changed: other value or type, name missing, doubled, swapped, other."""
+    """A JSON value with one place changed: another value or name, missing, doubled, swapped."""
     if node and isinstance(node, dict | list) and draw.random() < 0.9:
         keys: Sequence[Any] = list(node) if isinstance(node, dict) else range(len(node))
         copy: Any = node.copy()
@@ -649,7 +649,7 @@ def mutated_tokenizer(draw: Random, data: bytes) -> bytes:
 
 
 def read_tokenizer(data: bytes, path: Path) -> None:
-    """With the vocabulary that the file happens to have, so that a size cannot be what it fails on."""
+    """With the vocabulary that the file happens to have: its size is not what it fails on."""
     pieces = VOCAB
     with contextlib.suppress(ValueError):
         pieces = max([field.number for field in fields_of(data)].count(1), 2)
@@ -667,12 +667,12 @@ def tokenizers(folder: Path) -> Parser:
     """
     (folder / "rules").write_text("41\t61\n42 43\t62\n20 20\t20\n")
     (folder / "decoding").write_text("2581\t20\n61 62\t63\n")
-    tables = dict(
+    tables: dict[str, Any] = dict(
         normalization_rule_tsv=folder / "rules",
         denormalization_rule_tsv=folder / "decoding",
         self_test_sample_size=2,
     )
-    plain = dict(vocab_size=VOCAB, byte_fallback=False, character_coverage=0.98)
+    plain: dict[str, Any] = dict(vocab_size=VOCAB, byte_fallback=False, character_coverage=0.98)
     large = tokenizer_bytes(**plain)
     valid = [large]
     small = [tokenizer_bytes(**EXACT, vocab_size=330, character_coverage=0.98)]

@@ -192,7 +192,8 @@ def test_flat_model_is_the_u_net_written_out() -> None:
     a = architecture("naive", num_layers=5)
     model, ids = noisy_model(a), random_tokens()
     x0 = tg.rms_norm(F.embedding(ids, model.tok_emb))
-    x, outputs = x0, []
+    x = x0
+    outputs: list[Tensor] = []
     cos, sin = model.rope.unbind()
     context = tg.Context(tg.Rounding(), (cos, sin), tg.attention)
     neutral = tg.Modulation(torch.ones(1), torch.ones(1), torch.zeros(1))

@@ -171,7 +171,7 @@ def test_batch_is_no_larger_than_a_rank_s_share(split_folder: Path, size: int) -
 def test_score_of_a_real_model_is_its_mean_loss(split_folder: Path) -> None:
     """Any batch size, tail included, gives the mean over all targets of the model's own losses."""
     split = Validation(split_folder, 250)
-    size = dict(model_dim=32, num_heads=4, num_kv_heads=2)
+    size: Any = dict(model_dim=32, num_heads=4, num_kv_heads=2)
     model = tg.GPT(replace(split.config.architecture(), **size, dtype="float32"), 0.5)
     forward = functools.partial(model, mode=model.scoring)
     ids, total = torch.from_numpy(split.tokens), 0.0
@@ -248,7 +248,7 @@ def test_every_target_is_scored_once_with_context(split: Any) -> None:
             for ids, targets in scorer.windows(windows, stride):
                 assert ids.shape == targets.shape == (batch, length), "would be another graph"
                 for row, column in (targets >= 0).nonzero().tolist():
-                    position = targets[row, column].item()
+                    position = int(targets[row, column])
                     context = ids[row, : column + 1].tolist()
                     assert context == list(range(position - column - 1, position))
                     assert len(context) >= min(position, length - stride + 1)
