@@ -41,9 +41,9 @@ def pytest_xdist_auto_num_workers() -> int:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol() -> Generator[None, bool | None, bool | None]:
-    """Puts back the signal handlers that a test, or a fixture before it, has replaced.
+    """Puts back what a test, or a fixture before it, has replaced: signal handlers and threads.
 
-    A run of the script in this process installs its own; left there, Ctrl-C would end no test.
+    A run of the script in this process may install handlers; left there, Ctrl-C would end no test.
     """
     handlers = {number: signal.getsignal(number) for number in tg.STOP_SIGNALS}
     try:
@@ -51,6 +51,7 @@ def pytest_runtest_protocol() -> Generator[None, bool | None, bool | None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
-from helpers import GROWING, noisy_model, sealed
+from helpers import GROWING, noisy_model, role_name, sealed
 
 import train_gpt as tg
 
@@ -51,7 +51,7 @@ def test_scale_floor_costs_accuracy_and_saves_bytes() -> None:
     config = tg.Config.from_env(SMALL_T | {"MODEL_DIM": "128"})
     model = tg.GPT(config.architecture())
     for p in model.parameters():
-        if p.role == "matrix":
+        if role_name(p) == "matrix":
             p.data = 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
     results = []
     for floor in (0.0, 1 / 127):
@@ -89,7 +89,7 @@ def check_round_trip(bits: int, codec: str) -> None:
         if not tg.role_of(p).bits:
             assert torch.equal(near, p.detach().half().float()), name
             continue
-        width = core_bits if p.role == "core matrix" else bits
+        width = core_bits if role_name(p) == "core matrix" else bits
         levels = 2 ** (width - 1) - 1
         exact = p.detach().abs().amax(1, keepdim=True) / levels
         stored = exact.half().float()

@@ -253,7 +253,6 @@ def grow(env: Mapping[str, str], folder: Path) -> list[float]:
     return losses(folder)
 
 
-@pytest.mark.bits
 @pytest.mark.parametrize(("rung", "graphs"), [("model", 6), ("block", 4)])
 def test_growth_compiles_nothing_on_the_clock(
     corpus: dict[str, str],

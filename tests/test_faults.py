@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import HANG, ManualTime, fork_ranks, log_of, metrics, one_rank, result_of
+from helpers import HANG, THREADS, ManualTime, fork_ranks, log_of, metrics, one_rank, result_of
 
 import train_gpt as tg
 
@@ -301,6 +301,7 @@ def test_one_damaged_checkpoint_is_passed_over_two_are_refused(
     folder = run_to_its_end(names)
     log = log_of(folder)
     assert "step_00000004.ckpt is damaged" in log and "resumed from step:2 of" in log
+    assert "threads a rank before" not in log
     check_same(folder, whole)
     names = copied(env, killed, "two_damaged")
     for name in ("step_00000002.ckpt", "step_00000004.ckpt"):
@@ -313,6 +314,26 @@ def test_what_does_not_change_training_may_differ(env: Env, whole: Path, killed:
     other = dict(SAVE_EVERY="3", TRAIN_LOG_EVERY="5", VAL_LOSS_EVERY="4", MAX_SKIPPED_STEPS="1")
     folder = run_to_its_end(copied(env, killed, "may_differ") | other)
     assert artifact(folder) == artifact(whole)
+
+
+def test_iterations_may_grow(env: Env, killed: Path) -> None:
+    folder = run_to_its_end(copied(env, killed, "longer") | {"ITERATIONS": "12"})
+    assert [step for step, _ in losses_by_step(folder)] == [*range(1, 13)]
+
+
+def test_another_number_of_threads_is_said(env: Env, killed: Path) -> None:
+    """Sums depend on it, and with them the last bits of what follows."""
+    torch.set_num_threads(THREADS + 1)
+    log = log_of(run_to_its_end(copied(env, killed, "threads")))
+    assert f"\nwarning: {THREADS} threads a rank before, {THREADS + 1} now: " in log
+
+
+def test_a_run_that_is_alive_keeps_others_out(env: Env, killed: Path) -> None:
+    names = copied(env, killed, "alive")
+    refused = pytest.raises(tg.InputError, match=f"in use by .*: process {os.getpid()}")
+    with tg.lock_folder(folder_of(names)), refused:
+        run_to_its_end(names)
+    run_to_its_end(names)
 
 
 @pytest.mark.parametrize(
@@ -348,6 +369,21 @@ def test_stopped_twice_in_export_the_training_is_kept(env: Env, whole: Path) -> 
     assert f"resumed from step:{STEPS} of" in log_of(folder)
     check_same(folder, whole)
     assert scores(folder) == scores(whole) and len(scores(folder)) == 2  # last weights, EMA
+
+
+def ignore_sighup_and_get_it() -> None:
+    """As under nohup, whose terminal goes away."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    get_signal("SIGHUP")
+
+
+def test_sighup_stops_a_run_unless_it_is_ignored(env: Env, whole: Path) -> None:
+    names = env | {"RUN_ID": "hung up"}
+    codes, texts = suffer(names, 1, partial(get_signal, "SIGHUP"))
+    assert codes == [tg.EXIT_STOPPED] and "step 6: stopped by SIGHUP" in texts[0], texts
+    codes, texts = suffer(names, 1, ignore_sighup_and_get_it)
+    assert codes == [0], texts
+    check_same(folder_of(names), whole)
 
 
 # ---- Two ranks

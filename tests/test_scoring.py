@@ -130,6 +130,7 @@ def split_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("split")
 
 
+@pytest.mark.bits
 @settings(max_examples=40)
 @given(st.integers(LENGTH + 1, 300), st.sampled_from([1, 2, 3, 8]), st.integers(1, 400))
 def test_every_target_is_scored_once(
@@ -334,6 +335,7 @@ def text(count: int = 700, seed: int = 0) -> Tensor:
     return torch.randint(2, 64, (count,), generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.bits
 def test_stride_of_a_window_is_the_contiguous_score() -> None:
     (one, mine), (other, theirs) = (score_with(text(), stride, learn=False) for stride in (64, 0))
     assert torch.equal(mine, theirs) and one[:4] == other[:4]
@@ -356,6 +358,7 @@ def test_sliding_is_every_target_in_its_own_window() -> None:
         assert losses[target].item() == pytest.approx(nats.item(), abs=1e-4)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("stride", [16, 64])
 def test_learning_rate_zero_is_the_sliding_score(stride: int) -> None:
     still, moving = (
@@ -367,6 +370,7 @@ def test_learning_rate_zero_is_the_sliding_score(stride: int) -> None:
     assert abs(learnt.val_loss - still.val_loss) > 1e-4, "and 0.05 is another"
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("place", [1, 127, 128, 129, 130, 257, 640, 699])
 def test_nothing_is_scored_after_it_was_learnt_from(place: int) -> None:
     """Another token at `place` changes no loss of a target before it, not through weights either.
@@ -402,6 +406,7 @@ def test_the_flip_test_would_find_a_leak(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not torch.equal(losses[0][:127], losses[1][:127])
 
 
+@pytest.mark.bits
 def test_learning_lowers_the_loss_where_text_repeats() -> None:
     ids = text(32).repeat(40)
     (fixed, before), (learnt, after) = (score_with(ids, 64, learn=learn) for learn in (False, True))
@@ -490,6 +495,7 @@ def test_a_run_scores_its_artifact(trained: tuple[Path, dict[str, Any]]) -> None
     assert size < score, "whether it fits is said before it is scored"
 
 
+@pytest.mark.bits
 def test_eval_only_scores_an_artifact_again(
     trained: tuple[Path, dict[str, Any]], corpus: dict[str, str], tmp_path: Path
 ) -> None:
@@ -517,6 +523,7 @@ def test_eval_only_scores_an_artifact_again(
         assert deeper["roundtrip"]["val_loss"] != plain["roundtrip"]["val_loss"]
 
 
+@pytest.mark.bits
 def test_two_ranks_score_as_one(
     trained: tuple[Path, dict[str, Any]], corpus: dict[str, str], tmp_path: Path
 ) -> None:

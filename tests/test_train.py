@@ -89,6 +89,7 @@ def test_training_lowers_the_loss_and_health_is_true(
     assert f"val_bpb:{result['roundtrip']['val_bpb']:.8f}" in log
 
 
+@pytest.mark.bits
 def test_one_rank_and_two_ranks_agree(corpus: dict[str, str], tmp_path: Path) -> None:
     """Two ranks started by torchrun; the artifact scored by processes that are told no more."""
     env = corpus | SMALL | CALM | NARROW | dict(PRESET="T,tiny", DTYPE="float32", ITERATIONS="10")
@@ -113,6 +114,7 @@ def test_one_rank_and_two_ranks_agree(corpus: dict[str, str], tmp_path: Path) ->
         assert scored["artifact_sha256"] == results[0]["artifact_sha256"]
 
 
+@pytest.mark.bits
 def test_ranks_fail_together(corpus: dict[str, str], tmp_path: Path) -> None:
     """Ranks that cannot share a batch; a token id, amid a run, that only the second one meets."""
     env = corpus | SMALL | NARROW | dict(PRESET="T,tiny", LOG_DIR=str(tmp_path), RUN_ID="run")
@@ -124,10 +126,10 @@ def test_ranks_fail_together(corpus: dict[str, str], tmp_path: Path) -> None:
     shutil.copytree(corpus["DATA_PATH"], folder)
     path = folder / "fineweb_train_000000.bin"
     data = bytearray(path.read_bytes())
-    at = 1024 + 2 * 400  # step 0, second half: rank 1's
+    at = 1024 + 2 * 2400  # step 5, second half: rank 1's; behind the sample that both look at
     data[at : at + 2] = (2000).to_bytes(2, "little")
     path.write_bytes(data)
-    ended = fork_ranks(env | {"DATA_PATH": str(folder)}, 2)
+    ended = fork_ranks(env | {"DATA_PATH": str(folder), "ITERATIONS": "6"}, 2)
     assert all(ended.codes) and not (tmp_path / "run" / tg.ARTIFACT).exists()
     assert f"[rank 1] {path} holds token 2000" in ended.texts[1]
     assert str(path) not in ended.texts[0]
@@ -306,6 +308,7 @@ AVERAGES = {
 }
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("case", AVERAGES)
 def test_the_average_is_exported_and_its_score_logged(
     case: str, corpus: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
