@@ -27,9 +27,11 @@ def etag(path: str, content: bytes) -> str:
 class HubServer(ThreadingHTTPServer):
     """Serves `files` (path -> content) as dataset `repo`; use as a context manager.
 
-    faults: for a part of "METHOD /path", what happens to the next requests that have it, in order: "503",
-    "cut" (the connection ends in the middle), "flip" (one bit is wrong), "size" (the header says more than
-    there is), "" (nothing). listed_sizes: sizes that the tree claims instead of the true ones.
+    faults: for a part of "METHOD /path", what happens to the next requests that have it, in order:
+    "503" or "429 Retry-After=7" (a status and headers), "200 {}" (that body), "cut" (the connection
+    ends in the middle), "flip" (one bit is wrong), "size" (the header says more than there is),
+    "hang" (no answer until the server ends), "" (nothing). listed_sizes: sizes that the tree claims
+    instead of the true ones.
     """
 
     daemon_threads = True
@@ -37,13 +39,15 @@ class HubServer(ThreadingHTTPServer):
     def __init__(self, files: dict[str, bytes], repo: str = "someone/export") -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.files, self.repo, self.lock = files, repo, threading.Lock()
+        self.ended = threading.Event()
         self.faults: dict[str, list[str]] = {}
         self.listed_sizes: dict[str, int] = {}
         self.pause = 0.0  # seconds after every 2 KiB of a file
         self.sent: dict[str, int] = {}  # bytes of content by path
         self.ranges: list[str] = []
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.large = f"http://localhost:{self.server_port}/large/"  # another host, as far as clients can tell
+        # Another host, as far as clients can tell.
+        self.large = f"http://localhost:{self.server_port}/large/"
 
     @property
     def commit(self) -> str:
@@ -64,6 +68,7 @@ class HubServer(ThreadingHTTPServer):
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.ended.set()
         self.shutdown()
         self.server_close()
 
@@ -85,8 +90,13 @@ class Handler(BaseHTTPRequestHandler):
         hub, url = self.server, urlsplit(self.path)
         path, fault = unquote(url.path), hub.fault(f"{self.command} {unquote(url.path)}")
         api, resolve = f"/api/datasets/{hub.repo}", f"/datasets/{hub.repo}/resolve/"
-        if fault == "503":
-            self.answer(503, b"try later")
+        status, _, rest = fault.partition(" ")
+        if status == "200":
+            self.answer(200, rest.encode())
+        elif status.isdigit():
+            self.answer(int(status), b"", dict(pair.split("=") for pair in rest.split()))
+        elif fault == "hang":
+            hub.ended.wait()
         elif path.startswith(f"{api}/tree/"):
             self.tree(path, api, int(parse_qs(url.query).get("cursor", ["0"])[0]))
         elif path in (api, f"{api}/revision/main", f"{api}/revision/{hub.commit}"):

@@ -25,7 +25,9 @@ huggingface_hub = pytest.importorskip(
 pytest.importorskip("tqdm", reason="data/requirements.txt is not installed")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
 import fineweb
+import hub as hub_module
 import sample
+import shards
 
 SCRIPT = Path(fineweb.__file__)
 FULL, VOCAB = 50_000, 320  # tokens of a full shard, pieces
@@ -38,7 +40,7 @@ FOLDER = "datasets/fineweb10B_sp320"
 
 
 def shard(tokens: np.ndarray) -> bytes:
-    return sample.shard(tokens)
+    return shards.encode_shard(tokens)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +115,7 @@ def wanted(export: dict[str, bytes]) -> dict[str, bytes]:
 
 def there(root: Path) -> dict[str, bytes]:
     """All that lies below the root but the record, the manifest and the lock."""
-    other = ("fetched.json", "fetched.json.tmp", "manifest.json", ".lock")
+    other = ("fetched.json", "fetched.json.tmp", "manifest.json", "manifest.json.tmp", ".lock")
     return {
         path.relative_to(root).as_posix(): path.read_bytes()
         for path in root.rglob("*")
@@ -436,7 +438,7 @@ def child(root: Path, url: str, limit: int | None = None) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     os.dup2(os.open(root / "stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-    fineweb.PAUSES = (0.01,)
+    hub_module.PAUSES = (0.01,)
     sys.exit(get(root))
 
 
