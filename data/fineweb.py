@@ -383,12 +383,14 @@ class Store:
 
         with ThreadPoolExecutor(READERS) as pool:
             for file, wrong in zip(unread, pool.map(verdict, unread), strict=True):
-                if wrong:
-                    state = "broken" if file.local in self.record else "changed"  # the manifest
-                    say(f"{state:7} {wrong}: removed")
-                    (self.root / file.local).unlink()
-                else:
+                if not wrong:
                     self.mark(file)
+                    continue
+                known = file.local in self.record  # the export's manifest is not
+                say(f"{'broken' if known else 'changed':7} {wrong}: removed")
+                (self.root / file.local).unlink()
+                if known:
+                    self.save()
         return [file for file in files if not (self.root / file.local).exists()]
 
     def obtain(self, files: list[File], vocab_size: int, jobs: int = 1) -> None:
@@ -595,8 +597,8 @@ def run(options: Options) -> None:
     shards.refuse_strays(store.folder, [file.name for file in bins])
     store.expect(files)
     store.tokenizer = open_tokenizer(store, [file for file in files if file not in bins])
-    store.obtain(bins, store.tokenizer.vocab_size, options.jobs)
     store.save()
+    store.obtain(bins, store.tokenizer.vocab_size, options.jobs)
     summarize(store, bins, store.tokenizer)
     seconds = time.perf_counter() - start
     say(f"took    {seconds:.1f} s, {store.transferred:,} bytes transferred")

@@ -34,7 +34,8 @@ from shards import InputError, say
 
 T = TypeVar("T")
 
-PAUSES = (1.0, 2.0, 4.0)  # seconds before a request is repeated, on top of the client's own repeats
+# Seconds before a request is repeated, on top of the client's own repeats.
+PAUSES: tuple[float, ...] = (1.0, 2.0, 4.0)
 TOO_MANY = 429  # HTTP: too many requests
 LONGEST_WAIT = 600.0  # seconds that a server may ask to wait; its windows are five minutes
 LISTING_LIMIT = 660.0  # seconds for a listing, in which the client may wait as the server asks

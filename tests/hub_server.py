@@ -1,7 +1,8 @@
-"""A stand-in for the Hugging Face hub: one dataset repository over HTTP on loopback, with faults on demand.
+"""A stand-in for the Hugging Face hub: one dataset repository over HTTP on loopback, with faults.
 
-It speaks what huggingface_hub asks for when it fetches files: the repository's commit, its tree in pages, and
-files by HEAD and GET, large ones behind a redirect to a second address, with byte ranges.
+It speaks what huggingface_hub asks for when it fetches files: the repository's commit, its tree in
+pages, and files by HEAD and GET, large ones behind a redirect to a second address, with byte
+ranges.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -42,8 +42,12 @@ class HubServer(ThreadingHTTPServer):
         self.ended = threading.Event()
         self.faults: dict[str, list[str]] = {}
         self.listed_sizes: dict[str, int] = {}
-        self.pause = 0.0  # seconds after every 2 KiB of a file
+        self.halt_after = (
+            0  # bytes of content after which the server stops and sets `halted`; 0: never
+        )
+        self.halted = threading.Event()
         self.sent: dict[str, int] = {}  # bytes of content by path
+        self.slept: list[float] = []  # seconds that clients in this process wanted to wait
         self.ranges: list[str] = []
         self.url = f"http://127.0.0.1:{self.server_port}"
         # Another host, as far as clients can tell.
@@ -72,6 +76,14 @@ class HubServer(ThreadingHTTPServer):
         self.shutdown()
         self.server_close()
 
+    def count(self, size: int) -> None:
+        """Goes on once so much was sent, unless that is where the server is to stop."""
+        with self.lock:
+            left, self.halt_after = self.halt_after, max(self.halt_after - size, 0)
+        if left and not self.halt_after:
+            self.halted.set()
+            self.ended.wait()
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that was killed is no news."""
 
@@ -94,7 +106,7 @@ class Handler(BaseHTTPRequestHandler):
         if status == "200":
             self.answer(200, rest.encode())
         elif status.isdigit():
-            self.answer(int(status), b"", dict(pair.split("=") for pair in rest.split()))
+            self.answer(int(status), b"", dict(pair.split("=", 1) for pair in rest.split()))
         elif fault == "hang":
             hub.ended.wait()
         elif path.startswith(f"{api}/tree/"):
@@ -182,7 +194,8 @@ class Handler(BaseHTTPRequestHandler):
             hub.ranges += [wanted] if wanted else []
             hub.sent[path] = hub.sent.get(path, 0) + len(sent)
         for start in range(0, len(sent), 1 << 11):
-            self.wfile.write(sent[start : start + (1 << 11)])
-            time.sleep(hub.pause)
+            piece = sent[start : start + (1 << 11)]
+            self.wfile.write(piece)
+            hub.count(len(piece))
         if fault == "cut":
             self.close_connection = True
