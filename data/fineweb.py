@@ -417,7 +417,7 @@ class Store:
         pool, start = ThreadPoolExecutor(jobs), self.transferred
         todo: set[Future[File]] = {pool.submit(self.fetch, file, vocab_size) for file in files}
         total = sum(file.size for file in files)
-        quiet = None if total > 1e6 else True  # None: unless stderr is a terminal
+        quiet = total < 1e6 or not shards.watched()
         try:
             with tqdm(total=total, unit="B", unit_scale=True, disable=quiet) as bar:
                 while todo:

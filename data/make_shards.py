@@ -558,7 +558,7 @@ def encode_all(options: Options, everything: Iterable[Block], folder: Path) -> R
     fork = get_context("fork")  # what was imported here need not be imported again
     with (
         ProcessPoolExecutor(options.workers, fork, follow_parent) as pool,
-        tqdm(unit="B", unit_scale=True, desc="encode", disable=None) as bar,
+        tqdm(unit="B", unit_scale=True, desc="encode", disable=not shards.watched()) as bar,
     ):
         submit = functools.partial(pool.submit, job)
         for part in in_order(submit, everything, 3 * options.workers):
@@ -673,9 +673,12 @@ def build(options: Options) -> None:
         partial.mkdir(parents=True)
         result = fill(options, partial, paths, left_out)
         os.rename(partial, out)
-    except (OSError, BrokenProcessPool) as error:
-        # The second means that a worker was killed, for memory as a rule.
+    except OSError as error:
         raise InputError(f"cannot make {out}: {error}") from error
+    except BrokenProcessPool as error:
+        raise InputError(
+            f"cannot make {out}: a worker was killed, as a rule for memory: give fewer --workers"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     report(result)

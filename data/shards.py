@@ -7,6 +7,7 @@ needs only NumPy and SentencePiece, so that a machine that fetches data needs no
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -251,15 +252,39 @@ def say(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def complain(text: str) -> None:
+    """Says in one line why a tool ends; if stderr cannot take it, the exit code has to do."""
+    with contextlib.suppress(OSError):
+        print(" ".join(text.split()), file=sys.stderr, flush=True)
+
+
+def watched() -> bool:
+    """Whether somebody looks at stderr, for progress bars."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+def fill_closed_streams() -> None:
+    """Opens what is closed of stdin, stdout and stderr.
+
+    Otherwise the next file that is opened takes the number, and what is printed goes into it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+
+
 def attempt(tool: str, work: Callable[[], None]) -> int:
     """Exit code of a tool's work: 0; 2 and a line on what the user can mend; 130 after Ctrl-C."""
+    fill_closed_streams()
     try:
         work()
     except (InputError, OSError) as error:
-        print(f"{tool}: {' '.join(str(error).split())}", file=sys.stderr)
+        complain(f"{tool}: {error}")
         return 2
     except KeyboardInterrupt:
-        print(f"{tool}: interrupted; run it again", file=sys.stderr)
+        complain(f"{tool}: interrupted; run it again")
         return INTERRUPTED
     return 0
 

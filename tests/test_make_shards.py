@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -600,12 +601,11 @@ def test_validation_without_text_is_refused(tmp_path: Path, capsys: Capture, fol
 
 
 def script(
-    source: Path, out: Path, *options: str, locale: str = "utf-8", **popen: Any
+    source: Path, out: Path, *options: str, locale: str = "utf-8"
 ) -> subprocess.CompletedProcess[str]:
     env = os.environ | {"PYTHONIOENCODING": locale}
     command = [sys.executable, str(SCRIPT), *arguments(source, out), *options]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE) | popen
-    return subprocess.run(command, env=env, text=True, **pipes)
+    return subprocess.run(command, env=env, text=True, capture_output=True)
 
 
 @pytest.mark.parametrize("count", [60, 4], ids=["ordinary", "short validation"])
@@ -632,23 +632,54 @@ def test_the_closing_line_is_a_command_that_works(
     assert "final_int8_zlib_roundtrip_exact" in trained.stdout
 
 
-def test_output_that_cannot_be_written_ends_nothing(tmp_path: Path, folding: Path) -> None:
-    """A full disk behind stdout, or a reader that has gone."""
+STREAMS = {
+    "a full disk": ">/dev/full",
+    "a reader that has gone": "| true",
+    "no stdout": ">&-",
+    "no stderr": "2>&-",
+    "no stream at all": "<&- >&- 2>&-",
+}
+
+
+@pytest.mark.parametrize("case", STREAMS)
+def test_output_that_cannot_be_written_ends_nothing(
+    tmp_path: Path, folding: Path, case: str
+) -> None:
+    """What is printed is lost, no file is, and nothing is printed into a file."""
     write_jsonl(tmp_path / "a.jsonl", SHORT[:60])
-    with open("/dev/full", "w") as full:
-        result = script(
-            tmp_path / "a.jsonl", tmp_path / "full", "--tokenizer", str(folding), stdout=full
-        )
+    options = [*arguments(tmp_path / "a.jsonl", tmp_path / "out"), "--tokenizer", str(folding)]
+    command = shlex.join([sys.executable, str(SCRIPT), *options])
+    shell = ["bash", "-o", "pipefail", "-c", f"{command} {STREAMS[case]}"]
+    result = subprocess.run(shell, capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
-    assert (tmp_path / "full/manifest.json").exists()
-    reading, writing = os.pipe()
-    os.close(reading)
-    result = script(
-        tmp_path / "a.jsonl", tmp_path / "gone", "--tokenizer", str(folding), stdout=writing
-    )
-    os.close(writing)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert content(tmp_path / "gone") == content(tmp_path / "full")
+    manifest = manifest_of(tmp_path / "out")
+    for split in shards.SPLITS:
+        for name, file in manifest["splits"][split]["files"].items():
+            assert shards.sha256(tmp_path / "out" / name) == file["sha256"]
+
+
+def test_complaint_that_cannot_be_written_leaves_the_exit_code() -> None:
+    for stream in ("2>/dev/full", "2>&-"):
+        command = shlex.join([sys.executable, str(SCRIPT), "nothing", "--out", "nowhere"])
+        result = subprocess.run(["bash", "-c", f"{command} {stream}"], stdout=subprocess.DEVNULL)
+        assert result.returncode == 2
+
+
+def test_killed_worker_is_one_line(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, folding: Path
+) -> None:
+    """The kernel does so when memory runs out."""
+
+    def die(path: Path) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(ms, "encoder_of", die)  # in the workers, which are forked
+    write_jsonl(tmp_path / "a.jsonl", SHORT[:60])
+    assert run(tmp_path / "a.jsonl", tmp_path / "out", "--tokenizer", str(folding)) == 2
+    message = capsys.readouterr().err
+    assert "a worker was killed" in message and "--workers" in message
+    assert message.count("\n") == 1
+    assert not list(tmp_path.glob("*out*"))
 
 
 class OnTheSpot:
