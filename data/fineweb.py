@@ -548,7 +548,8 @@ def is_known(store: Store, name: str) -> bool:
 
 def say_next(store: Store, files: list[File], tokenizer: Tokenizer) -> None:
     """Says how to go on."""
-    corpus = shards.Corpus(store.folder, tokenizer.model, tokenizer.vocab_size, shortest=0)
+    shortest = min(sum(f.tokens for f in files if f.is_of(split)) for split in shards.SPLITS)
+    corpus = shards.Corpus(store.folder, tokenizer.model, tokenizer.vocab_size, shortest)
     script = shards.script_path()
     if any(name.startswith("fineweb_train_") for name in shards.shards_in(store.folder)):
         say(

@@ -255,7 +255,7 @@ def say(text: str) -> None:
 def complain(text: str) -> None:
     """Says in one line why a tool ends; if stderr cannot take it, the exit code has to do."""
     with contextlib.suppress(OSError):
-        print(" ".join(text.split()), file=sys.stderr, flush=True)
+        print(" ".join(text.splitlines()), file=sys.stderr, flush=True)
 
 
 def watched() -> bool:
@@ -263,21 +263,8 @@ def watched() -> bool:
     return sys.stderr is not None and sys.stderr.isatty()
 
 
-def fill_closed_streams() -> None:
-    """Opens what is closed of stdin, stdout and stderr.
-
-    Otherwise the next file that is opened takes the number, and what is printed goes into it.
-    """
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
-
-
 def attempt(tool: str, work: Callable[[], None]) -> int:
     """Exit code of a tool's work: 0; 2 and a line on what the user can mend; 130 after Ctrl-C."""
-    fill_closed_streams()
     try:
         work()
     except (InputError, OSError) as error:
