@@ -25,6 +25,7 @@ try:
     import sentencepiece as spm
     import shards
     from shards import BOS, InputError, Skipped, say
+    from shards import encode_shard as shard
 except ModuleNotFoundError as missing:
     if __name__ != "__main__":
         raise
@@ -231,8 +232,8 @@ def report(name: str, split: Split, selection: Selection) -> None:
 
 def describe(name: str, payload: bytes, split: Split) -> dict[str, Any]:
     """The manifest's entry of a split that is one shard."""
-    shard = dict(tokens=len(split.tokens), sha256=hashlib.sha256(payload).hexdigest())
-    return shards.split_entry({name: shard}, documents=split.documents, bytes=split.size)
+    file = dict(tokens=len(split.tokens), sha256=hashlib.sha256(payload).hexdigest())
+    return shards.split_entry({name: file}, documents=split.documents, bytes=split.size)
 
 
 def encode(model: bytes, selection: Selection) -> dict[str, Split]:
@@ -249,7 +250,7 @@ def write(corpus: shards.Corpus, model: bytes, splits: dict[str, Split]) -> None
     """Writes tokenizer, shards and manifest. No manifest is there while files do not fit it."""
     files, entries = {corpus.model: model}, {}
     for split, content in splits.items():
-        name, payload = shards.shard_name(split, 0), shards.encode_shard(content.tokens)
+        name, payload = shards.shard_name(split, 0), shard(content.tokens)
         files[corpus.folder / name] = payload
         entries[split] = describe(name, payload, content)
     (corpus.folder / shards.MANIFEST).unlink(missing_ok=True)
