@@ -19,7 +19,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
-from records.tools.results import Measure, Result, Trace, over_steps, over_time, thinned
+from records.tools.results import (
+    Measure,
+    Result,
+    Trace,
+    over_steps,
+    over_time,
+    over_training,
+    thinned,
+)
 
 SIZE_LIMIT = 16_000_000  # bytes, script + artifact
 
@@ -234,6 +242,23 @@ def along_training(ours: Sequence[Result], theirs: Sequence[Result], label: str)
     return figure
 
 
+def differences(ours: Sequence[Result], theirs: Sequence[Result]) -> Figure:
+    """The difference of A and B: validation over steps and over time, training loss over steps."""
+    figure = Figure(figsize=(9.0, 2.7), layout="constrained")
+    axes = figure.subplots(1, 3)
+    traces = over_steps(ours, theirs), over_time(ours, theirs), over_training(ours, theirs)
+    difference(axes[0], traces[0], "steps")
+    difference(axes[1], traces[1], "seconds of training")
+    difference(axes[2], traces[2], "steps")
+    for axis in axes[:2]:
+        axis.set(ylabel="A \u2212 B, bpb", ylim=limits(traces[:2], bands=True))
+    axes[2].set(ylabel="A \u2212 B, nats per token", ylim=limits(traces[2:], bands=True))
+    axes[0].set_title("validation over steps")
+    axes[1].set_title("validation over time")
+    axes[2].set_title("training loss")
+    return figure
+
+
 def style(i: int) -> dict[str, Any]:
     return dict(color=SERIES[i % len(SERIES)], linestyle=DASHES[i // len(SERIES) % len(DASHES)])
 
@@ -421,5 +446,6 @@ def bytes_and_bpb(spots: Sequence[Spot], title: str, xlabel: str) -> Figure:
     scale_of_bytes(axis, spots)
     names = [axis.text(spot.bytes / 1e6, spot.bpb, spot.name, fontsize=6.5) for spot in spots]
     thread = dict(arrowstyle="-", color=LIGHT["muted"], linewidth=0.4)
-    adjust_text(names, x, y, ax=axis, arrowprops=thread)
+    figure.draw_without_rendering()  # the places of labels depend on the layout
+    adjust_text(names, x, y, ax=axis, expand=(1.25, 1.5), arrowprops=thread)
     return figure

@@ -18,6 +18,11 @@ from records.tools.results import Measure, nan
 # ---- 1. Tables -----------------------------------------------------------------------------------
 
 
+def signed(text: str) -> str:
+    """Text with a minus sign in place of every hyphen."""
+    return text.replace("-", "\u2212")
+
+
 class Cell(NamedTuple):
     """What is shown, what it is sorted by, a second line and classes of the style sheet."""
 
@@ -34,9 +39,11 @@ class Cell(NamedTuple):
         return str(self.key)
 
     @property
-    def shown(self) -> str:
-        """The text, of figures with a minus sign."""
-        return self.text if isinstance(self.key, str) else self.text.replace("-", "\u2212")
+    def shown(self) -> Cell:
+        """The cell as a page shows it: figures with a minus sign."""
+        if isinstance(self.key, str) or math.isnan(self.key):
+            return self
+        return self._replace(text=signed(self.text), note=signed(self.note))
 
     @property
     def plain(self) -> str:

@@ -30,6 +30,7 @@ from records.tools.page import (
     drawn,
     finding,
     number,
+    signed,
     spread,
     templates,
     tone,
@@ -55,7 +56,6 @@ from records.tools.results import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-MINUS = "\u2212"
 Found = dict[str, list[Result]]  # the runs of every row, in the order of their seeds
 
 # ---- 1. The runs of the table --------------------------------------------------------------------
@@ -337,10 +337,10 @@ def sentence(measure: Measure, what: str) -> Said:
     mean, half, p = measure.delta
     if math.isnan(p):
         return Said(
-            f"{what}: {mean:+.4f} with one seed on a side: no test.".replace("-", MINUS), "one-seed"
+            f"{what}: {signed(f'{mean:+.4f}')} with one seed on a side: no test.", "one-seed"
         )
     corrected = "" if math.isnan(measure.holm) else f", {measure.holm:.2g} after Holm's correction"
-    figures_of_it = f"{mean:+.4f} ± {half:.4f}".replace("-", MINUS)
+    figures_of_it = signed(f"{mean:+.4f} ± {half:.4f}")
     return Said(
         f"{what}: {figures_of_it} (p {p:.2g}{corrected}): {finding(measure)}.", tone(measure)
     )
@@ -418,7 +418,7 @@ XLABEL = "difference, bpb; negative: better"
 
 
 def against(c: Comparison) -> str:
-    return f"{c.row} {MINUS} {c.baseline}"
+    return f"{c.row} \u2212 {c.baseline}"
 
 
 def forest_columns(made: Sequence[Comparison]) -> list[str]:
@@ -574,7 +574,7 @@ def series_section(
     text = (
         f"Below the table: validation minus that of the baseline, before rounding, with pointwise "
         f"{CONFIDENCE:.0%} intervals. Grey: the learning rate falls. A curve ends where it falls on "
-        "one side only, since scores no longer compare; the first quarter may leave the frame."
+        "one side only, as scores no longer compare; the first quarter may leave the frame."
     )
     return Section(
         series,
