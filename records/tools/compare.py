@@ -4,9 +4,9 @@
     python records/tools/compare.py logs/lab/tiny/T logs/lab/tiny/O --html compare.html
     python records/tools/compare.py 'logs/a_seed*' logs/b_1,logs/b_2 --png compare.png
 
-A side is the folder of a run, that of a row (with seed*/ below it), a pattern in quotes, or several of
-these with commas between them. Runs of one side are seeds of one system. Nothing is trained or scored:
-what the runs logged is compared.
+A side is the folder of a run, that of a row (with seed*/ below it), a pattern in quotes, or several
+of these with commas between them. Runs of one side are seeds of one system. Nothing is trained or
+scored: what the runs logged is compared.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import glob
 import math
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train_gpt as tg
 from records.tools import figures
+from records.tools.common import say
 from records.tools.page import (
     Cell,
     Picture,
@@ -34,6 +34,7 @@ from records.tools.page import (
     drawn,
     number,
     plain_table,
+    signed,
     spread,
     templates,
     word,
@@ -47,6 +48,7 @@ from records.tools.results import (
     Result,
     Trace,
     compare,
+    evenly,
     load_seeds,
     measure,
     over_steps,
@@ -68,7 +70,8 @@ class Side(NamedTuple):
 def folders(text: str) -> list[Path]:
     """The run folders that a side names; InputError if there are none."""
     if not Path(text).exists() and "," in text:
-        return [folder for part in text.split(",") for folder in folders(part.strip())]
+        parts = [part.strip() for part in text.split(",")]
+        return [folder for part in parts if part for folder in folders(part)]
     paths = [Path(text)]
     if not paths[0].exists() and glob.has_magic(text):
         paths = [path for path in map(Path, sorted(glob.glob(text))) if path.is_dir()]
@@ -100,10 +103,10 @@ def read_side(text: str) -> tuple[Side, list[str]]:
 NAMES_ONLY = {"seed", "run_id", "log_dir", "preset", "tracker"}  # which say nothing of the system
 
 
-def options(runs: Sequence[Result]) -> dict[str, str]:
-    """Every option of the runs as text, with all values if they differ."""
+def options(runs: Sequence[Result]) -> dict[str, list[str]]:
+    """Every option with the values that it has in the runs, as text."""
     return {
-        name: " or ".join(dict.fromkeys(tg.show(run.config.get(name, "unset")) for run in runs))
+        name.upper(): sorted({tg.show(run.config.get(name, "unset")) for run in runs})
         for name in runs[0].config
         if name not in NAMES_ONLY
     }
@@ -112,25 +115,28 @@ def options(runs: Sequence[Result]) -> dict[str, str]:
 def options_sheet(ours: Side, theirs: Side) -> Sheet:
     """The options in which the sides differ."""
     a, b = options(ours.runs), options(theirs.runs)
-    rows = [
-        {"option": word(name.upper()), "A": word(a[name]), "B": word(b.get(name, "unset"))}
-        for name in a
-        if a[name] != b.get(name, "unset")
-    ]
+    rows = []
+    for name in sorted({*a, *b}):
+        values = [side.get(name, ["unset"]) for side in (a, b)]
+        if values[0] != values[1]:
+            cells = [word(" or ".join(value) or "(empty)") for value in values]
+            rows.append({"option": word(name), "A": cells[0], "B": cells[1]})
     return Sheet(rows, "No option differs.")
+
+
+ORIGINS = dict(  # facts of a run's origin: what follows where they differ
+    validation="they were scored on different texts, so the scores do not compare",
+    script="the scripts differ",
+    device="the devices differ, so times do not compare",
+    ranks="the numbers of ranks differ, so times do not compare",
+    torch="the versions of PyTorch differ, so times may not compare",
+)
 
 
 def cautions(ours: Side, theirs: Side) -> list[str]:
     """What makes the comparison doubtful or worthless, most serious first."""
     lines = []
-    facts = {
-        "validation": "they were scored on different texts, so the scores do not compare",
-        "script": "the scripts differ",
-        "device": "the devices differ, so times do not compare",
-        "ranks": "the numbers of ranks differ, so times do not compare",
-        "torch": "the versions of PyTorch differ, so times may not compare",
-    }
-    for fact, consequence in facts.items():
+    for fact, consequence in ORIGINS.items():
         a, b = (sorted({run.origin[fact] for run in side.runs}) for side in (ours, theirs))
         if a != b:
             lines.append(f"{consequence} ({', '.join(a)} against {', '.join(b)})")
@@ -138,44 +144,47 @@ def cautions(ours: Side, theirs: Side) -> list[str]:
     if len(batches) > 1:
         lines.append("steps are of different numbers of tokens: equal steps are not equal data")
     for name, side in (("A", ours), ("B", theirs)):
-        mixed = [option.upper() for option, value in options(side.runs).items() if " or " in value]
+        mixed = [option for option, values in options(side.runs).items() if len(values) > 1]
         if mixed:
-            lines.append(
-                f"the runs of {name} are not seeds of one system: {', '.join(mixed)} differ"
-            )
+            lines.append(f"the runs of {name} are of different systems: {', '.join(mixed)} differ")
+        over = max(run.total_bytes - run.config["size_limit_bytes"] for run in side.runs)
+        if over > 0:
+            lines.append(f"{name} is above SIZE_LIMIT_BYTES by {over:,} bytes")
     return lines
 
 
 # ---- 3. Tables -----------------------------------------------------------------------------------
 
 
-def measure_row(what: str, m: Measure, digits: int = 4, at: str = "") -> dict[str, Cell]:
+def measure_row(what: str, m: Measure, digits: int = 4) -> dict[str, Cell]:
     """A line of the main table: both sides, what they differ by, and how sure that is."""
-    form = f"{'+' if digits == 5 else ''}.{digits}f"
+    form = f"+.{digits}f" if digits > 4 else f".{digits}f"  # a Q-gap has a sign
     return {
-        "": word(what),
+        "score": word(what),
         "A": spread(m.ours, form),
         "B": spread(m.theirs, form),
-        "A - B": change(m, digits, at=at),
-        "finding": badge(m),
+        "A - B": change(m, digits),
+        "finding": badge(m._replace(where="")),
     }
+
+
+FURTHER = dict(sliding="over sliding windows", ttt="with test-time training")
 
 
 def scores_sheet(ours: Side, theirs: Side, made: Comparison) -> Sheet:
     """Scores in every way of reading them."""
     runs = [*ours.runs, *theirs.runs]
     end = made.post.where
-    rows = [measure_row(KINDS["post"], made.post, at=end)]
-    for kind in sorted(set.intersection(*(set(run.further) for run in runs))):
-        reading = Reading(end, [run.further[kind] for run in runs])
-        name = {"sliding": "over sliding windows", "ttt": "with test-time training"}[kind]
-        rows.append(
-            measure_row(f"after rounding, {name}", measure(ours.runs, theirs.runs, reading))
-        )
+    rows = [measure_row(f"{KINDS['post']} ({end})", made.post)]
+    for kind, how in FURTHER.items():
+        if all(kind in run.further for run in runs):
+            scores = Reading(end, [run.further[kind] for run in runs])
+            further = measure(ours.runs, theirs.runs, scores)
+            rows.append(measure_row(f"after rounding, {how}", further))
     pre = measure(ours.runs, theirs.runs, Reading(end, [run.pre for run in runs]))
-    rows.append(measure_row("before rounding, as run", pre, at=end))
-    rows.append(measure_row(KINDS["steps"], made.steps, at=made.steps.where))
-    rows.append(measure_row(KINDS["time"], made.time, at=made.time.where))
+    rows.append(measure_row(f"before rounding, as run ({end})", pre))
+    for what, equal in ((KINDS["steps"], made.steps), (KINDS["time"], made.time)):
+        rows.append(measure_row(f"{what} ({equal.where})" if equal.delta else what, equal))
     rows.append(measure_row(KINDS["gap"], made.gap, digits=5))
     return Sheet(rows)
 
@@ -187,7 +196,7 @@ def cost_row(
     a, b = (fmean(of(run) for run in side.runs) for side in (ours, theirs))
     part = f"{100 * (a / b - 1):+.1f} %" if b else ""
     return {
-        "": word(what),
+        "cost": word(what),
         "A": number(a, form),
         "B": number(b, form),
         "A - B": number(a - b, f"+{form}", part),
@@ -207,27 +216,20 @@ def costs_sheet(ours: Side, theirs: Side) -> Sheet:
     return Sheet(rows)
 
 
-def trace_sheet(trace: Trace, unit: str, digits: int, most: int) -> Sheet:
+def trace_sheet(trace: Trace, unit: str, most: int) -> Sheet:
     """A difference along training, at `most` places at most."""
-    places = range(len(trace.x))
-    if len(places) > most:
-        places_shown = sorted({round(i * (len(places) - 1) / (most - 1)) for i in range(most)})
-    else:
-        places_shown = list(places)
     rows = []
-    for i in places_shown:
-        half = "" if math.isnan(trace.half[i]) else f" ± {trace.half[i]:.{digits}f}"
-        text = f"{trace.mean[i]:+.{digits}f}{half}"
-        at = f"{trace.x[i]:,.0f}" if unit == "step" else f"{trace.x[i]:,.1f}"
-        falling = word("learning rate falls" if trace.x[i] > trace.falls else "")
+    for i in evenly(len(trace.x), most):
+        half = "" if math.isnan(trace.half[i]) else f" ± {trace.half[i]:.4f}"
+        place = f"{trace.x[i]:,.0f}" if unit == "step" else f"{trace.x[i]:,.1f}"
         rows.append(
             {
-                unit: Cell(at, trace.x[i], classes="n"),
-                "A - B": Cell(text, trace.mean[i], classes="n"),
-                "": falling,
+                unit: Cell(place, trace.x[i], classes="n"),
+                "A - B": Cell(f"{trace.mean[i]:+.4f}{half}", trace.mean[i], classes="n"),
+                "learning rate": word("falls" if trace.x[i] > trace.falls else "full"),
             }
         )
-    return Sheet(rows, f"The runs share no {unit} at which to compare them.")
+    return Sheet(rows, f"The runs share no {unit} at which both sides can be compared.")
 
 
 def runs_sheet(ours: Side, theirs: Side) -> Sheet:
@@ -282,7 +284,6 @@ class Section:
     title: str
     sheet: Sheet
     figures: list[Picture] = field(default_factory=list)
-    kind: str = ""
 
 
 @dataclass
@@ -301,12 +302,12 @@ class Compared:
         return [
             Section("scores", "Bits per byte", scores_sheet(self.ours, self.theirs, self.made)),
             Section("costs", "Bytes and time", costs_sheet(self.ours, self.theirs)),
-            Section("steps", "Validation over steps", trace_sheet(steps, "step", 4, most)),
-            Section("time", "Validation over time", trace_sheet(seconds, "second", 4, most)),
+            Section("steps", "Validation over steps, bpb", trace_sheet(steps, "step", most)),
+            Section("time", "Validation over time, bpb", trace_sheet(seconds, "second", most)),
             Section(
                 "training",
-                "Training loss, nats per token",
-                trace_sheet(over_training(a, b), "step", 4, most),
+                "Training loss over steps, nats per token",
+                trace_sheet(over_training(a, b), "step", most),
             ),
             Section("options", "Options that differ", options_sheet(self.ours, self.theirs)),
             Section("runs", "Runs", runs_sheet(self.ours, self.theirs)),
@@ -328,17 +329,17 @@ class Compared:
 
     def page(self) -> str:
         """All of it as one page."""
-        sections = {section.name: section for section in self.sections(most=20)}
-        a, b = self.ours.runs, self.theirs.runs
-        differences = drawn(figures.differences(a, b), "differences", CAPTION)
-        sections["scores"].figures = [differences]
+        sections = {section.name: section for section in self.sections(most=8)}
+        for name, panel in zip(("steps", "time", "training"), figures.DIFFERENCES):
+            figure = figures.differences(self.ours.runs, self.theirs.runs, [panel])
+            sections[name].figures = [drawn(figure, name, CAPTION)]
         return (
             templates()
             .get_template("compare.html.j2")
             .render(
                 title="Two systems compared",
                 facts=self.facts(),
-                answer=answer(self.made),
+                answer=signed(answer(self.made)),
                 notes=self.notes,
                 sections=list(sections.values()),
             )
@@ -347,7 +348,8 @@ class Compared:
 
 CAPTION = (
     f"A minus B, negative: A is better. Bands: pointwise {CONFIDENCE:.0%} intervals. Grey: the "
-    "learning rate falls. A curve ends where it falls on one side only, as scores no longer compare."
+    "learning rate falls. A curve ends where it falls on one side only, as scores then do not "
+    "compare."
 )
 
 
@@ -371,15 +373,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
     asked = parser().parse_args()
     try:
         compared = compare_sides(asked.a, asked.b)
-        print(compared.text())
+        say(compared.text())
         if asked.html:
             tg.write_atomically(asked.html, compared.page().encode())
         if asked.png:
-            picture = figures.differences(compared.ours.runs, compared.theirs.runs)
+            sides = compared.ours.runs, compared.theirs.runs
+            picture = figures.differences(*sides, figures.DIFFERENCES)
             tg.write_atomically(asked.png, figures.png(picture))
     except (tg.InputError, OSError) as error:
         print(error, file=sys.stderr)

@@ -88,6 +88,20 @@ matplotlib.rcParams.update(
 # ---- 1. Files ------------------------------------------------------------------------------------
 
 
+REWRITTEN = {  # what Matplotlib writes: what a page needs in its place
+    r"<metadata>.*?</metadata>": "",
+    r"<!--.*?-->": "",
+    r' xmlns(:xlink)?="[^"]*"': "",
+    r"xlink:href": "href",
+    r'<svg width="[^"]*" height="[^"]*"': "<svg",
+    r' id="[\w.]+_\d+"': "",  # names of groups, the same in every figure
+    r' id="image[0-9a-f]+"': "",  # equal for equal images
+    r"'DejaVu Sans'[^;\"]*": "var(--font)",
+    r"\s*\n(?=[LCQz])": " ",  # points of a path
+    r"\n\s*": "\n",
+} | {colour: f"var(--{name})" for name, colour in LIGHT.items()}
+
+
 def svg(figure: Figure, name: str) -> str:
     """The figure as markup for a page, in the colours of its theme; no id occurs in two figures."""
     buffer = io.StringIO()
@@ -95,17 +109,9 @@ def svg(figure: Figure, name: str) -> str:
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
-    text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text).replace("xlink:href", "href")
-    text = re.sub(r'<svg width="[^"]*" height="[^"]*"', "<svg", text)
-    text = re.sub(
-        r' id="[a-zA-Z]+[\d.]*_\d+"', "", text
-    )  # names of groups, the same in every figure
-    text = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--font)", text)
-    for colour_name, colour in LIGHT.items():
-        text = text.replace(colour, f"var(--{colour_name})")
-    return re.sub(r"\n\s*", "\n", text)
+    for pattern, replacement in REWRITTEN.items():
+        text = re.sub(pattern, replacement, text, flags=re.DOTALL)
+    return text
 
 
 def png(figure: Figure) -> bytes:
@@ -242,20 +248,23 @@ def along_training(ours: Sequence[Result], theirs: Sequence[Result], label: str)
     return figure
 
 
-def differences(ours: Sequence[Result], theirs: Sequence[Result]) -> Figure:
-    """The difference of A and B: validation over steps and over time, training loss over steps."""
-    figure = Figure(figsize=(9.0, 2.7), layout="constrained")
-    axes = figure.subplots(1, 3)
-    traces = over_steps(ours, theirs), over_time(ours, theirs), over_training(ours, theirs)
-    difference(axes[0], traces[0], "steps")
-    difference(axes[1], traces[1], "seconds of training")
-    difference(axes[2], traces[2], "steps")
-    for axis in axes[:2]:
-        axis.set(ylabel="A \u2212 B, bpb", ylim=limits(traces[:2], bands=True))
-    axes[2].set(ylabel="A \u2212 B, nats per token", ylim=limits(traces[2:], bands=True))
-    axes[0].set_title("validation over steps")
-    axes[1].set_title("validation over time")
-    axes[2].set_title("training loss")
+DIFFERENCES = ("validation over steps", "validation over time", "training loss over steps")
+
+
+def differences(ours: Sequence[Result], theirs: Sequence[Result], panels: Sequence[str]) -> Figure:
+    """The difference of A and B in the panels named, of DIFFERENCES."""
+    figure = Figure(figsize=(3.0 * len(panels), 2.5), layout="constrained")
+    axes = dict(zip(panels, figure.subplots(1, len(panels), squeeze=False)[0]))
+    steps, seconds = over_steps(ours, theirs), over_time(ours, theirs)
+    training = over_training(ours, theirs)
+    traces = dict(zip(DIFFERENCES, (steps, seconds, training)))
+    for panel, axis in axes.items():
+        difference(axis, traces[panel], "seconds of training" if "time" in panel else "steps")
+        if panel.startswith("training"):
+            axis.set(ylabel="A \u2212 B, nats per token", ylim=limits([training], bands=True))
+        else:
+            axis.set(ylabel="A \u2212 B, bpb", ylim=limits([steps, seconds], bands=True))
+        axis.set_title(panel)
     return figure
 
 

@@ -59,8 +59,10 @@ class Sheet(NamedTuple):
     empty: str = ""
 
     @property
-    def head(self) -> list[str]:
-        return list(self.rows[0]) if self.rows else []
+    def head(self) -> dict[str, bool]:
+        """The heads, and whether figures stand below them, which are set to the right."""
+        heads = list(self.rows[0]) if self.rows else []
+        return {head: any("n" in row[head].classes.split() for row in self.rows) for head in heads}
 
 
 def word(text: str, note: str = "") -> Cell:
@@ -127,9 +129,8 @@ def plain_table(sheet: Sheet) -> str:
         return sheet.empty
     lines = [[cell.plain for cell in row.values()] for row in sheet.rows]
     columns = [[head, *cells] for head, cells in zip(sheet.head, zip(*lines))]
-    figures = [any("n" in row[head].classes.split() for row in sheet.rows) for head in sheet.head]
     padded = []
-    for cells, right in zip(columns, figures):
+    for cells, right in zip(columns, sheet.head.values()):
         width = max(map(len, cells))
         padded.append([cell.rjust(width) if right else cell.ljust(width) for cell in cells])
     return "\n".join("  ".join(cells).rstrip() for cells in zip(*padded))

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train_gpt as tg
 from records.tools import figures
+from records.tools.common import ROOT, warn
 from records.tools.page import (
     Cell,
     Picture,
@@ -55,7 +56,6 @@ from records.tools.results import (
     seed_folders,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
 Found = dict[str, list[Result]]  # the runs of every row, in the order of their seeds
 
 # ---- 1. The runs of the table --------------------------------------------------------------------
@@ -64,7 +64,7 @@ Found = dict[str, list[Result]]  # the runs of every row, in the order of their 
 def load_all(folder: Path, rows: Iterable[str]) -> tuple[Found, list[str]]:
     """The finished runs of each row below `folder`, and what was left out.
 
-    ValueError if there are none.
+    InputError if there are none.
     """
     found, messages = {}, []
     names = list(rows)
@@ -78,7 +78,7 @@ def load_all(folder: Path, rows: Iterable[str]) -> tuple[Found, list[str]]:
         messages.append(f"left out: {', '.join(others)} in {folder}: not a row of the table")
     if not found:
         reasons = "".join(f"\n  {message}" for message in messages)
-        raise ValueError(f"{folder} holds no finished run of the table{reasons}")
+        raise tg.InputError(f"{folder} holds no finished run of the table{reasons}")
     return found, messages
 
 
@@ -573,8 +573,8 @@ def series_section(
     shown = list(dict.fromkeys([*names, *(c.baseline for c in own)]))
     text = (
         f"Below the table: validation minus that of the baseline, before rounding, with pointwise "
-        f"{CONFIDENCE:.0%} intervals. Grey: the learning rate falls. A curve ends where it falls on "
-        "one side only, as scores no longer compare; the first quarter may leave the frame."
+        f"{CONFIDENCE:.0%} intervals. Grey: the learning rate falls. A curve ends where it falls "
+        "on one side only, as scores then do not compare. The first quarter may leave the frame."
     )
     return Section(
         series,
@@ -626,6 +626,8 @@ def readme_pictures(found: Found, made: Sequence[Comparison]) -> dict[str, bytes
 def write(folder: Path, table: Any, scale: str, to: Path) -> list[Path]:
     """report.md, report.html and two pictures of the runs below `folder`, into `to`; the files."""
     found, left = load_all(folder, table.rows)
+    for message in left:
+        warn(message)
     made = compare_all(found, table.rows)
     values = dict(
         title=f"Runs at {folder.name} scale",

@@ -26,6 +26,7 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train_gpt as tg
+from records.tools.common import read_metrics, read_result
 
 CONFIDENCE = 0.95
 ALPHA = 0.05
@@ -34,7 +35,7 @@ nan = math.nan
 # ---- 1. Runs on disk -----------------------------------------------------------------------------
 
 
-class Unusable(ValueError):
+class Unusable(tg.InputError):
     """A run's folder that cannot be compared; the message names the file and what is wrong."""
 
 
@@ -100,15 +101,17 @@ def figure(path: Path, result: dict[str, Any], *keys: str) -> Any:
     return value
 
 
-def read_result(path: Path) -> dict[str, Any]:
-    """result.json with the options of younger scripts filled in; Unusable if it cannot be read."""
+def known_result(path: Path) -> dict[str, Any]:
+    """result.json with the options of younger scripts filled in; Unusable if it cannot be used."""
     try:
-        result = json.loads(path.read_text())
+        result = read_result(path)
     except FileNotFoundError:
         raise Unusable(f"{path.parent}: no result.json, the run did not end") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise Unusable(f"{path}: {error}") from None
-    if not isinstance(result, dict) or not isinstance(result.get("config"), dict):
+    except OSError as error:
+        raise Unusable(f"{path}: {error.strerror}") from None
+    except tg.InputError as error:
+        raise Unusable(str(error)) from None
+    if not isinstance(result.get("config"), dict):
         raise Unusable(f"{path}: the configuration of the run is missing")
     if "pre_quant" not in result and result["config"].get("eval_only"):
         raise Unusable(f"{path}: scores an artifact (EVAL_ONLY), no run was trained here")
@@ -122,23 +125,14 @@ def read_result(path: Path) -> dict[str, Any]:
     return result
 
 
-def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The lines of metrics.jsonl that are whole, and a message for each that is not."""
-    lines, damaged = [], []
+def logged(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The lines of metrics.jsonl that are whole, and messages about those that are not."""
+    messages: list[str] = []
     try:
-        text = path.read_text(errors="replace")
+        lines = list(read_metrics(path, messages.append))
     except OSError as error:
-        return [], [f"{path}: {error.strerror}; there are no curves"]
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError):
-            values = None
-        if isinstance(values, dict) and is_number(values.get("step")):
-            lines.append(values)
-        else:
-            damaged.append(f"{path}: line {number} is damaged and was skipped")
-    return lines, damaged
+        return [], [f"{path}: {error.strerror}, so there are no curves"]
+    return [line for line in lines if is_number(line["train_seconds"])], messages
 
 
 def full_rate(config: dict[str, Any], clock: list[tuple[int, float]]) -> tuple[int, float]:
@@ -168,9 +162,8 @@ def load(folder: Path) -> tuple[Result, list[str]]:
     Unusable says why there is no result.
     """
     path = folder / "result.json"
-    result = read_result(path)
-    lines, messages = read_metrics(folder / "metrics.jsonl")
-    lines = [line for line in lines if is_number(line.get("train_seconds"))]
+    result = known_result(path)
+    lines, messages = logged(folder / "metrics.jsonl")
     points = [
         Point(m["step"], m["train_seconds"], m["val_bpb"], m.get("val_loss", nan), health_of(m))
         for m in lines
@@ -518,11 +511,16 @@ class Trace(NamedTuple):
 MOST_POINTS = 200  # of a curve in a picture; more cannot be told apart
 
 
+def evenly(count: int, most: int) -> list[int]:
+    """At most `most` evenly spaced places of `count`, the first and the last among them."""
+    if count <= most:
+        return list(range(count))
+    return [round(place) for place in np.linspace(0, count - 1, most)]
+
+
 def thinned(values: Sequence[Any]) -> list[Any]:
-    """Evenly spaced entries, at most MOST_POINTS of them, with the first and the last."""
-    if len(values) <= MOST_POINTS:
-        return list(values)
-    return [values[round(i)] for i in np.linspace(0, len(values) - 1, MOST_POINTS)]
+    """Entries at evenly spaced places, as many as a picture can show."""
+    return [values[i] for i in evenly(len(values), MOST_POINTS)]
 
 
 def trace(
@@ -578,7 +576,15 @@ def over_time(ours: Sequence[Result], theirs: Sequence[Result]) -> Trace:
 
 
 def over_training(ours: Sequence[Result], theirs: Sequence[Result]) -> Trace:
-    """Difference of the training loss, nats per token, at every step that all runs logged."""
+    """Difference of the training loss, nats per token, at every step that all runs logged.
+
+    It ends where that of the validations does.
+    """
     runs = [*ours, *theirs]
     falls = min(run.full_rate[0] for run in runs)
-    return trace(ours, theirs, [run.training for run in runs], falls)
+    together = len({run.steps for run in runs}) == 1
+    curves = [
+        {step: loss for step, loss in run.training.items() if together or step <= falls}
+        for run in runs
+    ]
+    return trace(ours, theirs, curves, falls)
