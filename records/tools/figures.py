@@ -80,6 +80,7 @@ matplotlib.rcParams.update(
         "legend.fontsize": 7.5,
         "lines.linewidth": 1.3,
         "svg.fonttype": "none",  # text stays text: small, sharp, and found by the browser's search
+        "figure.constrained_layout.w_pad": 0.1,  # the reader's font may be wider than ours
         "figure.facecolor": "white",
         "savefig.facecolor": "white",
     }
@@ -91,6 +92,7 @@ matplotlib.rcParams.update(
 REWRITTEN = {  # what Matplotlib writes: what a page needs in its place
     r"<metadata>.*?</metadata>": "",
     r"<!--.*?-->": "",
+    r"<defs>\s*<style.*?</style>\s*</defs>": "",  # it would hold for the whole page
     r' xmlns(:xlink)?="[^"]*"': "",
     r"xlink:href": "href",
     r'<svg width="[^"]*" height="[^"]*"': "<svg",
