@@ -54,9 +54,9 @@ class Made:
         validated = {0, self.steps} | (
             set(range(0, self.steps, self.every)) if self.every else set()
         )
-        lines = []
+        lines: list[dict] = []
         for step in sorted(validated | set(range(5, self.steps + 1, 5))):
-            at = dict(step=step, train_seconds=self.seconds(step))
+            at: dict = dict(step=step, train_seconds=self.seconds(step))
             if step % 5 == 0 and step:
                 loss = 2 * bpb_at(step, self.level)
                 lines.append(at | dict(train_loss=loss, tokens_per_second=1.0))

@@ -208,6 +208,7 @@ def test_the_report_holds_every_figure_and_warns_of_mixed_origins(runs: Path) ->
     assert f"O is the best of 3 systems: {post:.4f} ± " in text
     assert "Against its baseline K, after rounding: \u22120.0200" in text
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", page), "needs no other file"
+    assert "Q-gap 0.0078" in page and "\u22120.0033" in page, "O as published"
     assert "//" not in re.sub(r"base64,[^\"]*|\n// .*", "", page), "needs no network"
     assert {path.name for path in (runs.parent / "to").iterdir()} == {
         "report.md",
@@ -313,7 +314,7 @@ def spoil_score(folder: Path) -> str:
 def spoil_option(folder: Path) -> str:
     config = json.loads((folder / "result.json").read_text())["config"]
     edit_result(folder, config=config | {"iterations": "many"})
-    return f"{folder}/result.json: config.iterations should be like 20000, is 'many'"
+    return f'{folder}/result.json: config.iterations should be a number, is "many"'
 
 
 def score_only(folder: Path) -> str:

@@ -274,16 +274,26 @@ def style(i: int) -> dict[str, Any]:
     return dict(color=SERIES[i % len(SERIES)], linestyle=DASHES[i // len(SERIES) % len(DASHES)])
 
 
-def finish(axis: Axes, ylabel: str, lines: int) -> None:
+def losses() -> tuple[Figure, Axes]:
+    """An empty figure for curves of losses."""
+    figure = Figure(figsize=(4.3, 2.6), layout="constrained")
+    return figure, figure.subplots()
+
+
+def finish(figure: Figure, axis: Axes, ylabel: str) -> Figure:
+    """The figure with labels of its axes, and with a legend for which it grows."""
     axis.set(xlabel="steps", ylabel=ylabel)
-    if axis.lines:
-        axis.legend(ncols=1 if lines < 6 else 2, handlelength=1.4, columnspacing=1)
+    handles, labels = axis.get_legend_handles_labels()
+    if labels:
+        columns = max(1, 60 // (max(map(len, labels)) + 5))  # a line holds about 60 letters
+        figure.set_figheight(figure.get_figheight() + 0.16 * math.ceil(len(labels) / columns))
+        figure.legend(handles, labels, loc="outside lower left", ncols=columns, handlelength=1.4)
+    return figure
 
 
 def validation_curves(found: dict[str, list[Result]], names: Sequence[str]) -> Figure:
     """Validation bpb against steps, mean of the seeds; band: lowest to highest seed."""
-    figure = Figure(figsize=(4.3, 2.7), layout="constrained")
-    axis = figure.subplots()
+    figure, axis = losses()
     for i, name in enumerate(names):
         curves = [{p.step: p.bpb for p in run.points if p.step} for run in found[name]]
         steps = thinned(sorted(set.intersection(*map(set, curves))))
@@ -292,14 +302,12 @@ def validation_curves(found: dict[str, list[Result]], names: Sequence[str]) -> F
             axis.plot(steps, bpb.mean(1), marker=".", markersize=3, label=name, **style(i))
             low, high = bpb.min(1), bpb.max(1)
             axis.fill_between(steps, low, high, color=style(i)["color"], alpha=0.13, linewidth=0)
-    finish(axis, "validation, bpb before rounding", len(names))
-    return figure
+    return finish(figure, axis, "validation, bpb before rounding")
 
 
 def training_curves(found: dict[str, list[Result]], names: Sequence[str]) -> Figure:
     """Training loss against steps, mean of the seeds; a point is one batch, the same for all."""
-    figure = Figure(figsize=(4.3, 2.7), layout="constrained")
-    axis = figure.subplots()
+    figure, axis = losses()
     for i, name in enumerate(names):
         steps = thinned(sorted(set.intersection(*(set(run.training) for run in found[name]))))
         if steps:
@@ -307,21 +315,18 @@ def training_curves(found: dict[str, list[Result]], names: Sequence[str]) -> Fig
             axis.plot(steps, loss, label=name, **style(i))
     axis.set_xscale("log")
     axis.xaxis.set_major_formatter(ScalarFormatter())
-    finish(axis, "training loss, nats per token", len(names))
-    return figure
+    return finish(figure, axis, "training loss, nats per token")
 
 
 def training_differences(traces: dict[str, Trace]) -> Figure:
     """Training loss of rows minus that of their baselines."""
-    figure = Figure(figsize=(4.3, 2.7), layout="constrained")
-    axis = figure.subplots()
+    figure, axis = losses()
     axis.axhline(0, color=LIGHT["ink"], linewidth=0.8)
     shown = {label: trace for label, trace in traces.items() if trace.x}
     for i, (label, trace) in enumerate(shown.items()):
         axis.plot(trace.x, trace.mean, label=label, **style(i))
     axis.set_ylim(limits(list(shown.values()), bands=False))
-    finish(axis, "difference, nats per token", len(shown))
-    return figure
+    return finish(figure, axis, "difference, nats per token")
 
 
 # ---- 4. Layers -----------------------------------------------------------------------------------
@@ -360,7 +365,7 @@ def heat_maps(found: dict[str, list[Result]], names: Sequence[str], key: str) ->
     }
     if not tables:
         return None
-    columns = min(4, len(tables))
+    columns = min(3 if max(map(len, tables)) > 12 else 4, len(tables))  # names are their titles
     rows = -(-len(tables) // columns)
     figure = Figure(figsize=(4.3, 0.55 + 1.2 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -372,7 +377,7 @@ def heat_maps(found: dict[str, list[Result]], names: Sequence[str], key: str) ->
         axis.set_axis_on()
         image = axis.imshow(table, aspect="auto", vmin=low, vmax=high, interpolation="none")
         axis.grid(visible=False)
-        axis.set_title(name, fontsize=7.5)
+        axis.set_title(name, fontsize=7)
         axis.set_xticks([0, len(steps) - 1], [f"{steps[0]:,}", f"{steps[-1]:,}"])
         axis.set_yticks([0, len(table) - 1])
         axis.tick_params(length=0, labelsize=6.5)

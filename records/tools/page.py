@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -19,8 +20,8 @@ from records.tools.results import Measure, nan
 
 
 def signed(text: str) -> str:
-    """Text with a minus sign in place of every hyphen."""
-    return text.replace("-", "\u2212")
+    """Text with a minus sign where a hyphen stands before a figure or a blank."""
+    return re.sub(r"-(?=[\d ])", "\u2212", text)
 
 
 class Cell(NamedTuple):
