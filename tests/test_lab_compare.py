@@ -70,7 +70,7 @@ def test_a_side_is_a_run_a_row_a_pattern_or_a_list(rows: Path) -> None:
         ("runs/bad", "runs/bad holds no finished run: left out: runs/bad/seed1: no result.json"),
     ],
 )
-def test_a_mistaken_side_is_one_line(side: str, told: str, rows: Path, call) -> None:
+def test_a_mistaken_side_is_one_line(side: str, told: str, rows: Path, call: Callable) -> None:
     (rows / "bad" / "seed1").mkdir(parents=True)
     for sides in ([side, "runs/K"], ["runs/K", side]):
         code, out, err = call(rows.parent, *sides)
@@ -198,7 +198,7 @@ def test_runs_without_a_step_are_compared(tmp_path: Path) -> None:
 # ---- What is written
 
 
-def test_page_and_picture_are_written(rows: Path, call) -> None:
+def test_page_and_picture_are_written(rows: Path, call: Callable) -> None:
     code, out, err = call(rows, "O", "K", "--html", "page.html", "--png", "picture.png")
     assert code == 0 and err == "" and "A is better than B" in out
     page = (rows / "page.html").read_text()

@@ -4,9 +4,10 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import mean, variance
+from typing import Any
 
 import pytest
 from finished_runs import NOISE, Made, bpb_at, edit_result, write_rows
@@ -283,7 +284,9 @@ def no_health(folder: Path) -> None:
     ],
 )
 @pytest.mark.filterwarnings("error")
-def test_runs_as_they_come_have_a_report(made, told: list[str], tmp_path: Path) -> None:
+def test_runs_as_they_come_have_a_report(
+    made: Callable[[Path], None], told: list[str], tmp_path: Path
+) -> None:
     made(tmp_path / "tiny")
     text, page = written(tmp_path / "tiny")
     for words in told:
@@ -343,7 +346,7 @@ def repeat_seed(folder: Path) -> str:
         repeat_seed,
     ],
 )
-def test_a_damaged_run_is_named_and_left_out(harm, runs: Path) -> None:
+def test_a_damaged_run_is_named_and_left_out(harm: Callable[[Path], str], runs: Path) -> None:
     told = harm(runs / "O" / "seed2")
     found, left = report.load_all(runs, ROWS)
     assert len(left) == 1 and left[0].startswith(f"left out: {told}")
@@ -441,7 +444,7 @@ browser_needed = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Chr
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Chromium without a window, with a profile of its own."""
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
@@ -464,7 +467,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
     driver.quit()
 
 
-def show(browser, page: Path, width: int, theme: str = "light") -> None:
+def show(browser: Any, page: Path, width: int, theme: str = "light") -> None:
     """Opens a page at a width, for a reader who prefers a theme."""
     size = dict(width=width, height=900, deviceScaleFactor=1, mobile=False)
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
@@ -509,7 +512,7 @@ return {wide, scrolls: document.scrollingElement.scrollWidth > innerWidth, shown
 
 @browser_needed
 @pytest.mark.parametrize("width", [1280, 800, 400])
-def test_nothing_is_wider_than_the_screen(browser, page: Path, width: int) -> None:
+def test_nothing_is_wider_than_the_screen(browser: Any, page: Path, width: int) -> None:
     show(browser, page, width)
     found = browser.execute_script(OVERFLOWING)
     assert found == {"wide": [], "scrolls": False, "shown": width}
@@ -537,7 +540,7 @@ return {wrong, moved, columns: document.querySelectorAll("th").length};"""
 
 
 @browser_needed
-def test_every_column_sorts_up_and_down_and_keeps_gaps_last(browser, page: Path) -> None:
+def test_every_column_sorts_up_and_down_and_keeps_gaps_last(browser: Any, page: Path) -> None:
     show(browser, page, 1280)
     found = browser.execute_script(SORTED)
     assert found["wrong"] == [] and found["columns"] > 20
@@ -547,7 +550,7 @@ def test_every_column_sorts_up_and_down_and_keeps_gaps_last(browser, page: Path)
 @browser_needed
 @pytest.mark.parametrize(("wish", "other"), [("light", "dark"), ("dark", "light")])
 def test_the_theme_is_the_readers_until_the_button_is_pressed(
-    browser, page: Path, wish: str, other: str
+    browser: Any, page: Path, wish: str, other: str
 ) -> None:
     def colours() -> tuple[str, str, str]:
         """Of the page, its text, and the text of a picture."""
@@ -568,7 +571,7 @@ def test_the_theme_is_the_readers_until_the_button_is_pressed(
 
 
 @browser_needed
-def test_every_entry_of_the_contents_leads_somewhere(browser, page: Path) -> None:
+def test_every_entry_of_the_contents_leads_somewhere(browser: Any, page: Path) -> None:
     show(browser, page, 1280)
     lost = browser.execute_script(
         'return [...document.querySelectorAll("nav a")].map(a => a.getAttribute("href"))'
