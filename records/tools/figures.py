@@ -144,7 +144,7 @@ def colour(measure: Measure) -> str:
 def interval(axis: Axes, y: float, measure: Measure) -> None:
     """A difference with its interval at height y, and in figures beside the axis."""
     if measure.delta is None:
-        beside(axis, y, "no runs to compare", LIGHT["muted"])
+        beside(axis, y, "nothing to compare", LIGHT["muted"])
         return
     mean, half, _ = measure.delta
     strong, told = measure.verdict == "shown", measure.verdict in ("shown", "suggested")

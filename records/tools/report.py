@@ -373,6 +373,7 @@ def headline(found: Found, made: Sequence[Comparison]) -> Headline:
     for c in made:
         if c.row == best:
             lines.append(sentence(c.post, f"Against its baseline {c.baseline}, after rounding"))
+        if c.row == best and c.test:
             lines.append(sentence(c.time, f"Against {c.baseline} in equal time, before rounding"))
     if others:
         second = compare(runs, found[others[0]]).post
