@@ -47,7 +47,7 @@ import time
 import traceback
 import uuid
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -86,7 +86,8 @@ def option(
 
     Numbers are at least 0 unless `low` says otherwise. `needs` lists what must hold for the option
     to act, as in "num_shared !tie_embeddings num_loops>1 average=ema". `neutral` is the value that
-    switches a technique off, where that is not the default. `group` opens a group of `--help`.
+    switches a technique off, given where that is not the default, or none of 0, "" and none, which
+    always count as off. `group` opens a group of `--help`.
     """
     return field(
         default=default,
@@ -165,6 +166,7 @@ class Architecture:
         low=-4,
         high=4,
         needs="num_loops>1",
+        neutral=1.0,
     )
     feedback_rank: int = option(
         0,
@@ -175,6 +177,14 @@ class Architecture:
     )
     interpass_norm: bool = option(
         False, "Normalise the state (RMSNorm) before a further pass.", needs="num_loops>1"
+    )
+    loop_lanes: int = option(
+        1,
+        "Residual streams that meet only between passes over the core, by learned weights; 1: one.",
+        low=1,
+        high=2,
+        needs="num_loops>1",
+        neutral=1,
     )
     use_peri_norm: bool = option(
         True,
@@ -544,9 +554,9 @@ class Config(Architecture):
         explicit = explicit_options(env)
         config = cls(**preset_values(explicit.get("preset", "")) | explicit)
         for name, value in explicit.items():
-            needs = cls.__dataclass_fields__[name].metadata["needs"].split()
-            unmet = [text for text in map(config.unmet_need, needs) if text]
-            switched_off = value in (0, "", "none")
+            metadata = cls.__dataclass_fields__[name].metadata
+            unmet = [text for text in map(config.unmet_need, metadata["needs"].split()) if text]
+            switched_off = value in (0, "", "none", metadata["neutral"])
             require(
                 switched_off or not unmet,
                 f"{name.upper()}={show(value)} cannot act here: {', '.join(unmet)}",
@@ -1085,15 +1095,65 @@ def bigram_index(ids: Tensor, buckets: int) -> Tensor:
     return F.pad(mixed % (buckets - 1), (1, 0), value=buckets - 1)
 
 
+def weighted_sum(terms: Iterable[Tensor], weights: Tensor) -> Tensor:
+    """sum_i weights[i] * terms[i]: terms [B, T, D], weights float32 [number of terms, D]."""
+    total: Tensor | None = None
+    for term, weight in zip(terms, weights):
+        weight = weight.to(term.dtype)
+        total = term * weight if total is None else torch.addcmul(total, term, weight)
+    assert total is not None
+    return total
+
+
+class Lanes(nn.Module):
+    """Residual streams that meet only between passes, with a weight for each pass and channel.
+
+    Hyper-connections (arXiv 2409.19606), static, around the core as a whole. Pass p takes
+    x = sum_i read[p, i] h_i to y, then h_i <- sum_j mix[p, i, j] h_j + write[p, i] (y - x). The
+    coda takes sum_i coda[i] h_i. At first this is the loop with one stream, to the last bit: every
+    lane is written whole, and so equal. Passes read one lane each, in turn: read alike, the lanes
+    would have equal gradients and stay equal for ever.
+    """
+
+    def __init__(self, a: Architecture) -> None:
+        super().__init__()
+        P, N, D = a.num_loops, a.loop_lanes, a.model_dim
+        turn = torch.eye(N)[torch.arange(P) % N]  # [P, N]
+        self.read = parameter("scalar", turn[:, :, None].repeat(1, 1, D))
+        self.mix = parameter("scalar", torch.eye(N)[None, :, :, None].repeat(P, 1, 1, D))
+        self.write = parameter("scalar", torch.ones(P, N, D))
+        self.coda = parameter("scalar", torch.full((N, D), 1 / N))
+
+    def take(self, lanes: Sequence[Tensor], number: int) -> tuple[Tensor, list[Tensor]]:
+        """What pass `number` takes of the lanes, and what of each lane goes past it.
+
+        The latter is sum_j mix[i, j] h_j - write[i] x, so that `put` adds only write[i] y: at first
+        it is 0, and no rounding of y - x is left in the lanes.
+        """
+        x = weighted_sum(lanes, self.read[number])
+        past = [
+            torch.addcmul(weighted_sum(lanes, mix), x, write.to(x.dtype), value=-1)
+            for mix, write in zip(self.mix[number], self.write[number])
+        ]
+        return x, past
+
+    def put(self, past: Sequence[Tensor], y: Tensor, number: int) -> list[Tensor]:
+        """The lanes after pass `number`, which came to y."""
+        writes = self.write[number].to(y.dtype)
+        return [torch.addcmul(rest, y, write) for rest, write in zip(past, writes)]
+
+
 class PassBoundary(nn.Module):
     """What happens to the state between two passes over the core (PR 1230).
 
-    Passes are counted from 0; everything here acts from the second pass, number 1, on.
+    Passes are counted from 0. Lanes act on every pass, everything else from the second pass,
+    number 1, on.
     """
 
     def __init__(self, a: Architecture) -> None:
         super().__init__()
         D, rank = a.model_dim, a.feedback_rank
+        self.lanes = Lanes(a) if a.loop_lanes > 1 else None
         self.norm, self.scaled, self.feedback = a.interpass_norm, a.pass_scale_init != 1, rank > 0
         if self.scaled:
             self.scale = parameter("scalar", torch.full((a.num_loops - 1,), a.pass_scale_init))
@@ -1103,8 +1163,19 @@ class PassBoundary(nn.Module):
             self.u = parameter("projection", torch.zeros(D, rank))
             self.diagonal = parameter("scalar", torch.ones(D))
 
-    def enter(self, x: Tensor, number: int) -> Tensor:
-        """The state [B, T, D] that pass `number` begins with."""
+    def enter(
+        self, x: Tensor, lanes: Sequence[Tensor], number: int
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """The state [B, T, D] that pass `number` begins with, and what of each lane goes past it.
+
+        `lanes` are those that the pass before left, or none: then all begin as x.
+        """
+        if self.lanes is not None:
+            x, lanes = self.lanes.take(lanes or [x] * len(self.lanes.coda), number)
+        return self.prepare(x, number), lanes
+
+    def prepare(self, x: Tensor, number: int) -> Tensor:
+        """The state x normalised and corrected, as a further pass takes it."""
         if number == 0:
             return x
         if self.norm:
@@ -1114,11 +1185,23 @@ class PassBoundary(nn.Module):
             x = x + F.linear(x @ self.v.to(x.dtype), back)
         return x
 
-    def leave(self, start: Tensor, x: Tensor, number: int) -> Tensor:
-        """The state after pass `number`, which took `start` to x."""
-        if number == 0 or not self.scaled:
-            return x
-        return torch.lerp(start, x, self.scale[number - 1].to(x.dtype))
+    def leave(
+        self, start: Tensor, x: Tensor, lanes: Sequence[Tensor], number: int
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """The state after pass `number`, which took `start` to x, as the coda reads it; the lanes.
+
+        `lanes` are what `enter` gave.
+        """
+        if self.scaled and number > 0:
+            x = torch.lerp(start, x, self.scale[number - 1].to(x.dtype))
+        if self.lanes is not None:
+            lanes = self.lanes.put(lanes, x, number)
+            x = weighted_sum(lanes, self.lanes.coda)
+        return x, lanes
+
+    def unused_in_one_pass(self) -> list[nn.Parameter]:
+        """The parameters that act from the second pass on: all but those of the lanes."""
+        return list(self.parameters(recurse=False))
 
     def pass_scale(self, number: int) -> float:
         """alpha of pass `number`; 1 where there is none."""
@@ -1297,11 +1380,12 @@ class GPT(nn.Module):
         kept: list[Tensor] = []  # for U-Net skips
         starts: list[Tensor] = []  # of passes over the core
         ends: list[Tensor] = []
+        lanes: Sequence[Tensor] = ()  # what goes past the core with LOOP_LANES=2
         for layer, cond in zip(plan, conditions):
             if layer.skip != NONE:
                 x = torch.addcmul(x, kept.pop(), self.skip[layer.skip].to(self.dtype))
             if layer.opens != NONE:
-                x = self.core.enter(x, layer.opens)
+                x, lanes = self.core.enter(x, lanes, layer.opens)
                 starts.append(x)
             stored = LayerModules(self.mix[layer.attn], self.attn[layer.attn], self.mlp[layer.mlp])
             context = Context(
@@ -1313,7 +1397,7 @@ class GPT(nn.Module):
             )
             x = ops.block(stored, x, x0, cond, context)
             if layer.closes != NONE:
-                x = self.core.leave(starts[-1], x, layer.closes)
+                x, lanes = self.core.leave(starts[-1], x, lanes, layer.closes)
                 ends.append(x)
             if layer.push:
                 kept.append(x)
@@ -2099,6 +2183,12 @@ class Gradients:
     def zero(self) -> None:
         self.flat.zero_()
 
+    def complete(self) -> bool:
+        """Whether every gradient lies in the buffer, and so is summed over ranks."""
+        first = self.flat.data_ptr()
+        last = first + self.flat.nbytes
+        return all(p.grad is None or first <= p.grad.data_ptr() < last for p in self.params)
+
     def clip(self, limit: float) -> Tensor:
         """Shortens the gradient to an L2 norm of `limit` and returns the norm it had."""
         return nn.utils.clip_grad_norm_(self.params, limit)
@@ -2248,7 +2338,7 @@ class Trainer:
         self.params = list(model.parameters())
         self.gradients = Gradients(self.params)
         # What acts between passes is not used where there is one: no gradient, so no decay either.
-        self.between_passes = [(p, p.grad) for p in model.core.parameters()]
+        self.between_passes = [(p, p.grad) for p in model.core.unused_in_one_pass()]
         for p in self.params:
             world.broadcast(p.data)  # unlike processors may draw unlike weights
         self.reset()
@@ -2341,6 +2431,7 @@ class Trainer:
         for mode in modes:
             for _ in range(config.warmup_steps):
                 self.train_step(0, 0.0, [pair] * self.batches.accumulation, mode)
+                assert self.gradients.complete(), "unused_in_one_pass names a part that is used"
         torch._foreach_copy_([p.data for p in self.params], before)
         self.reset()
         world.synchronize()
