@@ -17,7 +17,8 @@ import torch.nn.functional as F
 import train_gpt as tg
 from records.tools import generate
 
-submit = pytest.importorskip("records.tools.submit", exc_type=ImportError)  # scipy
+checks = pytest.importorskip("records.tools.checks", exc_type=ImportError)  # scipy
+submit = pytest.importorskip("records.tools.submit", exc_type=ImportError)
 SMALL = dict(
     PRESET="Bp,tiny",
     MODEL_DIM="32",
@@ -31,6 +32,9 @@ SMALL = dict(
 )
 SEEDS = 1337, 1338, 1339
 LIMIT = 16_000_000
+TRACK = ["--track", "non_record_16mb"]
+ABOUT = ["--name", "A looped one", "--author", "A. Name", "--github-id", "aname"]
+ABOUT += ["--blurb", "Small."]
 
 
 @pytest.fixture(scope="session")
@@ -46,18 +50,9 @@ def finished(corpus: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def made(finished: Path, to: Path, *words: str) -> Path:
     """A submission folder of the three runs."""
     runs = [str(finished / f"seed{seed}") for seed in SEEDS]
-    about = [
-        "--name",
-        "A looped one",
-        "--author",
-        "A. Name",
-        "--github-id",
-        "aname",
-        "--blurb",
-        "Small.",
-    ]
-    options = ["--date", "2026-01-02", "--artifacts", "--no-start", "--to", str(to), *words]
-    return submit.make(submit.parser().parse_args([*runs, *about, *options]))
+    options = ["--date", "2026-01-02", "--artifacts", "--no-start", "--to", str(to), *TRACK]
+    options += words
+    return submit.make(submit.parser().parse_args([*runs, *ABOUT, *options]))
 
 
 @pytest.fixture
@@ -78,7 +73,7 @@ def test_a_made_folder_passes_and_its_script_starts(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert folder.parts[-2:] == ("track_non_record_16mb", "2026-01-02_A_looped_one")
-    assert submit.check(folder, None, run=True) == []
+    assert checks.check(folder, None, run=True) == []
     names = {path.name for path in folder.iterdir()}
     assert names == {
         "README.md",
@@ -148,18 +143,7 @@ def test_runs_that_are_not_one_system_are_refused(
 ) -> None:
     env = corpus | SMALL | dict(BETA1="0.8", SEED="1339", LOG_DIR=str(tmp_path), RUN_ID="seed1339")
     tg.run(tg.Config.from_env(env), tg.World({}))
-    words = [
-        "--name",
-        "x",
-        "--author",
-        "x",
-        "--github-id",
-        "x",
-        "--blurb",
-        "x",
-        "--to",
-        str(tmp_path),
-    ]
+    words = [*ABOUT, *TRACK, "--to", str(tmp_path)]
     one, other = str(finished / "seed1337"), str(tmp_path / "seed1339")
     with pytest.raises(ValueError, match="different scripts or configurations"):
         submit.make(submit.parser().parse_args([one, other, *words]))
@@ -304,7 +288,7 @@ def broken_json(f: Path) -> None:
             "train_seed1338.log:",
             "another configuration than train_seed1337.log: BETA1",
         ),
-        (no_author, "submission.json", "has no github_id"),
+        (no_author, "submission.json:3", 'github_id is "", not a text'),
         (broken_json, "submission.json", "cannot be read"),
     ],
 )
@@ -312,7 +296,7 @@ def test_a_doctored_copy_fails_by_name(
     doctor: Callable[[Path], None], where: str, cause: str, folder: Path
 ) -> None:
     doctor(folder)
-    found = submit.check(folder, None, run=False)
+    found = checks.check(folder, None, run=False)
     hits = [f for f in found if f.where.startswith(where) and re.search(cause, f.what)]
     assert hits, "\n".join(map(str, found))
 
@@ -347,6 +331,10 @@ def as_record(folder: Path, better_by: float) -> Path:
     return to
 
 
+def read_logs(folder: Path) -> list:
+    return checks.Folder(folder).complete
+
+
 def write_figures(folder: Path, baseline: Path | None) -> None:
     """submission.json and README.md of a folder, made again from its logs."""
     given = argparse.Namespace(
@@ -358,29 +346,29 @@ def write_figures(folder: Path, baseline: Path | None) -> None:
         track="10min_16mb",
         baseline=baseline,
     )
-    logs = submit.read_logs(folder)
-    data = submit.submission(logs, given, submit.read_logs(baseline) if baseline else [])
+    logs = read_logs(folder)
+    data = submit.submission(logs, given, read_logs(baseline) if baseline else [])
     (folder / "submission.json").write_text(json.dumps(data, indent=2))
     (folder / "README.md").write_text(submit.readme(logs, data))
 
 
 def test_a_record_needs_its_margin_and_its_p(folder: Path) -> None:
-    losses = [log.val_loss for log in submit.read_logs(folder)]
+    losses = [log.values["val_loss"] for log in read_logs(folder)]
     base, won = as_record(folder, 0.0), as_record(folder, 0.005 + 10 * (max(losses) - min(losses)))
     write_figures(won, base)
-    assert submit.check(won, base, run=False) == [], "a clear record passes"
-    assert submit.check(won, None, run=False) == [], "its own figures suffice"
+    assert checks.check(won, base, run=False) == [], "a clear record passes"
+    assert checks.check(won, None, run=False) == [], "its own figures suffice"
     edit(won / "submission.json", r'"p_value": [\d.e-]+', '"p_value": 0.02')
     assert any(
-        "p_value 0.02 where the logs give" in f.what for f in submit.check(won, base, run=False)
+        "p_value 0.02 where the logs give" in f.what for f in checks.check(won, base, run=False)
     )
     edit(won / "submission.json", r',\s+"p_value": [\d.e-]+', "")
     assert any(
-        "no p_value is given; the logs give" in f.what for f in submit.check(won, base, run=False)
+        "no p_value is given; the logs give" in f.what for f in checks.check(won, base, run=False)
     )
     edit(won / "submission.json", r'("baseline_val_loss": \[\s+)\d', r"\g<1>9")
     assert any(
-        "is not what the baseline's logs say" in f.what for f in submit.check(won, base, run=False)
+        "is not what the baseline's logs say" in f.what for f in checks.check(won, base, run=False)
     )
 
 
@@ -388,25 +376,25 @@ def test_a_record_without_the_margin_fails(folder: Path) -> None:
     base, close = as_record(folder, 0.0), as_record(folder, 0.004)
     write_figures(close, base)
     assert any(
-        "no record: 3 seeds against 3" in f.what for f in submit.check(close, base, run=False)
+        "no record: 3 seeds against 3" in f.what for f in checks.check(close, base, run=False)
     )
     assert any(
-        "no p_value" in f.what for f in submit.check(as_record(folder, 1.0), base, run=False)
+        "no p_value" in f.what for f in checks.check(as_record(folder, 1.0), base, run=False)
     )
 
 
 def test_p_is_of_the_margin_not_of_zero() -> None:
     ours, theirs = [1.000, 1.0005, 0.9995], [1.0049, 1.0054, 1.0044]
-    assert submit.p_value(ours, theirs) > 0.5, "0.0049 nats are no 0.005"
-    assert submit.p_value(ours, [x + 0.002 for x in theirs]) < 0.01
-    assert submit.p_value([1.0], theirs) == 1.0, "one seed shows nothing"
+    assert checks.p_value(ours, theirs) > 0.5, "0.0049 nats are no 0.005"
+    assert checks.p_value(ours, [x + 0.002 for x in theirs]) < 0.01
+    assert checks.p_value([1.0], theirs) == 1.0, "one seed shows nothing"
 
 
 def test_wall_clock_over_the_cap_fails_in_the_record_track(folder: Path) -> None:
     record = as_record(folder, 0.0)
-    assert submit.check(record, None, run=False) == []
+    assert checks.check(record, None, run=False) == []
     over_time(record)
-    found = [str(f) for f in submit.check(record, None, run=False)]
+    found = [str(f) for f in checks.check(record, None, run=False)]
     assert any(re.search(r"train_seed1337.log:\d+: training took 600.153 s", f) for f in found), (
         found
     )
@@ -463,27 +451,24 @@ def other(tmp_path: Path) -> Path:
 
 
 def test_a_folder_of_others_passes_and_fails_by_its_logs(other: Path) -> None:
-    assert submit.check(other, None, run=True) == []
+    assert checks.faults(checks.check(other, None, run=True)) == []
     edit(other / "README.md", "1.08602", "1.08502")
     edit(other / "submission.json", "1.0858", "1.0758")
     edit(other / "train_gpt.py", "import math", "import lib_next_door, math ")
-    found = [str(f) for f in submit.check(other, None, run=True)]
+    found = [str(f) for f in checks.check(other, None, run=True)]
     assert any("README.md:6: 1.08502 stands for seed 314" in f for f in found), found
     assert any("val_bpb 1.0758 where the logs give" in f for f in found), found
     assert any("train_gpt.py: does not start" in f and "lib_next_door" in f for f in found), found
 
 
-def test_a_package_that_is_declared_is_no_fault(
-    other: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_package_that_is_declared_is_no_fault(other: Path) -> None:
     (other / "requirements.txt").write_text("some-gpu-kernel>=1\n")
     size = (other / "train_gpt.py").stat().st_size
     (other / "train_gpt.py").write_text("import some_gpu_kernel".ljust(size))
-    assert submit.check(other, None, run=True) == []
-    assert (
-        "note train_gpt.py: not started here, some_gpu_kernel is not installed"
-        in capsys.readouterr().out
-    )
+    found = checks.check(other, None, run=True)
+    assert checks.faults(found) == []
+    told = "note train_gpt.py: not started here, some_gpu_kernel is not installed"
+    assert told in [str(finding) for finding in found]
 
 
 # ---- What a model says

@@ -250,3 +250,12 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+
+
+def run_tool(work: Callable[[Any], int], given: Any) -> int:
+    """The exit code of a command; what its user can mend is a line without a traceback, and 2."""
+    try:
+        return work(given)
+    except (tg.InputError, OSError) as error:
+        print(error, file=sys.stderr, flush=True)
+        return tg.EXIT_INPUT
