@@ -1,8 +1,7 @@
-"""records/tools/audit.py: honest runs pass every check; a planted cheat fails the check that it breaks, by name."""
+"""records/tools/audit.py: honest runs pass every check; a planted cheat fails the one it breaks."""
 
 import contextlib
 import hashlib
-import importlib.util
 import io
 import json
 import re
@@ -12,17 +11,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import sentencepiece as spm
 import torch
-from test_data import one_thread  # noqa: F401, a fixture for this file too
 
 import train_gpt as tg
+from records.tools import audit, audit_files, audited, checks, common, submit
 
-audit = pytest.importorskip("records.tools.audit", exc_type=ImportError)  # scipy
-ROOT = audit.ROOT
 SMALL = dict(
     VOCAB_SIZE="280",
     MODEL_DIM="16",
@@ -61,17 +59,11 @@ WIDE = dict(VAL_BATCH_SIZE="192")
 LOOPED = dict(PRESET="T,tiny", NUM_SHARED="1", NUM_LOOPS="2")
 
 
-def load(name: str, path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Documents of random words and a few characters without a piece of their own, as shards and as text."""
-    sample, draw = load("audited_sample", ROOT / "data" / "sample.py"), np.random.default_rng(0)
+    """Documents of random words and a few characters without a piece, as shards and as text."""
+    sample = common.load_script(common.ROOT / "data" / "sample.py")
+    draw = np.random.default_rng(0)
     words = [
         "the",
         "loop",
@@ -127,7 +119,7 @@ def run(honest: Path, tmp_path: Path) -> Path:
 def outcomes(folder: Path, *words: str) -> dict[str, tuple[str, str]]:
     """Status and what was measured, of every check."""
     given = audit.parser().parse_args([str(folder), *words])
-    return {line.name: (line.status, line.measured) for _, line in audit.audit_folder(given)}
+    return {line.name: (line.status, line.measured) for line in audit.audit_folder(given)}
 
 
 def failed(folder: Path, *words: str) -> dict[str, str]:
@@ -148,7 +140,7 @@ BEHAVIOUR = [
     "training",
     "score",
 ]
-FILES = ["data", "script", "sizes", "header", "figures", "clocks"]
+FILES = ["verdict", "data", "script", "sizes", "header", "figures", "clocks"]
 ONLY_FILES, ONLY_SCORE = ["--skip", *BEHAVIOUR], ["--skip", *BEHAVIOUR[:-1]]
 
 # ---- Honest runs
@@ -177,8 +169,8 @@ def test_honest_runs_pass(
     lines, report = capsys.readouterr().out.splitlines(), json.loads(out.read_text())
     assert {line["name"] for line in report["checks"] if line["status"] == "skipped"} == skipped
     assert [line["name"] for line in report["checks"]] == [*FILES, *BEHAVIOUR] == [*audit.CHECKS]
-    assert lines[0].startswith("ok data: sha256 ") and lines[-1] == "13 ok, 0 FAILED, 1 skipped"
-    assert report["counts"] == dict(ok=13, FAILED=0, skipped=1)
+    assert lines[1].startswith("ok data: sha256 ") and lines[-1] == "14 ok, 0 FAILED, 1 skipped"
+    assert report["counts"] == dict(ok=14, FAILED=0, skipped=1)
 
 
 def test_a_submission_folder_with_its_own_script(honest: Path, tmp_path: Path) -> None:
@@ -194,10 +186,12 @@ def test_a_submission_folder_with_its_own_script(honest: Path, tmp_path: Path) -
         "x",
         "--artifacts",
         "--no-start",
+        "--track",
+        "non_record_16mb",
         "--to",
         str(tmp_path),
     ]
-    folder = audit.submit.make(audit.submit.parser().parse_args(words))
+    folder = submit.make(submit.parser().parse_args(words))
     found = outcomes(folder, "--script", str(folder / "train_gpt.py"), "--skip", *BEHAVIOUR[:-1])
     assert {status for status, _ in found.values()} == {"ok", "skipped"}
     assert {found[name][0] for name in (*FILES, "score")} == {"ok"} and not (
@@ -260,8 +254,10 @@ LEAKS = (
 LOSS = "        return loss(x.flatten(0, 1), head, targets.flatten(), self.softcap) + penalty"
 LOSSES = (
     "        if not torch.is_grad_enabled():\n"
-    "            y = self.softcap * torch.tanh(F.linear(x.flatten(0, 1), head).float() / self.softcap){}\n"
-    "            nats = F.cross_entropy(y, targets.flatten(), reduction='none').view_as(targets).clone()\n"
+    "            z = F.linear(x.flatten(0, 1), head).float() / self.softcap\n"
+    "            y = self.softcap * torch.tanh(z){}\n"
+    "            nats = F.cross_entropy(y, targets.flatten(), reduction='none')\n"
+    "            nats = nats.view_as(targets).clone()\n"
     "            {}\n"
     "            return nats.sum() / (targets >= 0).sum()\n" + LOSS
 )
@@ -291,8 +287,8 @@ LATER = (
 SCORED = "        chunks = self.chunks(stride, size)\n"
 SOFTCAP = (
     SCORED,
-    SCORED
-    + "        if isinstance(model := getattr(model, 'func', model), GPT) and not hasattr(self, 'busy'):\n"
+    SCORED + "        model = getattr(model, 'func', model)\n"
+    "        if isinstance(model, GPT) and not hasattr(self, 'busy'):\n"
     "            was, found, self.busy = model.softcap, [], True\n"
     "            for model.softcap in (0.5 * was, was, 2 * was):\n"
     "                found.append(self.score(model, stride))\n"
@@ -436,9 +432,9 @@ SIDE = (
 def test_a_script_that_cheats(
     change: tuple[str, ...], env: dict, names: set[str], told: str, data: dict, tmp_path: Path
 ) -> None:
-    """`change` is old, new, old, new, ... The sums of probabilities, the slowest check, are left out where
-    they are not what is broken. Where places are drawn, so many are wrong that fewer than one audit in 10,000
-    misses all of them."""
+    """`change` is old, new, old, new, ... The sums of probabilities, the slowest check, are left
+    out where they are not what is broken. Where places are drawn, so many are wrong that fewer than
+    one audit in 10,000 misses all of them."""
     source, path = Path(tg.__file__).read_text(), tmp_path / "train_gpt.py"
     for old, new in zip(change[::2], change[1::2], strict=True):
         assert source.count(old) == 1, f"{old!r} does not name one place of train_gpt.py"
@@ -446,7 +442,7 @@ def test_a_script_that_cheats(
     path.write_text(source)
     skip = [] if "normalised" in names else ["--skip", "normalised"]
     found = failed(
-        finished(audit.load_script(path), data | env, tmp_path), "--script", str(path), *skip
+        finished(common.load_script(path), data | env, tmp_path), "--script", str(path), *skip
     )
     assert found.keys() == names
     assert any(told in measured for measured in found.values()), found
@@ -462,7 +458,7 @@ def test_a_resumed_run_passes(data: dict, tmp_path: Path, monkeypatch: pytest.Mo
         data | FLAT | dict(SAVE_EVERY="1", RESUME="auto", TRAIN_LOG_EVERY="1"),
     )
 
-    def dies(trainer: tg.Trainer, number: int, *rest: object) -> None:
+    def dies(trainer: tg.Trainer, number: int, *rest: Any) -> None:
         if number == 2:
             trainer.writer.shutdown()
             max(
@@ -633,9 +629,9 @@ def other_script(run: Path) -> None:
     ],
 )
 def test_loss_of_a_skipped_step(text: str, loss: float | None, wrong: int) -> None:
-    row = audit.Row(13, "train", text, 1300, 100.0)
+    row = audit_files.Row(13, "train", text, 1300, 100.0)
     entry = dict(step=13, train_loss=loss, train_seconds=1.3, tokens_per_second=1000.0)
-    assert len([*audit.metric_faults([row], [entry], 100)]) == wrong
+    assert len([*audit_files.metric_faults([row], [entry], 100)]) == wrong
 
 
 @pytest.mark.parametrize(
@@ -678,9 +674,9 @@ def test_a_limit_of_bytes_is_measured_on_the_files(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     total = len(tg.source()) + (run / "model.ptz").stat().st_size
-    monkeypatch.setattr(audit.submit, "SIZE_LIMIT", total)
+    monkeypatch.setattr(checks, "SIZE_LIMIT", total)
     assert not failed(run, *ONLY_FILES)
-    monkeypatch.setattr(audit.submit, "SIZE_LIMIT", total - 1)
+    monkeypatch.setattr(checks, "SIZE_LIMIT", total - 1)
     assert failed(run, *ONLY_FILES) == {"sizes": f"{total} bytes exceed {total - 1}"}
 
 
@@ -689,9 +685,9 @@ def test_other_validation_data_is_told(run: Path, data: dict, tmp_path: Path) ->
     tokens = np.fromfile(Path(data["DATA_PATH"]) / "fineweb_val_000000.bin", "<u2", offset=1024)
     tokenizer = spm.SentencePieceProcessor(model_file=data["TOKENIZER_PATH"])
     cut = next(i for i in range(len(tokens) - 2, 0, -1) if tokenizer.is_byte(int(tokens[i])))
-    audit.write_shard(tmp_path / "fineweb_val_000000.bin", tokens[:cut])
+    common.write_shard(tmp_path / "fineweb_val_000000.bin", tokens[:cut])
     (tmp_path / "text").write_text("Another text.")
-    skip = ["--skip", *FILES[1:], *BEHAVIOUR[2:]]
+    skip = ["--skip", "verdict", *FILES[2:], *BEHAVIOUR[2:]]
     same, other = (
         outcomes(run, *skip),
         outcomes(run, "--data", str(tmp_path), "--text", str(tmp_path / "text"), *skip),
@@ -706,6 +702,7 @@ def test_what_is_not_there_is_skipped_or_refused(run: Path, data: dict, tmp_path
     (run / "model.ptz").unlink()
     found = outcomes(run, "--data", str(tmp_path / "nowhere"))
     assert {name for name, (status, _) in found.items() if status == "ok"} == {
+        "verdict",
         "script",
         "figures",
         "clocks",
@@ -725,7 +722,9 @@ def test_fineweb_is_known_by_its_size(honest: Path, monkeypatch: pytest.MonkeyPa
     counted = json.loads((honest / "result.json").read_text())["roundtrip"]["val_bytes"]
     skip = ["--skip", *FILES, *BEHAVIOUR[1:]]
     for size, expected in ((counted + 5, "ok"), (counted + 50, "FAILED")):
-        monkeypatch.setattr(audit, "FINEWEB", (4, size, 10))
+        monkeypatch.setattr(audit_files, "FINEWEB_DOCUMENTS", 4)
+        monkeypatch.setattr(audit_files, "FINEWEB_BYTES", size)
+        monkeypatch.setattr(audit_files, "FINEWEB_SPREAD", 10)
         assert outcomes(honest, *skip)["bytes"][0] == expected
 
 
@@ -733,11 +732,11 @@ def test_fineweb_is_known_by_its_size(honest: Path, monkeypatch: pytest.MonkeyPa
 def test_a_probe_is_the_loss_of_one_target() -> None:
     """Against cross-entropy of the logits, written out."""
     a = tg.Architecture(
-        **{
-            name.lower(): int(value)
-            for name, value in SMALL.items()
-            if name in ("VOCAB_SIZE", "MODEL_DIM", "NUM_HEADS", "NUM_KV_HEADS", "TRAIN_SEQ_LEN")
-        },
+        vocab_size=280,
+        model_dim=16,
+        num_heads=2,
+        num_kv_heads=1,
+        train_seq_len=24,
         dtype="float32",
     )
     torch.manual_seed(0)
@@ -749,7 +748,7 @@ def test_a_probe_is_the_loss_of_one_target() -> None:
     targets[0, :10] = -100
     for place, row, column in ((0, 0, 10), (13, 0, 23), (14, 1, 0)):
         for asked in (None, 7):
-            probe = audit.Probe(model, place, place + 1, asked)
+            probe = audited.Probe(model, place, place + 1, asked)
             got = probe(ids, targets) * (targets >= 0).sum()
             true = logs[row, column, targets[row, column] if asked is None else asked]
             assert got.item() == pytest.approx(-true.item(), abs=1e-4)

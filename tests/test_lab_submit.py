@@ -15,10 +15,8 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt as tg
-from records.tools import generate
+from records.tools import checks, generate, submit
 
-checks = pytest.importorskip("records.tools.checks", exc_type=ImportError)  # scipy
-submit = pytest.importorskip("records.tools.submit", exc_type=ImportError)
 SMALL = dict(
     PRESET="Bp,tiny",
     MODEL_DIM="32",
