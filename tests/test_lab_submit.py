@@ -1,6 +1,7 @@
-"""records/tools/submit.py, records/tools/generate.py: a folder that agrees with its logs passes, any other does not."""
+"""records/tools/submit.py, generate.py: a folder that agrees with its logs passes, no other."""
 
 import argparse
+import hashlib
 import json
 import re
 import shutil
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt as tg
-from records.tools import checks, generate, submit
+from records.tools import checks, common, generate, submit
 
 SMALL = dict(
     PRESET="Bp,tiny",
@@ -308,6 +309,193 @@ def test_a_script_that_needs_its_neighbours_does_not_start(
     told = capsys.readouterr().out
     assert "FAIL train_gpt.py: does not start in its folder (exit code 1)" in told
     assert "helpers_next_door" in told
+
+
+# ---- What the runs say against themselves
+
+
+def calibrated(f: Path) -> None:
+    """598 s of training and 5 s of calibration."""
+    log = f / "train_seed1337.log"
+    edit(log, r"(step:4/4 val_loss.*train_time:)\d+ms", r"\g<1>598000ms")
+    edit(log, r"^packed ", "gptq_calibration batches:4 time:5000ms\npacked ")
+
+
+def evaluated_twice(f: Path) -> None:
+    """Evaluations of 200 s and of 500 s."""
+    log = f / "train_seed1337.log"
+    edit(log, r"(roundtrip val_loss.*eval_time:)\d+ms", r"\g<1>200000ms")
+    sliding = r"\g<0>\nfinal_int8_zlib_sliding val_loss:3.1 val_bpb:1.9 eval_time:500000ms"
+    edit(log, r"^final_int8_zlib_roundtrip_exact.*", sliding)
+
+
+def disqualified(f: Path) -> None:
+    edit(
+        f / "train_seed1338.log",
+        r"^(val_tokens:)",
+        r"not a submission: 700.0 s exceed EVAL_LIMIT_SECONDS=600.0\n\g<1>",
+    )
+
+
+@pytest.mark.parametrize(
+    ("doctor", "told"),
+    [
+        (calibrated, "training and calibration took 603.000 s (598.000 + 5.000), more than 600"),
+        (calibrated, "train_under_600s is claimed"),
+        (evaluated_twice, "evaluation took 700.000 s in all, more than 600"),
+        (evaluated_twice, "eval_under_600s is claimed"),
+        (disqualified, "the script itself says that it is not a submission: 700.0 s exceed"),
+    ],
+)
+def test_what_counts_is_summed_and_the_script_believed(
+    doctor: Callable[[Path], None], told: str, folder: Path
+) -> None:
+    record = as_record(folder, 0.0)
+    assert checks.check(record, None, run=False) == []
+    doctor(record)
+    found = checks.faults(checks.check(record, None, run=False))
+    assert any(told in finding.what for finding in found), "\n".join(map(str, found))
+
+
+def does_not_fit(run: Path) -> None:
+    edit(run / "result.json", '"fits": true', '"fits": false')
+
+
+def ended_with_code_4(run: Path) -> None:
+    (run / "run.json").write_text('{"exit_code": 4}')
+
+
+def says_so(run: Path) -> None:
+    edit(run / "train.log", "^peak memory", "not a submission: 17 bytes exceed it\npeak memory")
+
+
+def no_result(run: Path) -> None:
+    (run / "result.json").unlink()
+
+
+def damaged_result(run: Path) -> None:
+    (run / "result.json").write_text('{"fits": tr')
+
+
+def other_artifact(run: Path) -> None:
+    edit(run / "result.json", r'("artifact_sha256": ")\w', r"\g<1>x")
+
+
+@pytest.mark.parametrize(
+    ("doctor", "told"),
+    [
+        (does_not_fit, "result.json: script and artifact do not fit the limit"),
+        (ended_with_code_4, "run.json: the run ended with exit code 4"),
+        (says_so, "not a submission: 17 bytes exceed it"),
+        (no_result, "No such file .*result.json"),
+        (damaged_result, "result.json is damaged"),
+        (other_artifact, "result.json is of another artifact than"),
+    ],
+)
+def test_a_run_that_disqualified_itself_makes_no_folder(
+    doctor: Callable[[Path], None], told: str, finished: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(finished / "seed1337", tmp_path / "seed1337"))
+    doctor(run)
+    words = [str(run), *ABOUT, *TRACK, "--no-start", "--to", str(tmp_path)]
+    with pytest.raises((tg.InputError, OSError), match=told):
+        submit.make(submit.parser().parse_args(words))
+    assert not any(tmp_path.glob("track_*/*"))
+
+
+# ---- Scripts and configurations that are hard to read
+
+
+def crlf(script: bytes) -> bytes:
+    return script.replace(b"\n", b"\r\n")
+
+
+def ruler(script: bytes) -> bytes:
+    return script.replace(b"\nimport ", b"\n# " + b"=" * 100 + b"\nimport ", 1)
+
+
+def rewrite(run: Path, change: Callable[[bytes], bytes], new_form: bool) -> bytes:
+    """The log of a run as if a changed script had written it; its hard options too. The script."""
+    old = common.read_log(run / "train.log")
+    assert old.script is not None
+    script, digest = change(old.script), hashlib.sha256(change(old.script)).hexdigest()
+    config = json.loads((run / "result.json").read_text())["config"]
+    config |= dict(log_dir="/x/seed=0/B=1", passes_schedule="0:1, 0.5:2")
+    texts = [f"{name.upper()}={tg.show(value)}" for name, value in config.items()]
+    shown = json.dumps(config) if new_form else " ".join(texts)
+    model = (run / "model.ptz").stat().st_size
+    text = "\n".join(old.lines)
+    for pattern, new in (
+        (r"^script_sha256:.*", f"script_sha256:{digest}"),
+        (r"^config:.*", f"config:{shown}"),
+        (r"^Code size: \d+", f"Code size: {len(script)}"),
+        (r"^(Total submission size \S+) \d+", rf"\g<1> {len(script) + model}"),
+    ):
+        text, changed = re.subn(pattern, new, text, flags=re.MULTILINE)
+        assert changed == 1, pattern
+    head = f"script_bytes:{len(script)} script_sha256:{digest}\n".encode()
+    data = head + script + b"\n" if new_form else script + b"=" * 100 + b"\n"
+    (run / "train.log").write_bytes(data + text.encode())
+    return script
+
+
+@pytest.mark.parametrize("new_form", [True, False], ids=["new log", "old log"])
+@pytest.mark.parametrize("change", [crlf, ruler])
+def test_a_script_is_carried_by_the_byte(
+    change: Callable[[bytes], bytes], new_form: bool, finished: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(finished / "seed1337", tmp_path / "seed1337"))
+    script = rewrite(run, change, new_form)
+    words = [str(run), *ABOUT, *TRACK, "--no-start", "--to", str(tmp_path)]
+    folder = submit.make(submit.parser().parse_args(words))
+    assert (folder / "train_gpt.py").read_bytes() == script
+    data = json.loads((folder / "submission.json").read_text())
+    assert data["seeds"] == [1337] and data["bytes_code"] == len(script)
+    command = (folder / "README.md").read_text().splitlines()[-1]
+    assert "PASSES_SCHEDULE='0:1, 0.5:2'" in command and "seed=0" not in command
+
+
+# ---- What stands beside the runs
+
+
+def test_locks_and_what_was_set_aside_are_left_out(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = Path(shutil.copytree(finished, tmp_path / "T"))
+    (runs / "seed1337.lock").touch()
+    (runs / "seed1338.console").write_text("x")
+    shutil.copytree(runs / "seed1338", runs / "seed1338.unfinished1")
+    words = [*map(str, sorted(runs.glob("seed*"))), *ABOUT, *TRACK, "--no-start"]
+    folder = submit.make(submit.parser().parse_args([*words, "--to", str(tmp_path)]))
+    assert json.loads((folder / "submission.json").read_text())["seeds"] == list(SEEDS)
+    warnings = capsys.readouterr().err.splitlines()
+    assert [line.split(" is no ")[0].rpartition("/")[2] for line in warnings] == [
+        "seed1337.lock",
+        "seed1338.console",
+        "seed1338.unfinished1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["x", *ABOUT], "give --track, too"),
+        (["x", *TRACK], "give --name, --author, --github-id, --blurb, too"),
+        ([*ABOUT, *TRACK], "name the folders of finished runs"),
+        (["nowhere", *ABOUT, *TRACK], "nowhere is not there"),
+        (["--check", "nowhere"], "nowhere is not a folder"),
+    ],
+)
+def test_what_is_missing_is_one_line(
+    words: list[str],
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["submit.py", *words])
+    assert submit.main() == 2
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1
 
 
 # ---- The record track

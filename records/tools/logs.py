@@ -181,7 +181,15 @@ class Log:
         self.words["final"] = score.label
 
     def add_score(self, score: Score) -> None:
-        """A label that comes again with another score is another evaluation; else the same."""
+        """A label that comes again with another score is another evaluation; else the same.
+
+        Scripts repeat a score under the name that the contest's script had for it: an alias.
+        """
+        for known in self.scores:
+            pair = known.loss, known.bpb
+            other = known.evaluation != score.evaluation and score.ms is None
+            if other and pair == (score.loss, score.bpb):
+                return
         before = [known for known in self.scores if known.label.split(" #")[0] == score.label]
         equal = [known for known in before if (known.loss, known.bpb) == (score.loss, score.bpb)]
         if equal:
@@ -307,7 +315,10 @@ def log_files(folder: Path) -> list[Path]:
 
 def read_logs(folder: Path) -> list[Log]:
     """The logs of a folder, by seed. A log that only evaluates belongs to the one that trained."""
-    logs = [log for log in map(read, log_files(folder)) if log.scores or "steps" in log.values]
+    logs = []
+    for log in map(read, log_files(folder)):
+        if log.scores or log.values.keys() & {"steps", "train_ms"}:
+            logs.append(log)
     trained = {log.values.get("seed"): log for log in logs if "train_ms" in log.values}
     kept = []
     for log in logs:
