@@ -617,6 +617,18 @@ def other_script(run: Path) -> None:
     edit(run / "train.log", r"^(script_sha256:)\w+", r"\g<1>" + "0" * 64)
 
 
+def disqualified(run: Path) -> None:
+    edit(run / "train.log", "^peak memory", "not a submission: 605.0 s\npeak memory")
+
+
+def exit_code(run: Path) -> None:
+    (run / "run.json").write_text(json.dumps(dict(exit_code=4)))
+
+
+def does_not_fit(run: Path) -> None:
+    edit(run / "result.json", '"fits": true', '"fits": false')
+
+
 @pytest.mark.parametrize(
     ("text", "loss", "wrong"),
     [
@@ -659,6 +671,9 @@ def test_loss_of_a_skipped_step(text: str, loss: float | None, wrong: int) -> No
             {"sizes": "the artifact of log is", "header": "its checksum does not match"},
         ),
         (other_script, {"script": "the log is of script 000000000000"}),
+        (disqualified, {"verdict": "not a submission: 605.0 s"}),
+        (exit_code, {"verdict": "exit code 4"}),
+        (does_not_fit, {"verdict": "fits is False"}),
     ],
     ids=lambda x: x.__name__ if callable(x) else None,
 )
@@ -668,6 +683,20 @@ def test_a_doctored_run(doctor: Callable[[Path], None], told: dict[str, str], ru
     assert found.keys() == told.keys()
     for name, words in told.items():
         assert words in found[name]
+
+
+def test_a_damaged_line_is_named_and_the_rest_is_read(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    half = lines[4][:20]
+    path.write_text("".join([*lines[:4], half, *lines[5:]]))
+    status, told = outcomes(run, *ONLY_FILES)["clocks"]
+    assert status == "ok" and "of which 1 damaged lines were left out" in told, told
+    assert f"warning: {path}:5: a damaged line is left out" in capsys.readouterr().err
+    path.write_text("".join([*lines[:4], *lines[5:]]))
+    assert "metrics.jsonl" in failed(run, *ONLY_FILES)["clocks"], "a line that is gone is missed"
 
 
 def test_a_limit_of_bytes_is_measured_on_the_files(

@@ -82,30 +82,32 @@ def read_result(path: Path) -> dict[str, Any]:
     return value
 
 
-def is_row(value: Any) -> bool:
-    """Whether a value has what every line of metrics.jsonl has."""
-    if not isinstance(value, dict):
-        return False
-    seconds = value.get("train_seconds")
-    return type(value.get("step")) is int and type(seconds) in (int, float)
+def parse_row(text: bytes) -> dict[str, Any] | None:
+    """What every line of metrics.jsonl is: an object with a step and a time; None for less."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    if not isinstance(value, dict) or type(value.get("step")) is not int:
+        return None
+    return value if type(value.get("train_seconds")) in (int, float) else None
 
 
 def read_metrics(path: Path, say: Callable[[str], None] = warn) -> Iterator[dict[str, Any]]:
     """The rows of a metrics.jsonl. A damaged line is named with its number and left out.
 
-    A disk that was full for a moment leaves half a line; so does a run that is writing one now.
+    A disk that was full for a moment leaves half a line, and the next row right behind it, which is
+    read; a run that is writing a line now leaves half a line at the end.
     """
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if is_row(row):
-            yield row
-        else:
+        row = parse_row(line)
+        if row is None:
             say(f"{path}:{number}: a damaged line is left out")
+            row = parse_row(line[line.rfind(b'{"step"') :])
+        if row is not None:
+            yield row
 
 
 class RunLog(NamedTuple):
