@@ -1,851 +1,1284 @@
 """Train a depth-recurrent GPT for parameter golf, pack it into 16 MB, reload the pack and score it.
 
-    PRESET=tiny python train_gpt.py                               # laptop, sample corpus (data/sample.py)
+    PRESET=tiny python train_gpt.py                               # laptop, sample corpus
     torchrun --standalone --nproc_per_node=8 train_gpt.py         # one 8-GPU node, FineWeb shards
     EVAL_ONLY=logs/<run>/model.ptz python train_gpt.py            # score an artifact again
-Prelude layers, a looped shared core, coda layers: a plan, a tuple of `Layer`, says what every effective layer
-uses; all code that walks the depth walks it. Options are fields of `Config`, set by variables in capitals.
-Shapes: B sequences, T tokens, D model width, H query heads, K key/value heads, E head width, V vocabulary,
-R effective layers. Parameters, tables, optimizer states are float32; operands and residual stream DTYPE.
-"""
-from __future__ import annotations
-import contextlib, ctypes, datetime, difflib, functools, hashlib, importlib, itertools, json  # noqa: E401
-import lzma, math, os, platform, re, signal, struct, sys, time, traceback, uuid, zlib  # noqa: E401
-from collections import namedtuple
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
-import numpy as np, sentencepiece as spm  # noqa: E401
-import torch, torch.distributed as dist, torch.nn.functional as F  # noqa: E401
-from torch import Tensor, nn, zeros_like
 
-# ---- 1. Configuration ------------------------------------------------------------------------------------
+A model is prelude layers, a shared core whose weights are run several times, and coda layers. A
+plan (a tuple of `Layer`, one for each effective layer) says which weights and which conditioning
+row a layer uses, and everything that walks the depth walks the plan. Options are environment
+variables; `--help` lists them.
+
+Contents: 1 options, 2 plan, 3 model, 4 optimizers, 5 rounding and artifact, 6 scoring, 7 data and
+bytes, 8 training, 9 compiling, averages, reports and checkpoints, 10 ranks, logs and files,
+11 presets, names and help, 12 the run.
+
+Shapes: B sequences, T tokens, D model width, H query heads, K key/value heads, E head width,
+V vocabulary, R effective layers. Parameters, tables and optimizer states are float32; matmul
+operands and the residual stream are DTYPE.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import datetime
+import difflib
+import errno
+import fcntl
+import functools
+import hashlib
+import importlib
+import itertools
+import json
+import lzma
+import math
+import os
+import platform
+import re
+import shlex
+import signal
+import struct
+import sys
+import textwrap
+import time
+import traceback
+import uuid
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import Field, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TextIO, get_args, get_origin, get_type_hints
+
+import numpy as np
+import sentencepiece as spm
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ---- 1. Options --------------------------------------------------------------------------------
+
+
 class InputError(ValueError):
     """A mistake in what the user gave (variables, files); `main` prints it as one line."""
-KNOWN = InputError, OSError  # told in one line, others with their traceback
-class Ended(BaseException):
-    """Another end of a run: exit code, message. No Exception: what forgives those must not forgive this."""
-EXIT_INPUT, EXIT_NON_FINITE, EXIT_SIZE, EXIT_STOPPED, EXIT_LOST = range(2, 7)
-def require(met: Any, message: str) -> None:
-    if not met:
+
+
+def require(condition: Any, message: str) -> None:
+    if not condition:
         raise InputError(message)
-def opt(default: Any, low: float = 0, high: float = math.inf, *, needs: str = "") -> Any:
-    """An option, its bounds, and what it `needs` in order to act: e.g. "x !y z>1 u=v"."""
-    return field(default=default, metadata={"low": low, "high": high, "needs": needs})
+
+
+def option(
+    default: Any,
+    help: str,
+    low: float = 0,
+    high: float = math.inf,
+    *,
+    needs: str = "",
+    neutral: Any = None,
+    group: str = "",
+) -> Any:
+    """A field of `Config`: its default, what it means, its bounds.
+
+    `needs` lists what must hold for the option to act, as in "num_shared !tie_embeddings
+    num_loops>1 average=ema". `neutral` is the value that switches a technique off, where that is
+    not the default. `group` opens a group of options in `--help`.
+    """
+    return field(default=default, metadata=dict(locals()))
+
+
 def parse(name: str, text: str, kind: Any) -> Any:
     """`text` as a value of type `kind`; InputError names the variable and what it takes."""
     choices = ("0", "1") if kind is bool else get_args(kind)
-    require(not choices or text in choices, f"{name}={text!r} is not one of {', '.join(choices)}")
+    if choices:
+        require(text in choices, f"{name}={text!r} is not one of {', '.join(choices)}")
+    if kind is bool:
+        return text == "1"
+    if get_origin(kind) is Literal:
+        return text
     try:
-        return text if get_origin(kind) is Literal else text == "1" if kind is bool else kind(text)
+        return kind(text)
     except ValueError:
-        raise InputError(f"{name}={text!r} is not {'an integer' if kind is int else 'a number'}") from None
+        wanted = "an integer" if kind is int else "a number"
+        raise InputError(f"{name}={text!r} is not {wanted}") from None
+
+
 def show(value: Any) -> str:
+    """A value as `parse` reads it."""
     return str(int(value)) if isinstance(value, bool) else str(value)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """The function a model computes and is scored with: what an artifact carries. Defaults: PR 855, run T."""
-    vocab_size: int = opt(1024, 2, 65536)  # V, pieces; shards are uint16
-    model_dim: int = opt(512, 2, 65536)  # D, width of the residual stream
-    num_heads: int = opt(8, 1, 1024)  # H, query heads
-    num_kv_heads: int = opt(4, 1, 1024)  # K, key/value heads, shared by H/K query heads each (GQA)
-    mlp_mult: float = opt(2.0, 0.01, 64)  # hidden width of the MLP / D
-    num_layers: int = opt(9, 1, 256, needs="!num_shared")  # layers of the flat U-Net
-    num_prelude: int = opt(1, 0, 256, needs="num_shared")  # layers before the core
-    num_shared: int = opt(4, 0, 256)  # layers of the shared core; 0: flat U-Net
-    num_loops: int = opt(3, 1, 256, needs="num_shared")  # passes over the core, at most, in training
-    eval_passes: int = opt(0, 0, 256, needs="num_shared")  # passes over the core in scoring; 0: NUM_LOOPS
-    num_coda: int = opt(1, 0, 256, needs="num_shared")  # layers after the core
-    core_skips: Literal["none", "all", "published"] = opt("none", needs="num_prelude num_coda")  # U-Net skips
-    share_attn_only: bool = opt(False, needs="num_shared num_loops>1")  # core: an MLP for every pass
-    pass_scale_init: float = opt(1.0, -4, 4, needs="num_loops>1")  # alpha in x + alpha (core(x) - x); 1: none
-    feedback_rank: int = opt(0, 0, 4096, needs="num_loops>1")  # r in x + d * (x V) U^T before a pass; 0: none
-    interpass_norm: bool = opt(False, needs="num_loops>1")  # RMSNorm of the state before a further pass
-    use_peri_norm: bool = opt(True)  # Output-LN: MLP branch normalised at its output, not its input
-    use_birkhoff_mix: bool = opt(True)  # x <- a x + (1-a) x0 with a in (0, 1); off: two free weights
-    use_timestep_scale: bool = opt(True)  # gamma: branch scale per effective layer
-    timestep_gamma_max: float = opt(4.0, needs="use_timestep_scale")  # cap on |gamma|; 0: none
-    use_timestep_bias: bool = opt(True)  # beta (FiLM): branch shift per effective layer
-    use_unique_norms: bool = opt(False, needs="num_shared")  # gains on branch inputs, per layer of the core
-    unique_norms_input_norm: bool = opt(False, needs="use_unique_norms use_peri_norm")  # PR 855: keep it
-    depth_embed: Literal["none", "sinusoidal", "learned"] = opt("sinusoidal")  # code added per layer
-    leaky_relu_slope: float = opt(0.5, 0, 1)  # MLP is W2 leaky_relu(W1 x)^2; 0: relu^2
-    logit_softcap: float = opt(30.0, 1e-3)  # c in c tanh(logit / c)
-    rope_base: float = opt(10000.0, 1)  # base of the rotary frequencies
-    rope_dims: int = opt(0, 0, 65536)  # channels of a head that are rotated; 0: all
-    ln_scale: bool = opt(False)  # the norms of layer i, from 0, are scaled by (i + 1)^-0.5
-    xsa_last_n: int = opt(0, 0, 256)  # exclusive self-attention in so many last layers, outside the core
-    smear_gate: Literal["none", "document", "published"] = opt("none")  # blends in the token before
-    bigram_vocab_size: int = opt(0, 0, 1 << 20)  # buckets of the hashed bigram embedding; 0: none
-    bigram_dim: int = opt(64, 1, 65536, needs="bigram_vocab_size")  # its width
-    ve_last_n: int = opt(0, 0, 256)  # so many last layers take the shared value embedding; 0: none
-    ve_dim: int = opt(128, 1, 65536, needs="ve_last_n")  # its width
-    qk_gain_init: float = opt(1.5)  # initial gain of the normalised queries, per head
-    tie_embeddings: bool = opt(True)  # the output projection is the token embedding
-    train_seq_len: int = opt(1024, 2, 1 << 17)  # T, tokens per sequence; validation windows are as long
-    dtype: Literal["bfloat16", "float32"] = opt("bfloat16")  # matmul operands and residual stream
-    reference_bf16: bool = opt(False)  # PR 855's accident: RoPE positions, tables, embedding in bfloat16
+    """The function a model computes and is scored with: what an artifact carries.
+
+    Defaults are those of PR 855, run T.
+    """
+
+    vocab_size: int = option(
+        1024, "Pieces of the tokenizer (V); shards hold uint16 ids.", 2, 65536, group="Model"
+    )
+    model_dim: int = option(512, "Width of the residual stream (D).", 2, 65536)
+    num_heads: int = option(8, "Query heads (H).", 1, 1024)
+    num_kv_heads: int = option(4, "Key/value heads (K), each shared by H/K query heads.", 1, 1024)
+    mlp_mult: float = option(2.0, "Hidden width of an MLP as a multiple of MODEL_DIM.", 0.01, 64)
+    num_layers: int = option(9, "Layers of the flat U-Net.", 1, 256, needs="!num_shared")
+    num_prelude: int = option(1, "Layers before the core.", 0, 256, needs="num_shared")
+    num_shared: int = option(4, "Layers of the shared core; 0 makes a flat U-Net.", 0, 256)
+    num_loops: int = option(
+        3, "Passes over the core in training, at most.", 1, 256, needs="num_shared"
+    )
+    eval_passes: int = option(
+        0, "Passes over the core in scoring; 0 means NUM_LOOPS.", 0, 256, needs="num_shared"
+    )
+    num_coda: int = option(1, "Layers after the core.", 0, 256, needs="num_shared")
+    core_skips: Literal["none", "all", "published"] = option(
+        "none",
+        "U-Net skips from the prelude to the coda; PR 1230 published half of them.",
+        needs="num_prelude num_coda",
+    )
+    share_attn_only: bool = option(
+        False, "Give every pass over the core MLPs of its own.", needs="num_shared num_loops>1"
+    )
+    pass_scale_init: float = option(
+        1.0,
+        "Start of alpha in x + alpha (core(x) - x), learned per further pass; 1 leaves it out.",
+        -4,
+        4,
+        needs="num_loops>1",
+    )
+    feedback_rank: int = option(
+        0,
+        "Rank r of the error feedback x + d * (x V) U^T before a further pass; 0 leaves it out.",
+        0,
+        4096,
+        needs="num_loops>1",
+    )
+    interpass_norm: bool = option(
+        False, "Normalise the state (RMSNorm) before a further pass.", needs="num_loops>1"
+    )
+    use_peri_norm: bool = option(
+        True,
+        "Output-LN: normalise the MLP branch at its output instead of its input.",
+        neutral=False,
+    )
+    use_birkhoff_mix: bool = option(
+        True,
+        "Convex mix a x + (1-a) x0 with learned a in (0, 1) per channel; off: two free weights.",
+        neutral=False,
+    )
+    use_timestep_scale: bool = option(
+        True, "Scale both branches of an effective layer by a learned gamma.", neutral=False
+    )
+    timestep_gamma_max: float = option(
+        4.0, "Cap on |gamma|; 0 means none.", needs="use_timestep_scale", neutral=0.0
+    )
+    use_timestep_bias: bool = option(
+        True, "FiLM: shift both branches of an effective layer by a learned beta.", neutral=False
+    )
+    use_unique_norms: bool = option(
+        False,
+        "Learned gains on branch inputs for every effective layer of the core.",
+        needs="num_shared",
+    )
+    unique_norms_input_norm: bool = option(
+        False,
+        "Keep the input norm beside unique norms under Output-LN, as PR 855 did by accident.",
+        needs="use_unique_norms use_peri_norm",
+    )
+    depth_embed: Literal["none", "sinusoidal", "learned"] = option(
+        "sinusoidal", "Depth code added to the stream before every effective layer.", neutral="none"
+    )
+    leaky_relu_slope: float = option(
+        0.5, "Slope of W2 leaky_relu(W1 x)^2 below zero; 0 is relu^2.", 0, 1
+    )
+    logit_softcap: float = option(30.0, "Bound c of the logits in c tanh(logit / c).", 1e-3)
+    rope_base: float = option(10000.0, "Base of the rotary frequencies.", 1)
+    rope_dims: int = option(0, "Channels of a head that are rotated; 0 means all.", 0, 65536)
+    ln_scale: bool = option(False, "Scale the norms of layer i, counted from 0, by (i + 1)^-0.5.")
+    xsa_last_n: int = option(
+        0, "Exclusive self-attention in this many last layers outside the core.", 0, 256
+    )
+    smear_gate: Literal["none", "document", "published"] = option(
+        "none",
+        "Blend the previous token into each embedding; `published` does so across documents.",
+    )
+    bigram_vocab_size: int = option(
+        0, "Buckets of the hashed bigram embedding; 0 leaves it out.", 0, 1 << 20
+    )
+    bigram_dim: int = option(
+        64, "Width of the bigram embedding.", 1, 65536, needs="bigram_vocab_size"
+    )
+    ve_last_n: int = option(
+        0, "This many last layers add the shared value embedding to v; 0 leaves it out.", 0, 256
+    )
+    ve_dim: int = option(128, "Width of the value embedding.", 1, 65536, needs="ve_last_n")
+    qk_gain_init: float = option(1.5, "Initial gain of the normalised queries, per head.")
+    tie_embeddings: bool = option(True, "Use the token embedding as output projection.")
+    train_seq_len: int = option(
+        1024, "Tokens of a sequence (T), in training and in scoring.", 2, 1 << 17
+    )
+    dtype: Literal["bfloat16", "float32"] = option(
+        "bfloat16", "Type of matmul operands and of the residual stream."
+    )
+    reference_bf16: bool = option(
+        False,
+        "Keep RoPE positions, tables and embedding in bfloat16, as PR 855 did by accident.",
+    )
+
     def __post_init__(self) -> None:
         for f in fields(self):
-            value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
-            require(not isinstance(value, (int, float)) or low <= value <= min(high, 3.4e38),
-                    f"{f.name.upper()}={value} is out of range: {low} to {high}")
+            check_range(f, getattr(self, f.name))
         D, H, T, rope = self.model_dim, self.num_heads, self.train_seq_len, self.rope_dims
-        require(H % self.num_kv_heads == 0, f"NUM_KV_HEADS={self.num_kv_heads} does not divide NUM_HEADS={H}")
+        require(
+            H % self.num_kv_heads == 0,
+            f"NUM_KV_HEADS={self.num_kv_heads} does not divide NUM_HEADS={H}",
+        )
         require(D % (2 * H) == 0, f"MODEL_DIM={D} / NUM_HEADS={H} is not an even number")
-        require(round(self.mlp_mult * D) >= 1, f"MLP_MULT={self.mlp_mult} of MODEL_DIM={D} is no channel")
-        require(rope % 2 == 0 and rope <= D // H, f"ROPE_DIMS={rope} is odd or wider than a head, {D // H}")
-        require(self.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE=1: one bucket is for the first token")
-        layers = self.num_prelude + self.num_shared * max(self.num_loops, self.eval_passes) + self.num_coda
-        require(layers <= 1024 and T * D // H <= 1 << 24, f"{layers} layers, TRAIN_SEQ_LEN={T}: too large")
-        acts = not self.xsa_last_n or any(layer.xsa for layer in make_plan(self))
-        require(acts, f"XSA_LAST_N={self.xsa_last_n} cannot act here: these last layers are all in the core")
+        require(
+            round(self.mlp_mult * D) >= 1,
+            f"MLP_MULT={self.mlp_mult} of MODEL_DIM={D} is no channel",
+        )
+        require(
+            rope % 2 == 0 and rope <= D // H,
+            f"ROPE_DIMS={rope} is odd or wider than a head, {D // H}",
+        )
+        require(
+            self.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE=1: one bucket is for the first token"
+        )
+        loops = max(self.num_loops, self.eval_passes)
+        layers = self.num_prelude + self.num_shared * loops + self.num_coda
+        require(
+            layers <= 1024 and T * D // H <= 1 << 24,
+            f"{layers} effective layers with TRAIN_SEQ_LEN={T} are too many",
+        )
+        require(
+            not self.xsa_last_n or any(layer.xsa for layer in make_plan(self)),
+            f"XSA_LAST_N={self.xsa_last_n} cannot act: these last layers are all in the core",
+        )
+
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Architecture:
-        """From an artifact's header; ValueError if a field is missing, unknown or malformed."""
+        """From an artifact's header. An older header may lack an option, which was off then."""
         kinds = get_type_hints(cls)
-        require(not (odd := sorted(values.keys() ^ kinds)), f"its architecture has other fields: {odd}")
-        return cls(**{name: parse(name.upper(), show(values[name]), kind) for name, kind in kinds.items()})
+        unknown = sorted(values.keys() - kinds)
+        require(not unknown, f"its architecture has fields that this script lacks: {unknown}")
+        return cls(
+            **neutral_values(cls)
+            | {name: parse(name.upper(), show(x), kinds[name]) for name, x in values.items()}
+        )
+
+
+def check_range(f: Field, value: Any) -> None:
+    """InputError if a number is outside the bounds of its option."""
+    low, high = f.metadata["low"], min(f.metadata["high"], 3.4e38)
+    if isinstance(value, (int, float)):
+        require(low <= value <= high, f"{f.name.upper()}={value} is out of range: {low} to {high}")
+
+
+def neutral_values(kind: type[Architecture]) -> dict[str, Any]:
+    """The values that switch every technique off, of the options whose default does not."""
+    found = {f.name: f.metadata["neutral"] for f in fields(kind)}
+    return {name: value for name, value in found.items() if value is not None}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Architecture):
-    """Everything a run depends on. Defaults: 8xH100, 600 s. `Config.from_env(os.environ)` is the way in."""
-    preset: str = opt("")  # system and/or scale, comma-separated: section 2
-    eval_only: str = opt("")  # path of an artifact: reload and score it, nothing else
-    data_path: str = opt("./data/datasets/fineweb10B_sp1024")  # folder of fineweb_{train,val}_*.bin
-    tokenizer_path: str = opt("./data/tokenizers/fineweb_1024_bpe.model")  # SentencePiece model of the shards
-    log_dir: str = opt("./logs")  # a run writes into <log_dir>/<run_id>/
-    run_id: str = opt("")  # name of the run; empty: date, time and a random suffix
-    tracker: Literal["none", "tensorboard", "wandb"] = opt("none")  # where metrics go as well, if installed
-    seed: int = opt(1337, 0, 2**64 - 1)  # of the random generator that draws the weights
-    compile: Literal["auto", "model", "block", "off"] = opt("auto")  # auto: model on CUDA, off on CPU
-    attn_backend: Literal["auto", "cudnn", "flash", "math"] = opt("auto")  # of attention
-    deterministic: bool = opt(False)  # CUDA, too, repeats a run to the last bit, or says what cannot; slower
-    save_every: int = opt(0)  # steps between checkpoints; 0: only at a signal or, on CPUs, a lost rank
-    resume: str = opt("")  # path of a checkpoint, or auto: the last one of RUN_ID, if there is one
-    rank_timeout_seconds: float = opt(60.0, 5)  # that a step waits for a rank before all ranks end
-    max_skipped_steps: int = opt(10)  # steps that are not finite and are left out before a run ends
-    iterations: int = opt(20000)  # optimizer steps at most
-    max_wallclock_seconds: float = opt(600.0)  # training stops before this; 0: no cap
-    passes_schedule: str = opt("", needs="num_loops>1")  # "0:1,0.6:2"; "" is NUM_LOOPS at once
-    jacobian_weight: float = opt(0.0, needs="num_shared")  # of the penalty on growth of the state in the core
-    jacobian_per_pass: bool = opt(False, needs="jacobian_weight")  # of growth in each pass, not overall
-    warmup_steps: int = opt(20)  # compile and warm-up steps outside the clock, undone afterwards
-    warmdown_iters: int = opt(1200)  # steps over which the learning rate falls to 0 at the end
-    train_batch_tokens: int = opt(524288, 1)  # tokens per optimizer step, all ranks together
-    micro_batch_tokens: int = opt(65536, 1)  # tokens per rank and forward pass at most
-    val_batch_size: int = opt(524288, 1)  # tokens per validation batch, all ranks together
-    val_loss_every: int = opt(1000)  # steps between validations; 0: only at the end
-    train_log_every: int = opt(200, 1)  # steps between log lines, after the first ten
-    embed_lr: float = opt(0.6, needs="!tie_embeddings")  # Adam: token embedding
-    head_lr: float = opt(0.008, needs="!tie_embeddings")  # Adam: output projection
-    tied_embed_lr: float = opt(0.05, needs="tie_embeddings")  # Adam: tied, bigram and value embeddings
-    tied_embed_init_std: float = opt(0.005, needs="tie_embeddings")  # its initial standard deviation
-    matrix_lr: float = opt(0.04)  # Muon: matrices
-    scalar_lr: float = opt(0.04)  # Adam: scales, gains, tables, their projections
-    muon_wd: float = opt(0.0)  # decoupled weight decay of matrices: W <- W (1 - lr wd)
-    adam_wd: float = opt(0.0)  # decoupled weight decay of embeddings and projections
-    decay_scalars: bool = opt(False, needs="adam_wd")  # PR 1230: of scales, gains and tables, too
-    matrix_init: Literal["uniform", "orthogonal"] = opt("uniform")  # of matrices that do not begin at 0
-    muon_momentum: float = opt(0.95, 0, 1)  # Nesterov momentum, after its warm-up
-    muon_momentum_warmup_start: float = opt(0.85, 0, 1, needs="muon_momentum_warmup_steps")  # at step 0
-    muon_momentum_warmup_steps: int = opt(500)  # steps until it has risen
-    muon_backend_steps: int = opt(5, 1)  # Newton-Schulz iterations
-    beta1: float = opt(0.9, 0, 1 - 1e-9)  # Adam: decay of the first moment
-    beta2: float = opt(0.95, 0, 1 - 1e-9)  # Adam: decay of the second moment
-    adam_eps: float = opt(1e-8)  # Adam: added to the root of the second moment
-    grad_clip_norm: float = opt(0.0)  # L2 norm of the averaged gradient; 0: no clipping
-    average: Literal["none", "ema", "swa"] = opt("none")  # of the weights over steps; it is what is exported
-    ema_decay: float = opt(0.997, 0, 1 - 1e-9, needs="average=ema")  # of AVERAGE=ema, per step
-    swa_every: int = opt(50, 1, needs="average=swa")  # steps between the weights that AVERAGE=swa collects
-    swa_lr_factor: float = opt(0.2, 0, 1, needs="average=swa")  # once the learning rate is below this part
-    qat_fraction: float = opt(0.0, 0, 1)  # last part of the run that trains on rounded matrices (QAT)
-    qat_lr_factor: float = opt(0.0, 0, 1, needs="warmdown_iters")  # or once learning rates are below
-    qat_core_only: bool = opt(False, needs="num_shared")  # no other matrices
-    matrix_bits: int = opt(8, 0, 8)  # width of stored matrices; 0: the most that fits SIZE_LIMIT_BYTES
-    core_bits: int = opt(0, 0, 8, needs="num_shared")  # width of those of the core; 0: MATRIX_BITS
-    embed_bits: int = opt(8, 2, 8)  # width of stored embeddings
-    quant_clip: Literal["percentile", "matrix", "row"] = opt("percentile")  # or best error for matrix or row
-    quant_clip_percentile: float = opt(99.99984, 50, 100)  # of |w| in a row; weights beyond it saturate
-    quant_scale_floor: float = opt(0.0, 0, 1)  # smallest int8 step; PR 855: 1/127 = 0.00787
-    gptq_batches: int = opt(0)  # micro-batches per rank that calibrate GPTQ, in the training time; 0: no GPTQ
-    gptq_seconds: float = opt(10.0, needs="gptq_batches max_wallclock_seconds")  # kept for them
-    codec: Literal["zlib", "lzma", "brotli"] = opt("zlib")  # of the artifact; brotli is a package of its own
-    eval_stride: int = opt(0)  # tokens a sliding validation window advances; 0: no sliding score
-    eval_limit_seconds: float = opt(600.0)  # all scores together; a slower evaluation is no submission
-    ttt_lr: float = opt(0.0)  # score-first test-time training: SGD; 0: none
-    ttt_epochs: int = opt(3, 1, needs="ttt_lr")  # passes over a chunk after it was scored
-    ttt_chunk_tokens: int = opt(32768, 1, needs="ttt_lr")  # tokens that are scored before they are trained on
-    ttt_momentum: float = opt(0.9, 0, 1, needs="ttt_lr")  # of SGD
-    ttt_grad_clip: float = opt(1.0, needs="ttt_lr")  # L2 norm of the averaged gradient; 0: no clipping
-    size_limit_bytes: int = opt(16_000_000)  # script + artifact; beyond it the exit code is 4
+    """Everything a run depends on. `Config.from_env(os.environ)` is the way in.
+
+    Defaults are for 8xH100 and 600 s.
+    """
+
+    preset: str = option(
+        "", "A system and/or a scale, comma-separated, as in PRESET=K,tiny.", group="Run and files"
+    )
+    eval_only: str = option(
+        "", "Path of an artifact that is reloaded and scored; nothing else runs."
+    )
+    data_path: str = option(
+        "./data/datasets/fineweb10B_sp1024",
+        "Folder of fineweb_{train,val}_*.bin; relative to the working directory, then the script.",
+    )
+    tokenizer_path: str = option(
+        "./data/tokenizers/fineweb_1024_bpe.model",
+        "SentencePiece model of the shards; relative like DATA_PATH.",
+    )
+    log_dir: str = option("./logs", "A run writes into <LOG_DIR>/<RUN_ID>/.")
+    run_id: str = option("", "Name of the run; empty makes one of date, time and a random suffix.")
+    tracker: Literal["none", "tensorboard", "wandb"] = option(
+        "none", "Where metrics go as well, if it is installed."
+    )
+    seed: int = option(1337, "Seed of the initial weights.", 0, 2**64 - 1)
+    device: Literal["auto", "cuda", "cpu"] = option(
+        "auto",
+        "Where to train; auto takes CUDA if there is a GPU, and the CPU for a single process only.",
+    )
+    compile: Literal["auto", "model", "block", "off"] = option(
+        "auto",
+        "Compile the whole model, one block, or nothing; auto: on CUDA the model, or the block "
+        "where growth would need more than two graphs; off on CPUs.",
+    )
+    attn_backend: Literal["auto", "cudnn", "flash", "math"] = option(
+        "auto", "Attention kernel; auto takes the first of these that can run the shapes."
+    )
+    deterministic: bool = option(
+        False, "Make CUDA repeat a run to the last bit, or name what cannot; slower."
+    )
+    save_every: int = option(0, "Steps between checkpoints; 0: only when a run is interrupted.")
+    resume: str = option(
+        "", "Path of a checkpoint to go on from, or auto: the last one of RUN_ID, if any."
+    )
+    rank_timeout_seconds: float = option(
+        60.0, "Seconds to wait for a missing rank before every rank stops.", 5
+    )
+    max_skipped_steps: int = option(
+        10, "Steps with a loss or gradient that is not finite, skipped before the run ends."
+    )
+
+    iterations: int = option(20000, "Optimizer steps, at most.", group="Training")
+    max_wallclock_seconds: float = option(
+        600.0, "Seconds of training, calibration included; 0 means no limit."
+    )
+    passes_schedule: str = option(
+        "",
+        "When to run how many passes, as 0:1,0.6:2; a `when` below 1 is a fraction of the run "
+        "(steps or time, whichever is further), any other a step. Empty: NUM_LOOPS at once.",
+        needs="num_loops>1",
+    )
+    jacobian_weight: float = option(
+        0.0, "Weight of the penalty on growth of the state in the core.", needs="num_shared"
+    )
+    jacobian_per_pass: bool = option(
+        False,
+        "Penalise the growth of each pass instead of all passes together.",
+        needs="jacobian_weight",
+    )
+    warmup_steps: int = option(
+        20, "Steps of every training mode before the clock starts, undone afterwards."
+    )
+    warmdown_iters: int = option(
+        1200, "Steps (or their time) over which the learning rate falls to 0 at the end."
+    )
+    train_batch_tokens: int = option(524288, "Tokens of a step, all ranks together.", 1)
+    micro_batch_tokens: int = option(65536, "Tokens of a rank's forward pass, at most.", 1)
+    val_batch_size: int = option(524288, "Tokens of a validation batch, all ranks together.", 1)
+    val_loss_every: int = option(1000, "Steps between validations; 0: only at the end.")
+    train_log_every: int = option(200, "Steps between log lines, after the first ten.", 1)
+
+    embed_lr: float = option(
+        0.6,
+        "Adam's learning rate of an untied token embedding.",
+        needs="!tie_embeddings",
+        group="Optimizers",
+    )
+    head_lr: float = option(
+        0.008, "Adam's learning rate of an untied output projection.", needs="!tie_embeddings"
+    )
+    tied_embed_lr: float = option(
+        0.05,
+        "Adam's learning rate of tied, bigram and value embeddings.",
+        needs="tie_embeddings",
+    )
+    tied_embed_init_std: float = option(
+        0.005, "Standard deviation of the tied embedding's initial weights.", needs="tie_embeddings"
+    )
+    matrix_lr: float = option(0.04, "Muon's learning rate of matrices.")
+    scalar_lr: float = option(0.04, "Adam's learning rate of scales, gains, tables, projections.")
+    muon_wd: float = option(0.0, "Decoupled weight decay of matrices: W <- W (1 - lr wd).")
+    adam_wd: float = option(0.0, "Decoupled weight decay of embeddings and their projections.")
+    decay_scalars: bool = option(
+        False, "Let ADAM_WD decay scales, gains and tables too, as PR 1230 does.", needs="adam_wd"
+    )
+    matrix_init: Literal["uniform", "orthogonal"] = option(
+        "uniform", "Initial matrices, of those that do not start at zero."
+    )
+    muon_momentum: float = option(0.95, "Muon's Nesterov momentum, after its warm-up.", 0, 1)
+    muon_momentum_warmup_start: float = option(
+        0.85, "Muon's momentum at step 0.", 0, 1, needs="muon_momentum_warmup_steps"
+    )
+    muon_momentum_warmup_steps: int = option(500, "Steps until Muon's momentum has risen.")
+    muon_backend_steps: int = option(5, "Newton-Schulz iterations.", 1)
+    beta1: float = option(0.9, "Adam's decay of the first moment.", 0, 1 - 1e-9)
+    beta2: float = option(0.95, "Adam's decay of the second moment.", 0, 1 - 1e-9)
+    adam_eps: float = option(1e-8, "Added to the root of Adam's second moment.")
+    grad_clip_norm: float = option(0.0, "Largest L2 norm of the averaged gradient; 0: no clipping.")
+    average: Literal["none", "ema", "swa"] = option(
+        "none", "Average of the weights over steps; it is what is exported."
+    )
+    ema_decay: float = option(
+        0.997, "Decay a step of AVERAGE=ema.", 0, 1 - 1e-9, needs="average=ema"
+    )
+    swa_every: int = option(
+        50, "Steps between the weights that AVERAGE=swa takes.", 1, needs="average=swa"
+    )
+    swa_lr_factor: float = option(
+        0.2,
+        "AVERAGE=swa takes weights once the learning rate is below this fraction.",
+        0,
+        1,
+        needs="average=swa",
+    )
+
+    qat_fraction: float = option(
+        0.0,
+        "Last fraction of the run that trains on rounded matrices (QAT).",
+        0,
+        1,
+        group="Rounding and artifact",
+    )
+    qat_lr_factor: float = option(
+        0.0,
+        "Train on rounded matrices once the learning rate is below this fraction.",
+        0,
+        1,
+        needs="warmdown_iters",
+    )
+    qat_core_only: bool = option(
+        False, "Round only the core's matrices in QAT.", needs="num_shared"
+    )
+    matrix_bits: int = option(
+        8, "Bits of a stored matrix element; 0: the most with which the artifact fits.", 0, 8
+    )
+    core_bits: int = option(
+        0, "Bits of the core's matrix elements; 0 means MATRIX_BITS.", 0, 8, needs="num_shared"
+    )
+    embed_bits: int = option(8, "Bits of a stored embedding element.", 2, 8)
+    quant_clip: Literal["percentile", "matrix", "row"] = option(
+        "percentile",
+        "Where rows saturate: a percentile, or the least squared error of the matrix or row.",
+    )
+    quant_clip_percentile: float = option(
+        99.99984, "Percentile of |w| in a row beyond which weights saturate.", 50, 100
+    )
+    quant_scale_floor: float = option(
+        0.0, "Smallest step of int8 rounding; PR 855 has 1/127 = 0.00787.", 0, 1
+    )
+    gptq_batches: int = option(
+        0,
+        "Micro-batches per rank that calibrate GPTQ, inside the training time; 0: no GPTQ.",
+    )
+    gptq_seconds: float = option(
+        10.0,
+        "Seconds of MAX_WALLCLOCK_SECONDS reserved for GPTQ's calibration.",
+        needs="gptq_batches max_wallclock_seconds",
+    )
+    codec: Literal["zlib", "lzma", "brotli"] = option(
+        "zlib", "Compression of the artifact; brotli is a package of its own."
+    )
+    size_limit_bytes: int = option(
+        16_000_000, "Bytes of script and artifact together; beyond it the exit code is 4."
+    )
+
+    eval_stride: int = option(
+        0,
+        "Tokens that a sliding validation window advances; 0: no sliding score.",
+        group="Evaluation",
+    )
+    eval_limit_seconds: float = option(
+        600.0, "Seconds of all evaluations together; a slower run is no submission."
+    )
+    ttt_lr: float = option(0.0, "SGD's learning rate of score-first test-time training; 0: none.")
+    ttt_epochs: int = option(3, "Passes over a chunk after it was scored.", 1, needs="ttt_lr")
+    ttt_chunk_tokens: int = option(
+        32768, "Tokens that are scored before they are trained on.", 1, needs="ttt_lr"
+    )
+    ttt_momentum: float = option(0.9, "SGD's momentum in test-time training.", 0, 1, needs="ttt_lr")
+    ttt_grad_clip: float = option(
+        1.0,
+        "Largest L2 norm of the gradient in test-time training; 0: no clipping.",
+        needs="ttt_lr",
+    )
+
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Config:
-        """Defaults, presets, then explicit variables; InputError for what is unknown, malformed or inert."""
-        kinds = {name.upper(): kind for name, kind in get_type_hints(cls).items()} | {"USE_DEPTH_EMBED": bool}
-        for name in env.keys() - kinds.keys():
-            alike = difflib.get_close_matches(name, kinds, 1, 0.8)  # spares the names of usual environments
-            require(not alike, f"{name} is not an option; did you mean {' '.join(alike)}? (or unset it)")
-        explicit = {n.lower(): parse(n, env[n], kind) for n, kind in kinds.items() if n in env}
-        if "use_depth_embed" in explicit:  # public name; learned in series 4 of PR 855, sinusoidal in 5
-            require("DEPTH_EMBED" not in env, "USE_DEPTH_EMBED and DEPTH_EMBED are both set; drop one")
-            explicit["depth_embed"] = "sinusoidal" if explicit.pop("use_depth_embed") else "none"
+        """Defaults, presets, then explicit variables.
+
+        InputError for a name that is misspelt or of another script, for a malformed value, and
+        for an option that cannot act.
+        """
+        errors, _ = questionable_names(env)
+        require(not errors, "; ".join(errors))
+        explicit = explicit_options(env)
         config = cls(**preset_values(explicit.get("preset", "")) | explicit)
         for name, value in explicit.items():
-            for need in cls.__dataclass_fields__[name].metadata["needs"].split():
-                require(value in (0, "", "none") or not config.hindrance(need),
-                        f"{name.upper()}={show(value)} cannot act here: {config.hindrance(need)}")
-            require(not config.eval_only or name in EVAL_OPTIONS, f"{name.upper()} cannot act here: "
-                    "EVAL_ONLY trains nothing and takes the model from the artifact")
+            needs = cls.__dataclass_fields__[name].metadata["needs"].split()
+            unmet = [text for text in map(config.unmet_need, needs) if text]
+            switched_off = value in (0, "", "none")
+            require(
+                switched_off or not unmet,
+                f"{name.upper()}={show(value)} cannot act here: {', '.join(unmet)}",
+            )
+            require(
+                not config.eval_only or name in EVAL_OPTIONS,
+                f"{name.upper()} cannot act here: EVAL_ONLY trains nothing and takes the model "
+                "from the artifact",
+            )
         return config
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        (starts, counts), n, bits = zip(*self.schedule()), self.num_loops, self.matrix_bits
-        cap, qat = self.max_wallclock_seconds, self.qat_fraction or self.qat_lr_factor
-        ascend = starts[0] == 0 and sorted(set(starts)) == [*starts] and len({x < 1 for x in starts[1:]}) < 2
-        require(ascend and 1 <= min(counts) <= max(counts) <= n, f"PASSES_SCHEDULE={self.passes_schedule} "
-                f"does not ascend from 0 with 1 to NUM_LOOPS={n} passes, as 0:1,0.6:{n} would")
-        require(self.resume != "auto" or self.run_id, "RESUME=auto needs the RUN_ID of the checkpoints")
-        require(bits or not qat, "MATRIX_BITS=0, chosen after training, rules out QAT_FRACTION/QAT_LR_FACTOR")
-        require(qat or not self.qat_core_only, "QAT_CORE_ONLY=1 needs QAT_FRACTION or QAT_LR_FACTOR")
+        self.check_schedule()
+        bits, cap = self.matrix_bits, self.max_wallclock_seconds
+        qat = self.qat_fraction > 0 or self.qat_lr_factor > 0
+        require(
+            self.resume != "auto" or self.run_id, "RESUME=auto needs the RUN_ID of the checkpoints"
+        )
+        require(
+            bits or not qat,
+            "MATRIX_BITS=0, chosen after training, rules out QAT_FRACTION and QAT_LR_FACTOR",
+        )
+        require(
+            qat or not self.qat_core_only, "QAT_CORE_ONLY=1 needs QAT_FRACTION or QAT_LR_FACTOR"
+        )
         require(1 not in (bits, self.core_bits), "MATRIX_BITS and CORE_BITS are 0 or 2 to 8")
-        require(not cap or self.training_seconds, f"GPTQ_SECONDS leave none of MAX_WALLCLOCK_SECONDS={cap}")
+        require(
+            not cap or self.training_seconds,
+            f"GPTQ_SECONDS={self.gptq_seconds} leave none of MAX_WALLCLOCK_SECONDS={cap}",
+        )
+
+    def check_schedule(self) -> None:
+        schedule, n = self.schedule(), self.num_loops
+        starts = [when for when, _ in schedule]
+        counts = [passes for _, passes in schedule]
+        ascending = starts[0] == 0 and starts == sorted(set(starts))
+        one_unit = len({when < 1 for when in starts[1:]}) < 2
+        require(
+            ascending and one_unit and 1 <= min(counts) <= max(counts) <= n,
+            f"PASSES_SCHEDULE={self.passes_schedule} does not ascend from 0 with 1 to "
+            f"NUM_LOOPS={n} passes, as 0:1,0.6:{n} would",
+        )
+
+    def schedule(self) -> list[tuple[float, int]]:
+        """(beginning, passes): from a step on, or below 1 from a fraction of the run on."""
+        text = self.passes_schedule
+        if self.eval_only or not text:
+            return [(0.0, self.num_loops)]
+        entries = [entry.partition(":") for entry in text.split(",")]
+        return [
+            (parse("PASSES_SCHEDULE", when, float), parse("PASSES_SCHEDULE", passes, int))
+            for when, _, passes in entries
+        ]
+
     @property
     def training_seconds(self) -> float:
         """When training ends: MAX_WALLCLOCK_SECONDS less what GPTQ takes of it; 0: no limit."""
-        return max(self.max_wallclock_seconds - self.gptq_seconds * (self.gptq_batches > 0), 0.0)
-    def schedule(self) -> list[tuple[float, int]]:
-        """(beginning, passes): from a step on, or from a fraction of the run on where that is below 1."""
-        entries = (self.passes_schedule * (not self.eval_only) or f"0:{self.num_loops}").split(",")
-        return [(parse("PASSES_SCHEDULE", when, float), parse("PASSES_SCHEDULE", passes, int))
-                for when, _, passes in (entry.partition(":") for entry in entries)]
-    def width(self, name: str) -> int:
-        return getattr(self, name) or self.matrix_bits if name else 0
-    def hindrance(self, need: str) -> str:
-        """What stands against what an option `needs`, as in NUM_LOOPS=1; "" if nothing does."""
-        name, sign, value = re.fullmatch(r"!?(\w+)([>=]?)(\w*)", need).groups()
+        reserved = self.gptq_seconds if self.gptq_batches else 0.0
+        return max(self.max_wallclock_seconds - reserved, 0.0)
+
+    def bits(self, name: str) -> int:
+        """The stored width that option `name` says; CORE_BITS=0 means MATRIX_BITS."""
+        return getattr(self, name) or self.matrix_bits
+
+    def unmet_need(self, need: str) -> str:
+        """What stands against one entry of `needs`, as in NUM_LOOPS=1; "" if nothing does."""
+        found = re.fullmatch(r"(!?)(\w+)([>=]?)(\w*)", need)
+        assert found, need
+        negated, name, sign, value = found.groups()
         actual = getattr(self, name)
-        met = actual == value if sign == "=" else actual > int(value) if sign else bool(actual)
-        return "" if met != need.startswith("!") else f"{name.upper()}={show(actual)}"
+        if sign == "=":
+            met = actual == value
+        elif sign == ">":
+            met = actual > int(value)
+        else:
+            met = bool(actual) != bool(negated)
+        return "" if met else f"{name.upper()}={show(actual)}"
+
     def architecture(self) -> Architecture:
         return Architecture(**{f.name: getattr(self, f.name) for f in fields(Architecture)})
-EVAL_OPTIONS = set("""preset eval_only data_path tokenizer_path log_dir run_id compile attn_backend
-    deterministic rank_timeout_seconds val_batch_size micro_batch_tokens size_limit_bytes eval_passes
-    eval_stride eval_limit_seconds ttt_lr ttt_epochs ttt_chunk_tokens ttt_momentum ttt_grad_clip""".split())
-MAY_DIFFER = EVAL_OPTIONS | set("""tracker resume save_every warmup_steps val_loss_every train_log_every
-    max_skipped_steps""".split())  # between a checkpoint and the run that goes on from it
 
-# ---- 2. Presets ------------------------------------------------------------------------------------------
-# PR 855's 21 runs (Ap is A'), the naive baseline, the "baseline wins" report (heads fit parameter counts),
-# PR 1230: `growing` without error feedback and bigrams, which could not learn, `growing_live` with them.
-core = lambda *layers: dict(zip(("num_prelude", "num_shared", "num_loops", "num_coda"), layers))  # noqa: E731
-PLAIN = core(0, 0, 1, 0) | dict(use_peri_norm=False, use_birkhoff_mix=False, use_timestep_scale=False,
-                                timestep_gamma_max=0.0, use_timestep_bias=False, depth_embed="none")
-SCREEN = dict(iterations=2000, max_wallclock_seconds=0.0)  # series 1: 1xH100, 2000 steps
-REPORT = dict(leaky_relu_slope=0.0, max_wallclock_seconds=180.0)  # "baseline wins": 1xH100, 180 s
-AT_768, AT_1024 = (REPORT | dict(model_dim=d, num_heads=d // 64) for d in (768, 1024))
-MIX = dict(use_peri_norm=True, use_birkhoff_mix=True)
-SCALE = MIX | dict(use_timestep_scale=True)
-CAPPED = SCALE | dict(timestep_gamma_max=4.0)
-FILM = CAPPED | dict(use_timestep_bias=True)
-UNIQUE = FILM | dict(use_unique_norms=True, unique_norms_input_norm=True)
-GROWING = PLAIN | core(4, 3, 3, 4) | dict(
-    core_skips="published", pass_scale_init=0.5, passes_schedule="0:1,0.626:2,0.813:3", jacobian_weight=0.01,
-    mlp_mult=3.0, ln_scale=True, rope_dims=16, rope_base=10000 * 2 ** (16 / 14), xsa_last_n=4, ve_last_n=2,
-    smear_gate="published", train_seq_len=2048, train_batch_tokens=786432, matrix_init="orthogonal",
-    warmdown_iters=3500, matrix_lr=0.025, scalar_lr=0.025, tied_embed_lr=0.035, muon_momentum=0.99,
-    muon_momentum_warmup_start=0.92, muon_momentum_warmup_steps=1500, muon_wd=0.04, adam_wd=0.04,
-    decay_scalars=True, grad_clip_norm=0.3, average="ema", qat_lr_factor=0.15, qat_core_only=True,
-    matrix_bits=6, quant_clip="matrix", quant_scale_floor=1 / 127, codec="lzma", eval_stride=64, ttt_lr=0.002)
-LOOPED = (  # runs of equal techniques: name and layers (prelude, shared, passes, coda)
-    (SCREEN, "Bp:0420"), (SCREEN | MIX, "C:0420"), (SCREEN | dict(use_birkhoff_mix=True), "Cp:0420"),
-    (SCREEN | SCALE, "D:0420 E:1321 F:1231"), (MIX, "G:1321 H:1421 J:1431"), (CAPPED, "I:1421 K:1431"),
-    (CAPPED | dict(share_attn_only=True), "L:1421 M:1431"), (FILM, "N:1421 O:1431"), (UNIQUE, "S:1431"),
-    (UNIQUE | dict(depth_embed="learned"), "P:1421 Q:1431"), (FILM | dict(depth_embed="learned"), "R:1431"),
-    (FILM | dict(depth_embed="sinusoidal"), "T:1431"), (REPORT | dict(model_dim=640), "recur_3x3_640:0330"),
-    (AT_768, "recur_3x3_768:0330 recur_4x3_768:0430"), (AT_1024, "recur_3x3_1024:0330 recur_2x6_1024:0260"))
-SYSTEMS: dict[str, dict[str, Any]] = {
-    "Ap": SCREEN | dict(num_layers=8), "naive": dict(num_layers=9, leaky_relu_slope=0.0),
-    "flat_9x1_512": REPORT | dict(num_layers=9), "growing": GROWING, "growing_live": GROWING | dict(
-        core_skips="all", smear_gate="document", feedback_rank=2, bigram_vocab_size=512),
-} | {name: base | core(*map(int, layers)) for base, runs in LOOPED
-     for name, layers in (run.split(":") for run in runs.split())}
-SCALES: dict[str, dict[str, Any]] = {"tiny": dict(
-    data_path="./data/datasets/sample_sp1024", tokenizer_path="./data/tokenizers/sample_1024_bpe.model",
-    train_seq_len=256, train_batch_tokens=8192, micro_batch_tokens=8192, val_batch_size=16384, iterations=100,
-    max_wallclock_seconds=110.0, warmup_steps=1, warmdown_iters=50, val_loss_every=0, train_log_every=25,
-    muon_momentum_warmup_steps=50, ema_decay=0.9, ttt_chunk_tokens=8192)}
-def preset_values(preset: str) -> dict[str, Any]:
-    names = preset.split(",") if preset else []
-    systems, scales = ([n for n in names if n in table] for table in (SYSTEMS, SCALES))
-    require(max(len(systems), len(scales)) <= 1 and len(systems) + len(scales) == len(names),
-            f"PRESET={preset}: one system of {', '.join(SYSTEMS)} and/or one scale of {', '.join(SCALES)}")
-    values = PLAIN | SYSTEMS[systems[0]] if systems else {}
-    full = asdict(Architecture()) | values  # a scale has a quarter of the width in half as many heads
-    parts = dict(model_dim=full["model_dim"] // 4, **{k: full[k] // 2 for k in ("num_heads", "num_kv_heads")})
-    return values | parts | SCALES[scales[0]] if scales else values
 
-# ---- 3. Ranks and logs -----------------------------------------------------------------------------------
-class World:
-    """The ranks of a run: NCCL on CUDA, gloo on CPU, and no process group at all for a single rank."""
-    def __init__(self, env: Mapping[str, str], timeout: float = 60.0) -> None:
-        self.rank, self.size = (parse(n, env.get(n, d), int) for n, d in (("RANK", "0"), ("WORLD_SIZE", "1")))
-        self.is_main, self.on_cuda = self.rank == 0, torch.cuda.is_available()
-        self.place, self.training, self.asked, self.fallen = "start", False, "", 0  # COMPILE rungs
-        self.device = torch.device(f"cuda:{env.get('LOCAL_RANK', 0)}" if self.on_cuda else "cpu")
-        if self.on_cuda:
-            torch.cuda.set_device(self.device)
-        elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-            libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD: keep freed memory instead of
-            libc.mallopt(-3, 1 << 30)  # faulting it in again at every step
-        if self.size > 1:
-            again, nodes = env.get("TORCHELASTIC_MAX_RESTARTS", "0"), env.get("GROUP_WORLD_SIZE", "1")
-            hangs = "0" != again and nodes != "1" and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-            require(not hangs, "torchrun --max-restarts on nodes needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
-            store, *_ = next(dist.rendezvous("env://"))  # may hold keys of ranks that were started before
-            self.store = dist.PrefixStore(env.get("TORCHELASTIC_RESTART_COUNT", "0") * (nodes == "1"), store)
-            dist.init_process_group(
-                "nccl" if self.on_cuda else "gloo", store=self.store, rank=self.rank, world_size=self.size,
-                timeout=datetime.timedelta(seconds=timeout), device_id=self.device if self.on_cuda else None)
-            self.patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=30))
-    def enter(self, place: str, training: bool = False) -> None:
-        """Where this rank is from now on. SIGTERM and SIGINT end it at once, but in training after a step."""
-        self.place, self.training = place, training
-        if self.asked and not training:
-            raise Ended(EXIT_STOPPED, f"{place}: stopped by {self.asked}")
-    def interrupt(self, number: int, _: Any) -> None:
-        if not self.asked:  # torchrun sends once more what all have got from a terminal, amid the save
-            self.asked = signal.Signals(number).name
-            self.enter(self.place, self.training)
-    def meet(self, call: Callable[..., Any], x: Any, *values: Any) -> Any:
-        """`x` after call(x, *values) with all ranks; Ended if one is gone or late (30 minutes: packing)."""
-        try:
-            if self.size > 1:
-                if not self.training:
-                    dist.barrier(self.patient)
-                call(x, *values)
-            return x
-        except RuntimeError as e:
-            lost, more = [0], " or torchrun, the store is gone"
-            with contextlib.suppress(RuntimeError):
-                self.store.set(f"waits {self.rank}", "")
-                time.sleep(3)  # those that are there say so as well
-                lost, more = [r for r in range(self.size) if not self.store.check([f"waits {r}"])], ""
-            self.is_main = self.rank == min({*range(self.size)} - {*lost})  # the first that is left saves
-            raise Ended(EXIT_LOST, f"{self.place}: lost ranks: {lost}{more} ({str(e).splitlines()[0]})")
-    def sum_(self, x: Tensor) -> Tensor:
-        return self.meet(dist.all_reduce, x)
-    def gather(self, job: Callable[[], Any]) -> list[Any]:
-        """What `job` returns on every rank, on all of them, or an InputError if it raises anything on one."""
-        try:
-            mine = job()
-        except Exception as error:
-            mine = InputError(str(error) if isinstance(error, KNOWN) else traceback.format_exc())
-        seen = self.meet(dist.all_gather_object, [mine] * self.size, mine)
-        if errors := [x for x in seen if isinstance(x, InputError)]:
-            raise errors[0]
-        return seen
-    def on_all(self, job: Callable[[], Any], facts: Callable[[Any], Any]) -> Any:
-        """What `job` returns on each rank; InputError on all if it fails on one, or its `facts` differ."""
-        value: list[Any] = []
-        seen = set(self.gather(lambda: value.append(job()) or repr(facts(value[0]))))
-        require(len(seen) == 1, f"ranks differ in their variables or data: {' / '.join(sorted(seen))}")
-        return value[0]
-    def on_main(self, job: Callable[[], Any]) -> Any:
-        """What `job` returns on rank 0, on all ranks."""
-        return self.gather(lambda: job() if self.is_main else None)[0]
-    def synchronize(self) -> None:
-        if self.on_cuda:
-            torch.cuda.synchronize(self.device)
-class Log:
-    """Rank 0's records: train.log for people, metrics.jsonl for programs, a progress line on a terminal."""
-    def __init__(self, folder: Path, is_main: bool, tracker: str = "none") -> None:
-        self.folder, self.metrics, self.is_main = folder, folder / "metrics.jsonl", is_main
-        self.watched, self.tracker = is_main and sys.stderr.isatty(), tracker if is_main else "none"
-    def size(self) -> int:  # of the metrics, bytes
-        return self.metrics.stat().st_size if self.metrics.exists() else 0
-    def to_file(self, text: str, name: str = "train.log") -> None:
-        if self.is_main:
-            try:
-                with open(self.folder / name, "a", encoding="utf-8") as file:
-                    file.write(text + "\n")
-            except OSError as error:  # a full disk is no reason to end training
-                print(f"warning: not logged: {error}: {text[:200]}", file=sys.stderr, flush=True)
-    def __call__(self, text: str) -> None:
-        self.progress("")
-        if self.is_main:
-            print(text, flush=True)
-        self.to_file(text)
-    @functools.cached_property
-    def send(self) -> Callable[[dict[str, Any]], Any]:
-        """What takes the metrics of a step to Weights & Biases, or to TensorBoard's files in the folder."""
-        if self.tracker == "wandb":
-            return importlib.import_module("wandb").init(name=self.folder.name, dir=str(self.folder)).log
-        board = importlib.import_module("torch.utils.tensorboard")
-        writer = board.SummaryWriter(str(self.folder), flush_secs=5)
-        return lambda values: [writer.add_scalar(name, x, values["step"]) for name, x in values.items()
-                               if isinstance(x, (int, float))]
-    def metric(self, **values: Any) -> None:
-        self.to_file(json.dumps(values), "metrics.jsonl")
-        try:  # a tracker that fails, in whatever way, is switched off and the run goes on
-            if self.tracker != "none":
-                self.send(values)
-        except Exception as error:
-            self.tracker = "none"
-            self(f"warning: TRACKER is off: {type(error).__name__}: {error}")
-    def progress(self, text: str) -> None:
-        print(f"\r\033[K{text}" if self.watched else "", end="", file=sys.stderr, flush=True)
-def write_atomically(path: Path, data: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-# A sealed file: magic, SHA-256 of the rest, codec, length; packed: length of header, header (JSON), values.
-SEAL = struct.Struct("<8s32s8sQ")
-MAGIC = dict(artifact=b"GOLFGPT\x02", checkpoint=b"GOLFRUN\x01")  # the last byte is the version
-CODECS: dict[str, tuple[Callable[..., bytes], ...]] = {  # how module m packs, and unpacks at most n bytes
-    "none": (lambda m, raw: raw, lambda m, body, n: body[:n]),  # checkpoints
-    "zlib": (lambda m, raw: m.compress(raw, 9), lambda m, body, n: m.decompressobj().decompress(body, n)),
-    "lzma": (lambda m, raw: m.compress(raw, preset=6),  # higher ones gain nothing on weights (PR 1230)
-             lambda m, body, n: m.LZMADecompressor(memlimit=1 << 28).decompress(body, n)),
-    "brotli": (lambda m, raw: m.compress(raw, quality=11, lgwin=24),
-               lambda m, body, n: m.Decompressor().process(body, output_buffer_limit=n))}
-def code(codec: str, way: Literal[0, 1], *data: Any) -> bytes:
-    """Packs (0) bytes, or unpacks (1) a body to about n; ValueError, or InputError if the codec is absent."""
-    require(codec in CODECS, f"{codec!r} is none of the codecs {', '.join(CODECS)}")
-    try:
-        return CODECS[codec][way](importlib.import_module(codec.replace("none", "zlib")), *data)
-    except (ImportError, TypeError):
-        raise InputError(f"{codec} is not installed or too old: pip install -U {codec}") from None
-    except (zlib.error, lzma.LZMAError, getattr(sys.modules.get("brotli"), "error", zlib.error)) as error:
-        raise ValueError(f"not {codec}: {error}") from None
-def seal(kind: str, codec: str, header: dict[str, Any], values: Iterable[bytes]) -> bytes:
-    text = json.dumps(header).encode()
-    raw = struct.pack("<I", len(text)) + text + b"".join(values)
-    body = struct.pack("<8sQ", codec.encode(), len(raw)) + code(codec, 0, raw)
-    return MAGIC[kind] + hashlib.sha256(body).digest() + body
-def unseal(kind: str, data: bytes, source: str, limit: int, read: Callable[..., Any]) -> Any:
-    """`read(header, values, codec)` of a sealed file, at most `limit` bytes unpacked; else InputError."""
-    magic, an = MAGIC[kind], "an" if kind == "artifact" else "a"
-    require(len(data) >= SEAL.size and data[:7] == magic[:7], f"{source} is not {an} {kind} of this script")
-    require(data[7] == magic[7], f"{source} is of version {data[7]}, this script reads version {magic[7]}")
-    require(hashlib.sha256(data[40:]).digest() == data[8:40],
-            f"{source} is damaged or truncated: its checksum does not match; copy it again")
-    try:
-        *_, name, length = SEAL.unpack_from(data)
-        require(4 <= length <= min(limit, 128 * len(data)), f"impossible length {length}")  # a bomb
-        codec = name.rstrip(b"\0").decode()
-        raw = code(codec, 1, data[SEAL.size :], length)
-        require(len(raw) == length, f"{length} bytes announced, {len(raw)} found")
-        end = 4 + min(int.from_bytes(raw[:4], "little"), 1 << 20)  # 1,024 layers take 0.23 MB
-        return read(json.loads(raw[4:end].decode()), raw[end:], codec)
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"{source} is not a valid {kind}: {error!r:.300}") from None
+def explicit_options(env: Mapping[str, str]) -> dict[str, Any]:
+    """The options that are set in `env`, parsed."""
+    kinds = get_type_hints(Config)
+    found = {
+        n: parse(n.upper(), env[n.upper()], kind) for n, kind in kinds.items() if n.upper() in env
+    }
+    # Its public name. It meant learned codes in series 4 of PR 855 and sinusoidal ones in series 5.
+    if "USE_DEPTH_EMBED" in env:
+        require("DEPTH_EMBED" not in env, "USE_DEPTH_EMBED and DEPTH_EMBED are both set; drop one")
+        on = parse("USE_DEPTH_EMBED", env["USE_DEPTH_EMBED"], bool)
+        found["depth_embed"] = "sinusoidal" if on else "none"
+    return found
 
-# ---- 4. Data ---------------------------------------------------------------------------------------------
-SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS, BOS = 20240520, 1, 256, 1  # BOS begins every document
-def open_shard(path: Path) -> np.ndarray:
-    """Memory-mapped uint16 tokens of a shard (data/README.md) whose header and size fit; else InputError."""
-    header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
-    require(len(header) == SHARD_HEADER_INTS and (header[0], header[1]) == (SHARD_MAGIC, SHARD_VERSION),
-            f"{path} is not a token shard (begins with {header[:2].tolist()}): fetch it again")
-    count, size = int(header[2]), path.stat().st_size
-    require(count > 0 and size == 4 * SHARD_HEADER_INTS + 2 * count,
-            f"{path} has {size} bytes but its header says {count} tokens: fetch it again")
-    return np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER_INTS, shape=(count,))
-class Tokens:
-    """The shards of one split as one sequence of token ids that starts again at its end."""
-    def __init__(self, config: Config, split: Literal["train", "val"]) -> None:
-        folder, T, self.vocab_size = Path(config.data_path), config.train_seq_len, config.vocab_size
-        self.paths = sorted(folder.glob(f"fineweb_{split}_*.bin"))
-        require(self.paths, f"DATA_PATH={folder} holds no fineweb_{split}_*.bin: see data/README.md, or run "
-                "`python data/sample.py` and set PRESET=tiny for the sample corpus")
-        self.starts = np.cumsum([0, *(len(open_shard(path)) for path in self.paths)])
-        self.total = int(self.starts[-1])
-        require(self.total > T, f"TRAIN_SEQ_LEN={T}: {split} in {folder} has only {self.total} tokens")
-    def read(self, start: int, count: int) -> Tensor:
-        """int32 tokens [count] from position `start`; ids beyond the vocabulary raise InputError."""
-        pieces = []
-        while count:
-            start %= self.total
-            i = int(np.searchsorted(self.starts, start, side="right")) - 1
-            at, most = start - self.starts[i], min(count, self.starts[i + 1] - start)
-            piece = np.fromfile(self.paths[i], "<u2", most, offset=4 * SHARD_HEADER_INTS + 2 * int(at))
-            require(len(piece) == most, f"{self.paths[i]} was cut after it was opened")  # mapped: a bus error
-            require(piece.max() < self.vocab_size, f"{self.paths[i]} holds token {piece.max()}, VOCAB_SIZE="
-                    f"{self.vocab_size}: it is corrupt or of another tokenizer")
-            pieces.append(piece)
-            start, count = start + len(piece), count - len(piece)
-        return torch.from_numpy(np.concatenate(pieces).astype(np.int32))
-class Batches:
-    """Step s is the s-th TRAIN_BATCH_TOKENS of the split, by sequences; every rank takes its part of them."""
-    def __init__(self, tokens: Tokens, config: Config, world: World) -> None:
-        self.tokens, self.world, T, batch = tokens, world, config.train_seq_len, config.train_batch_tokens
-        (sequences, ragged), self.length, self.batch = divmod(batch, T), T, batch
-        require(sequences and not ragged, f"TRAIN_SEQ_LEN={T} does not divide TRAIN_BATCH_TOKENS={batch}")
-        fits = [n for n in range(1, sequences + 1) if sequences % n == 0]
-        require(world.size in fits, f"WORLD_SIZE={world.size} does not divide the {sequences} sequences of a "
-                f"batch (TRAIN_BATCH_TOKENS / TRAIN_SEQ_LEN); these do: {', '.join(map(str, fits))}")
-        local, limit = sequences // world.size, config.micro_batch_tokens // T
-        require(limit, f"MICRO_BATCH_TOKENS={config.micro_batch_tokens} < TRAIN_SEQ_LEN={T}")
-        self.accumulation = next(n for n in range(1, local + 1) if local % n == 0 and local // n <= limit)
-        self.sequences = local // self.accumulation  # per rank and micro-batch
-    def micro(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Inputs and targets, int64 [B, T] each on the rank's device, for every micro-batch of a step."""
-        for i in range(self.accumulation):
-            first = (i * self.world.size + self.world.rank) * self.sequences * self.length
-            span = self.tokens.read(step * self.batch + first, self.sequences * self.length + 1)
-            span = span.pin_memory() if self.world.on_cuda else span  # else the copy waits for the queue
-            span = span.to(self.world.device, non_blocking=True).long()
-            yield span[:-1].view(-1, self.length), span[1:].view(-1, self.length)
 
-# ---- 5. Byte accounting ----------------------------------------------------------------------------------
-SPACE = "\u2581"  # how SentencePiece writes a space
-class ByteCounter(NamedTuple):
-    """UTF-8 bytes of text that tokens stand for: bits per byte compare tokenizers. All tables are [V]."""
-    size: Tensor  # int64, without a leading space
-    space: Tensor  # bool, the piece begins with a space
-    boundary: Tensor  # bool, the space of a piece that follows was put there by the tokenizer, not the text
-    @classmethod
-    def from_sentencepiece(cls, path: Path, vocab_size: int) -> ByteCounter:
-        """Byte pieces are a byte, control and unknown ones none; nor is a space behind those that it adds."""
-        try:
-            sp = spm.SentencePieceProcessor(model_file=str(path))
-            require(len(sp) == vocab_size, f"it has {len(sp)} pieces, VOCAB_SIZE={vocab_size}")
-            none = [sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(vocab_size)]
-            text = ["" if no or sp.is_byte(i) else sp.id_to_piece(i) for i, no in enumerate(none)]
-        except (OSError, RuntimeError, ValueError) as error:
-            raise InputError(f"TOKENIZER_PATH={path} cannot be used: {error!r:.300}") from None
-        size = torch.tensor([len(p.replace(SPACE, " ").encode()) or 1 - no for p, no in zip(text, none)])
-        space = torch.tensor([p.startswith(SPACE) for p in text])
-        return cls(size - space.long(), space, torch.tensor(none) & (sp.decode_pieces([SPACE]) == ""))
-    def count(self, previous: Tensor, token: Tensor) -> Tensor:
-        """Bytes of each token, int64, given the one before it (same shape)."""
-        return self.size[token] + (self.space[token] & ~self.boundary[previous])
+EVAL_OPTIONS = frozenset(
+    """preset eval_only data_path tokenizer_path log_dir run_id device compile attn_backend
+    deterministic rank_timeout_seconds val_batch_size micro_batch_tokens size_limit_bytes
+    eval_passes eval_stride eval_limit_seconds ttt_lr ttt_epochs ttt_chunk_tokens ttt_momentum
+    ttt_grad_clip""".split()
+)
+# What may differ between a checkpoint and the run that goes on from it; ITERATIONS may grow, too.
+MAY_DIFFER = EVAL_OPTIONS | frozenset(
+    """tracker resume save_every warmup_steps val_loss_every train_log_every
+    max_skipped_steps""".split()
+)
 
-# ---- 6. Plan ---------------------------------------------------------------------------------------------
+# ---- 2. Plan -----------------------------------------------------------------------------------
+
+NONE = -1  # an index that points at nothing
+
+
 class Layer(NamedTuple):
-    """One effective layer. Sharing is a repeated index: layers of the same `attn` or `mlp` share weights."""
+    """One effective layer. Sharing is a repeated index: equal `attn` or `mlp` share weights."""
+
     row: int  # its depth: row of the scale, shift and depth-code tables
-    attn: int  # attention and the mix in front of it; in the order of the unshared network
+    attn: int  # attention and the mix before it; numbered as in the network without repetition
     mlp: int
-    gain: int = -1  # row of the unique norm gains; -1: the neutral row
+    gain: int = NONE  # row of the unique norm gains
     core: bool = False  # its weights are used in every pass
-    opens: int = -1  # the pass over the core that begins here, from 0, and at most the last one trained
-    closes: int = -1  # the pass over the core that ends here
+    opens: int = NONE  # the pass over the core that begins here, counted from 0
+    closes: int = NONE  # the pass over the core that ends here
     push: bool = False  # U-Net: its output is kept for a later layer
-    skip: int = -1  # U-Net: weight with which the output kept last is added to its input; -1: none
-    value: int = -1  # row of the value embedding's scales; -1: takes none
-    xsa: bool = False  # attention leaves out what lies along the token's own value
+    skip: int = NONE  # U-Net: weight with which the output kept last is added to its input
+    value: int = NONE  # row of the value embedding's scales
+    xsa: bool = False  # exclusive self-attention
+
+
 def make_plan(a: Architecture, passes: int = 0) -> tuple[Layer, ...]:
-    """The effective layers: prelude, `passes` (0: NUM_LOOPS) x core, coda. A layer has the same row at any
-    number of passes, and passes beyond NUM_LOOPS have the last one's rows. Without a core, a flat U-Net."""
-    pre, shared, tail, last = a.num_prelude, a.num_shared, a.num_coda, a.num_loops - 1
-    # PR 1230 adds a skip while the tail layer's index is below the number of skips left: half of them
-    skips = {"none": 0, "all": pre, "published": (pre + 1) // 2}[a.core_skips]
-    if not shared:  # the second half takes the outputs of the first, the last one first
-        pre, tail, skips = a.num_layers // 2, a.num_layers - a.num_layers // 2, a.num_layers // 2
-    unique, skips, layers = pre + shared + tail, min(skips, tail), []
-    looped = list(range(pre, pre + shared)) * (passes or a.num_loops)
-    for v, u in enumerate([*range(pre), *looped, *range(pre + shared, unique)]):
-        core, t = pre <= u < pre + shared, u - pre - shared
-        loop = min((v - pre) // shared, last) if core else last if t >= 0 else 0
-        row = u + shared * loop
-        layers.append(Layer(
-            row, u, row if a.share_attn_only else u, row - pre if a.use_unique_norms and core else -1, core,
-            opens=loop if core and u == pre else -1, closes=loop if core and t == -1 else -1,
-            push=pre - skips <= u < pre, skip=t if 0 <= t < skips else -1,
-            value=max(u - unique + a.ve_last_n, -1), xsa=not core and u >= unique - a.xsa_last_n))
+    """The effective layers: prelude, `passes` (0: NUM_LOOPS) times the core, coda.
+
+    A layer has the same row at any number of passes, and passes beyond NUM_LOOPS have the rows of
+    the last one. Without a core, the prelude and coda are the two halves of a flat U-Net.
+    """
+    prelude, core, coda = a.num_prelude, a.num_shared, a.num_coda
+    if not core:
+        prelude = a.num_layers // 2
+        coda = a.num_layers - prelude
+    stored = prelude + core + coda
+    skips = num_skips(a, prelude, coda)
+    last = a.num_loops - 1
+
+    def outside(index: int, row: int, **skip: Any) -> Layer:
+        mlp = row if a.share_attn_only else index
+        xsa = index >= stored - a.xsa_last_n
+        return Layer(row, index, mlp, value=value_row(index), xsa=xsa, **skip)
+
+    def value_row(index: int) -> int:
+        return max(index - (stored - a.ve_last_n), NONE)
+
+    layers = [outside(i, i, push=i >= prelude - skips) for i in range(prelude)]
+    for number in range((passes or a.num_loops) if core else 0):
+        visit = min(number, last)
+        for i in range(prelude, prelude + core):
+            row = i + core * visit
+            layers.append(
+                Layer(
+                    row,
+                    attn=i,
+                    mlp=row if a.share_attn_only else i,
+                    gain=row - prelude if a.use_unique_norms else NONE,
+                    core=True,
+                    opens=visit if i == prelude else NONE,
+                    closes=visit if i == prelude + core - 1 else NONE,
+                    value=value_row(i),
+                )
+            )
+    for t in range(coda):
+        i = prelude + core + t
+        layers.append(outside(i, i + core * last, skip=t if t < skips else NONE))
     return tuple(layers)
 
-# ---- 7. Model --------------------------------------------------------------------------------------------
-# A gain before a matrix scales its columns, one behind it its rows: a pass over a weight, not over the data.
-# What is done with a kind of parameter: its optimizer; the options that are its rate and its width in storage
-# (else float16); whether ADAM_WD decays it without DECAY_SCALARS. A parameter is made with its role.
-Role = namedtuple("Role", "optimizer lr bits decays", defaults=("", True))
-ROLES = {  # a table has a row for every effective layer, scalars are vectors of one layer
-    "matrix": Role("muon", "matrix_lr", "matrix_bits"), "core matrix": Role("muon", "matrix_lr", "core_bits"),
+
+def num_skips(a: Architecture, prelude: int, coda: int) -> int:
+    """U-Net skips: the last `n` layers before the core feed the first `n` after it, in reverse."""
+    if not a.num_shared or a.core_skips == "all":
+        return min(prelude, coda)
+    # PR 1230 adds a skip only while the tail layer's index is below the number of skips left.
+    return min((prelude + 1) // 2, coda) if a.core_skips == "published" else 0
+
+
+# ---- 3. Model ----------------------------------------------------------------------------------
+# A gain before a matrix scales its columns and a scale behind it its rows: a pass over a weight is
+# cheaper than one over the data.
+
+
+class Role(NamedTuple):
+    """What is done with a kind of parameter."""
+
+    optimizer: Literal["muon", "adam"]
+    lr: str  # the option that is its learning rate
+    bits: str = ""  # the option that is its stored width; "": float16
+    decays: bool = True  # ADAM_WD decays it without DECAY_SCALARS
+
+
+ROLES = {
+    "matrix": Role("muon", "matrix_lr", "matrix_bits"),
+    "core matrix": Role("muon", "matrix_lr", "core_bits"),
     "tied embedding": Role("adam", "tied_embed_lr", "embed_bits"),
-    "embedding": Role("adam", "embed_lr", "embed_bits"), "head": Role("adam", "head_lr", "embed_bits"),
+    "embedding": Role("adam", "embed_lr", "embed_bits"),
+    "head": Role("adam", "head_lr", "embed_bits"),
     "side embedding": Role("adam", "tied_embed_lr", "embed_bits"),  # bigrams, values
-    "projection": Role("adam", "scalar_lr", "embed_bits"),  # of side embeddings and error feedback
-    "table": Role("adam", "scalar_lr", decays=False), "scalar": Role("adam", "scalar_lr", decays=False)}
+    "projection": Role("adam", "scalar_lr", "embed_bits"),  # of side embeddings, error feedback
+    "table": Role("adam", "scalar_lr", decays=False),  # a row for every effective layer
+    "scalar": Role("adam", "scalar_lr", decays=False),  # a vector of one layer
+}
+
+
 def parameter(role: str, value: Tensor, parts: tuple[int, ...] = ()) -> nn.Parameter:
-    """A float32 parameter with a role; `parts` are the rows of the matrices stacked in it (q, k, v)."""
+    """A float32 parameter with its role; `parts` are the rows of matrices in it (q, k, v)."""
     p = nn.Parameter(value)
-    p.role, p.parts = role, parts or (len(value),)
+    p.role = role  # type: ignore[attr-defined]
+    p.parts = parts or (len(value),)  # type: ignore[attr-defined]
     return p
-def uniform(rows: int, columns: int) -> Tensor:  # PyTorch's default for a linear layer
+
+
+def role_of(p: Tensor) -> Role:
+    return ROLES[p.role]  # type: ignore[attr-defined]
+
+
+def parts_of(p: Tensor, like: Tensor | None = None) -> tuple[Tensor, ...]:
+    """The matrices stacked in `p`, as views of it, or of `like`, which has its shape."""
+    return (p if like is None else like).split(p.parts)  # type: ignore[attr-defined]
+
+
+def uniform(rows: int, columns: int) -> Tensor:
+    """PyTorch's initial weights of a linear layer."""
     return torch.empty(rows, columns).uniform_(-(columns**-0.5), columns**-0.5)
-# How a forward pass runs: passes over the core, rounding of matrices outside and in it (bits, 0: none, and
-# QUANT_SCALE_FLOOR), weight of the penalty on growth in the core, whether that is of every pass.
-Rounding = namedtuple("Rounding", "bits floor", defaults=(0, 0.0))
-Mode = namedtuple("Mode", "passes outside core jacobian per_pass", defaults=(*[Rounding()] * 2, 0.0, False))
-def row_steps(clip: Tensor, bits: int, floor: float) -> tuple[Tensor, int]:
-    """Steps of rows that saturate at `clip`, and how many fit on a side of 0; `floor`: smallest of 8 bits."""
-    levels = 2 ** (bits - 1) - 1
-    return (clip / levels).clamp_min(max(floor * 127 / levels, 2.0**-24)), levels  # above 0 also for zeros
+
+
+class Rounding(NamedTuple):
+    """Rounding of matrices in a forward pass (QAT)."""
+
+    bits: int = 0  # 0: none
+    floor: float = 0.0  # QUANT_SCALE_FLOOR
+
+
+class Mode(NamedTuple):
+    """How a forward pass runs. torch.compile makes one graph for each."""
+
+    passes: int  # over the core
+    outside: Rounding = Rounding()  # of matrices outside the core
+    core: Rounding = Rounding()
+    growth_weight: float = 0.0  # of the penalty on growth of the state in the core
+    per_pass: bool = False  # penalise the growth of every pass
+
+
+def max_level(bits: int) -> int:
+    """The largest integer of symmetric rounding to `bits`."""
+    return 2 ** (bits - 1) - 1
+
+
+def row_steps(clip: Tensor, bits: int, floor: float) -> Tensor:
+    """Rounding steps of rows that saturate at `clip`; `floor` is the smallest step at 8 bits."""
+    levels = max_level(bits)
+    return (clip / levels).clamp_min(max(floor * 127 / levels, 2.0**-24))  # above 0 for zeros, too
+
+
+def round_to_steps(w: Tensor, step: Tensor, bits: int) -> Tensor:
+    """The integers, as float32, whose multiples of `step` are nearest to w.
+
+    Training, export and GPTQ round with it.
+    """
+    levels = max_level(bits)
+    return torch.round(w / step).clamp(-levels, levels)
+
+
 class Matrix(nn.Module):
     """A linear map without bias, which Muon trains and the quantiser rounds."""
+
     def __init__(self, value: Tensor, core: bool, parts: tuple[int, ...] = ()) -> None:
         super().__init__()
         self.weight = parameter("core matrix" if core else "matrix", value, parts)
+
     def forward(self, x: Tensor, factor: Tensor | float, rounding: Rounding) -> Tensor:
-        """x [..., c] -> [..., r]; `factor`: [c], or [r, 1]; rounding: straight-through (arXiv 1308.3432)."""
-        w = self.weight
+        """x [..., c] -> [..., r]; `factor` multiplies columns [c] or rows [r, 1] of the weight."""
+        w: Tensor = self.weight
         if rounding.bits:
-            step, levels = row_steps(w.detach().abs().amax(1, keepdim=True), *rounding)
-            w = w + (torch.round(w.detach() / step).clamp(-levels, levels) * step - w.detach())
+            # Straight-through (arXiv 1308.3432). The grid ends at the row's largest weight, as that
+            # of QUANT_CLIP=percentile does; export alone searches for other clips, as in PR 1230.
+            exact = w.detach()
+            step = row_steps(exact.abs().amax(1, keepdim=True), rounding.bits, rounding.floor)
+            w = w + (round_to_steps(exact, step, rounding.bits) * step - exact)
         return F.linear(x, (w * factor).to(x.dtype))
+
+
 def rms_norm(x: Tensor) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], eps=1.1920929e-07)  # of float32, PyTorch's default; without a gain
+    """RMSNorm without a gain; eps is PyTorch's default for float32, whatever the type of x."""
+    return F.rms_norm(x, x.shape[-1:], eps=1.1920929e-07)
+
+
 def rope_tables(a: Architecture) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, 1, ROPE_DIMS / 2] of the rotary angles (arXiv 2104.09864), computed in float32."""
+    """cos and sin [T, 1, ROPE_DIMS / 2] of the rotary angles (arXiv 2104.09864), in float32."""
     half = (a.rope_dims or a.model_dim // a.num_heads) // 2
-    frequency, position = a.rope_base ** (-torch.arange(half) / half), torch.arange(a.train_seq_len).float()
+    frequency = a.rope_base ** (-torch.arange(half) / half)
+    position = torch.arange(a.train_seq_len).float()
     if a.reference_bf16:  # leaves 513 distinct rotations for 1,024 positions
         frequency, position = frequency.bfloat16(), position.bfloat16()
     angle = torch.outer(position, frequency).float()[:, None]
     return angle.cos(), angle.sin()
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of the first channels of x [B, T, heads, E], whose halves are the rotated pairs."""
+    """Rotary embedding of x [B, T, heads, E]; channel i pairs with channel i + half."""
     half = cos.shape[-1]
     x1, x2, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1)
+
+
 def without_own_value(y: Tensor, v: Tensor) -> Tensor:
-    """Exclusive self-attention (arXiv 2603.09078): y [B, T, H, E] less its part along own v [B, T, K, E]."""
+    """y [B, T, H, E] less its part along v [B, T, K, E].
+
+    It is called exclusive self-attention (arXiv 2603.09078).
+    """
     own = F.normalize(v, dim=-1, eps=1e-12)[:, :, :, None]
     y = y.unflatten(2, (v.shape[2], -1))
     return (y - (y * own).sum(-1, keepdim=True) * own).flatten(2, 3)
-def attend(q: Tensor, k: Tensor, v: Tensor, block: int = 128) -> Tensor:
-    """Causal attention: q [B, H, T, E], k and v [B, K, T, E] -> [B, H, T, E]. On CPUs by products of a
-    `block` of queries with the keys up to its end; on CUDA, or without one, by PyTorch's kernels."""
-    (B, H, T, E), K, out = q.shape, k.shape[1], []
-    if q.is_cuda or not block:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != K)
-    q, k, v = q.reshape(B * K, H // K, T, E), k.reshape(B * K, T, E), v.reshape(B * K, T, E)
+
+
+def torch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's causal attention: q [B, H, T, E], k and v [B, K, T, E] -> [B, H, T, E]."""
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, block: int = 128) -> Tensor:
+    """Causal attention: q [B, H, T, E], k and v [B, K, T, E] -> [B, H, T, E].
+
+    On CUDA it is PyTorch's. On CPUs it multiplies blocks of queries with the keys up to their end,
+    which leaves out half of the products and of the memory traffic.
+    """
+    if q.is_cuda:
+        return torch_attention(q, k, v)
+    (B, H, T, E), K = q.shape, k.shape[1]
+    q = q.reshape(B * K, H // K, T, E)
+    k = k.reshape(B * K, T, E)
+    v = v.reshape(B * K, T, E)
+    out = []
     for start in range(0, T, block):
         end = min(start + block, T)
-        future = torch.full((end - start, end), -math.inf, dtype=q.dtype).triu(start + 1).repeat(H // K, 1)
+        future = torch.full((end - start, end), -math.inf, dtype=q.dtype).triu(start + 1)
         rows = q[:, :, start:end].reshape(B * K, -1, E)
-        scores = torch.baddbmm(future, rows, k[:, :end].mT, alpha=E**-0.5)
+        scores = torch.baddbmm(future.repeat(H // K, 1), rows, k[:, :end].mT, alpha=E**-0.5)
         out.append((scores.softmax(-1) @ v[:, :end]).view(B, H, end - start, E))
     return torch.cat(out, dim=2)
-# What conditions one branch of one effective layer, [D] each, or a neutral [1] where switched off: on the
-# input of its first matrix, on its output (float32 both), added to its output (DTYPE).
-Mod = namedtuple("Mod", "gain gamma beta")
+
+
+class Modulation(NamedTuple):
+    """What conditions one branch of an effective layer: [D] each, or a neutral [1] if off."""
+
+    gain: Tensor  # on the input of its first matrix, float32
+    gamma: Tensor  # on its output, float32
+    beta: Tensor  # added to its output, DTYPE
+
+
+class Conditioned(NamedTuple):
+    """What conditions one effective layer."""
+
+    attn: Modulation
+    mlp: Modulation
+    depth: Tensor  # code that is added to the stream: [D], or a neutral [1]; DTYPE
+
+
+class Context(NamedTuple):
+    """What an effective layer runs with besides the stream."""
+
+    rounding: Rounding
+    rope: tuple[Tensor, Tensor]  # cos and sin
+    attention: Callable[..., Tensor] = attention
+    value: Tensor | None = None  # value embedding [B, T, K E] that is added to v
+    xsa: bool = False
+
+
 class Mix(nn.Module):
-    """x and x0 with two weights a channel, or "Birkhoff": sigmoid of w, -w (PR 855, arXiv 2601.05732)."""
+    """x and x0 with two weights a channel, or "Birkhoff": sigmoid of w and of -w (PR 855)."""
+
     def __init__(self, a: Architecture) -> None:
         super().__init__()
-        self.convex, start = a.use_birkhoff_mix, torch.tensor([[1.0], [0.0]]).expand(2, a.model_dim)
-        self.weight = parameter("scalar", torch.zeros(a.model_dim) if self.convex else start.clone())
-    def weights(self) -> tuple[Tensor, ...]:
-        w = self.weight
-        return (torch.sigmoid(w), torch.sigmoid(-w)) if self.convex else w.unbind()
+        self.convex = a.use_birkhoff_mix
+        free = torch.stack((torch.ones(a.model_dim), torch.zeros(a.model_dim)))
+        self.weight = parameter("scalar", torch.zeros(a.model_dim) if self.convex else free)
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """The weights of x and of x0, [D] each."""
+        if self.convex:
+            return torch.sigmoid(self.weight), torch.sigmoid(-self.weight)
+        carried, anchor = self.weight.unbind()
+        return carried, anchor
+
     def forward(self, x: Tensor, x0: Tensor) -> Tensor:
         carried, anchor = (w.to(x.dtype) for w in self.weights())
-        return torch.lerp(x0, x, carried) if self.convex else torch.addcmul(x * carried, x0, anchor)
-# What a layer runs with besides: rope is (cos, sin); values are none or one [B, T, K E] added to v; with xsa,
-# attention leaves out what lies along the token's own value.
-Setting = namedtuple("Setting", "rounding rope attend values xsa", defaults=(attend, (), False))
+        if self.convex:
+            return torch.lerp(x0, x, carried)
+        return torch.addcmul(x * carried, x0, anchor)
+
 
 class Attention(nn.Module):
-    """Residual branch: pre-norm causal attention with normalised q and k, RoPE and a gain per query head."""
+    """Residual branch: pre-norm causal attention; q and k are normalised, q has a gain per head."""
+
     def __init__(self, a: Architecture, core: bool) -> None:
         super().__init__()
-        self.heads, self.width = (a.num_heads, a.num_kv_heads, a.num_kv_heads), a.model_dim // a.num_heads
-        parts = tuple(n * self.width for n in self.heads)
+        self.num_heads, self.num_kv_heads = a.num_heads, a.num_kv_heads
+        self.head_dim = a.model_dim // a.num_heads
+        heads = (a.num_heads, a.num_kv_heads, a.num_kv_heads)
+        parts = tuple(n * self.head_dim for n in heads)
         self.qkv = Matrix(uniform(sum(parts), a.model_dim), core, parts)
         self.proj = Matrix(torch.zeros(a.model_dim, a.model_dim), core)
         self.q_gain = parameter("scalar", torch.full((a.num_heads,), a.qk_gain_init))
         self.scale = parameter("scalar", torch.ones(a.model_dim))
-    def forward(self, x: Tensor, mod: Mod, setting: Setting) -> Tensor:
-        (B, T, _), (H, K, _) = x.shape, self.heads
-        qkv = self.qkv(rms_norm(x), mod.gain, setting.rounding).view(B, T, -1, self.width)
+
+    def forward(self, x: Tensor, mod: Modulation, context: Context) -> Tensor:
+        B, T, _ = x.shape
+        H, K = self.num_heads, self.num_kv_heads
+        qkv = self.qkv(rms_norm(x), mod.gain, context.rounding).view(B, T, -1, self.head_dim)
         qk, v = qkv.split((H + K, K), dim=2)
-        for value in setting.values:
-            v = v + value.view(v.shape)
-        qk = rotate(rms_norm(qk), *setting.rope) * F.pad(self.q_gain, (0, K), value=1.0).to(x.dtype)[:, None]
+        if context.value is not None:
+            v = v + context.value.view(v.shape)
+        gain = F.pad(self.q_gain, (0, K), value=1.0).to(x.dtype)
+        qk = rotate(rms_norm(qk), *context.rope) * gain[:, None]
         q, k = qk.transpose(1, 2).split((H, K), dim=1)
-        y = setting.attend(q, k, v.transpose(1, 2)).transpose(1, 2)
-        if setting.xsa:
+        y = context.attention(q, k, v.transpose(1, 2)).transpose(1, 2)
+        if context.xsa:
             y = without_own_value(y, v)
-        return x + self.proj(y.flatten(2), (self.scale * mod.gamma)[:, None], setting.rounding) + mod.beta
+        scale = (self.scale * mod.gamma)[:, None]
+        return x + self.proj(y.flatten(2), scale, context.rounding) + mod.beta
+
+
 class MLP(nn.Module):
-    """Residual branch: W2 leaky_relu(W1 x)^2, normalised at its input, its output (Output-LN) or both."""
+    """Residual branch: W2 leaky_relu(W1 x)^2, normalised at its input, its output or both."""
+
     def __init__(self, a: Architecture, core: bool, input_norm: bool) -> None:
         super().__init__()
-        self.slope, self.input_norm, self.output_norm = a.leaky_relu_slope, input_norm, a.use_peri_norm
-        self.fc = Matrix(uniform(round(a.mlp_mult * a.model_dim), a.model_dim), core)
-        self.proj = Matrix(torch.zeros(a.model_dim, len(self.fc.weight)), core)
+        self.slope, self.input_norm, self.output_norm = (
+            a.leaky_relu_slope,
+            input_norm,
+            a.use_peri_norm,
+        )
+        hidden = round(a.mlp_mult * a.model_dim)
+        self.fc = Matrix(uniform(hidden, a.model_dim), core)
+        self.proj = Matrix(torch.zeros(a.model_dim, hidden), core)
         self.scale = parameter("scalar", torch.ones(a.model_dim))
-    def forward(self, x: Tensor, mod: Mod, rounding: Rounding) -> Tensor:
+
+    def forward(self, x: Tensor, mod: Modulation, rounding: Rounding) -> Tensor:
         h = self.fc(rms_norm(x) if self.input_norm else x, mod.gain, rounding)
-        h, scale = F.leaky_relu(h, self.slope).square(), self.scale * mod.gamma
+        h = F.leaky_relu(h, self.slope).square()
+        scale = self.scale * mod.gamma
         if self.output_norm:
-            return torch.addcmul(x + mod.beta, rms_norm(self.proj(h, 1.0, rounding)), scale.to(x.dtype))
+            out = rms_norm(self.proj(h, 1.0, rounding))
+            return torch.addcmul(x + mod.beta, out, scale.to(x.dtype))
         return x + self.proj(h, scale[:, None], rounding) + mod.beta
-def block(weights: tuple[Any, ...], x: Tensor, x0: Tensor, mods: tuple[Any, ...], setting: Setting) -> Tensor:
-    """One effective layer, [B, T, D] -> [B, T, D]; what COMPILE=block compiles once for all alike."""
-    (mix, attn, mlp), (attn_mod, mlp_mod, depth) = weights, mods
-    return mlp(attn(mix(x, x0) + depth, attn_mod, setting), mlp_mod, setting.rounding)
+
+
+class Weights(NamedTuple):
+    """The modules of one effective layer."""
+
+    mix: nn.Module
+    attn: nn.Module
+    mlp: nn.Module
+
+
+def block(w: Weights, x: Tensor, x0: Tensor, cond: Conditioned, context: Context) -> Tensor:
+    """One effective layer, [B, T, D] -> [B, T, D]; COMPILE=block compiles it once for all alike."""
+    x = w.mix(x, x0) + cond.depth
+    x = w.attn(x, cond.attn, context)
+    return w.mlp(x, cond.mlp, context.rounding)
+
+
 def head_loss(h: Tensor, head: Tensor, targets: Tensor, softcap: float) -> Tensor:
-    """Mean cross-entropy of softcap * tanh(h head^T / softcap): h [N, D], head [V, D], targets [N]."""
-    rows, weight = len(h) if h.is_cuda or torch.compiler.is_compiling() else 512, head.to(h.dtype)  # in cache
-    logits = lambda x: softcap * torch.tanh(F.linear(x, weight).float() / softcap)  # noqa: E731
-    parts = zip(h.split(rows), targets.split(rows))
-    return sum(F.cross_entropy(logits(x), y, reduction="sum") for x, y in parts) / (targets >= 0).sum()
+    """Mean cross-entropy of softcap * tanh(h head^T / softcap).
+
+    h [N, D], head [V, D], targets [N] of which those below 0 are left out.
+    """
+    weight = head.to(h.dtype)
+    whole = h.is_cuda or torch.compiler.is_compiling()
+    rows = len(h) if whole else 512  # as many logits as stay in a CPU's cache
+    total = torch.zeros((), device=h.device)
+    for x, y in zip(h.split(rows), targets.split(rows)):
+        logits = softcap * torch.tanh(F.linear(x, weight).float() / softcap)
+        total = total + F.cross_entropy(logits, y, reduction="sum")
+    return total / (targets >= 0).sum()
+
+
+class Ops(NamedTuple):
+    """The operations of a forward pass that COMPILE and ATTN_BACKEND replace."""
+
+    attention: Callable[..., Tensor] = attention
+    block: Callable[..., Tensor] = block
+    loss: Callable[..., Tensor] = head_loss
+
+
+PLAIN_OPS = Ops()
+
+
 class SideEmbedding(nn.Module):
-    """A narrow table [N, d] and its projection to [out], scaled: bigrams into the stream, tokens into v."""
+    """A narrow table [N, d] and its scaled projection: bigrams into the stream, tokens into v."""
+
     def __init__(self, rows: int, width: int, out: int, scale: float) -> None:
         super().__init__()
         self.table = parameter("side embedding", 0.01 * torch.randn(rows, width))
         self.proj = parameter("projection", uniform(out, width))
         self.scale = parameter("scalar", torch.full((1,), scale))
+
     def forward(self, index: Tensor) -> Tensor:
         return F.linear(F.embedding(index, self.table), self.proj * self.scale)
+
+
 def bigram_index(ids: Tensor, buckets: int) -> Tensor:
-    """Bucket of each token of ids [B, T] and the one before it; the last for a first token (PR 549)."""
+    """Bucket of each token of ids [B, T] and the one before it (PR 549).
+
+    A first token has the last bucket.
+    """
     mixed = (36313 * ids[:, 1:]) ^ (27191 * ids[:, :-1])
     return F.pad(mixed % (buckets - 1), (1, 0), value=buckets - 1)
 
-class Core(nn.Module):
-    """What happens between two passes over the core (PR 1230), by the second pass's number, from 1."""
+
+class PassBoundary(nn.Module):
+    """What happens to the state between two passes over the core (PR 1230).
+
+    Passes are counted from 0; everything here acts from the second pass, number 1, on.
+    """
+
     def __init__(self, a: Architecture) -> None:
         super().__init__()
-        self.norm, self.scaled, self.rank = a.interpass_norm, a.pass_scale_init != 1, a.feedback_rank
+        D, rank = a.model_dim, a.feedback_rank
+        self.norm, self.scaled, self.feedback = a.interpass_norm, a.pass_scale_init != 1, rank > 0
         if self.scaled:
             self.scale = parameter("scalar", torch.full((a.num_loops - 1,), a.pass_scale_init))
-        if rank := self.rank:  # U alone begins at 0: published with V, d at 0, all gradients are 0 for ever
-            self.v = parameter("projection", torch.randn(D := a.model_dim, rank) * D**-0.5)
+        if self.feedback:
+            # Only U starts at 0. Published with V and d at 0 as well, all gradients are 0 for ever.
+            self.v = parameter("projection", torch.randn(D, rank) * D**-0.5)
             self.u = parameter("projection", torch.zeros(D, rank))
             self.diagonal = parameter("scalar", torch.ones(D))
+
     def enter(self, x: Tensor, number: int) -> Tensor:
-        """The state [B, T, D] that a pass begins with; the first one, number 0, as it came."""
-        x = rms_norm(x) if self.norm and number else x
-        if self.rank and number:
-            x = x + F.linear(x @ self.v.to(x.dtype), (self.u.T * self.diagonal).T.to(x.dtype))
+        """The state [B, T, D] that pass `number` begins with."""
+        if number == 0:
+            return x
+        if self.norm:
+            x = rms_norm(x)
+        if self.feedback:
+            back = (self.u.T * self.diagonal).T.to(x.dtype)
+            x = x + F.linear(x @ self.v.to(x.dtype), back)
         return x
-    def leave(self, begun: Tensor, x: Tensor, number: int) -> Tensor:
-        return torch.lerp(begun, x, self.scale[number - 1].to(x.dtype)) if self.scaled and number else x
-def overgrowth(before: Tensor, after: Tensor) -> Tensor:
-    """relu(|after - before| / |before| - 1)^2, Frobenius norms over the whole forward pass (PR 1230)."""
-    before, change = before.float(), after.float() - before.float()
-    return F.relu(change.norm() / (before.norm() + 1e-6) - 1).square()
+
+    def leave(self, start: Tensor, x: Tensor, number: int) -> Tensor:
+        """The state behind pass `number`, which took `start` to x."""
+        if number == 0 or not self.scaled:
+            return x
+        return torch.lerp(start, x, self.scale[number - 1].to(x.dtype))
+
+    def pass_scale(self, number: int) -> float:
+        """alpha of pass `number`; 1 where there is none."""
+        return self.scale[number - 1].item() if self.scaled and number > 0 else 1.0
+
+
+def growth_penalty(before: Tensor, after: Tensor) -> Tensor:
+    """relu(|after - before| / |before| - 1)^2, Frobenius norms over the whole batch (PR 1230)."""
+    change = after.float() - before.float()
+    return F.relu(change.norm() / (before.float().norm() + 1e-6) - 1).square()
+
 
 class Conditioning(nn.Module):
-    """Tables by effective layer: gamma, beta (arXiv 2410.01405, 1709.07871), depth code, norm gains."""
+    """Tables by effective layer: gamma and beta, depth code, norm gains.
+
+    arXiv 2410.01405 has the scale by timestep, 1709.07871 has FiLM.
+    """
+
+    gamma: Tensor  # [R, 2, D], for attention and MLP, like beta
+    beta: Tensor
+    gain: Tensor  # [rows of the core, 2, D]
+    no_gain: Tensor
+    gain_row: Tensor  # [R], which row of gain; NONE is the neutral one behind it
+    depth: Tensor  # [R, D]
+    scale_in: Tensor  # [R, 2, 1]
+    scale_out: Tensor
+
     def __init__(self, a: Architecture, plan: tuple[Layer, ...]) -> None:
         super().__init__()
-        R, D, gains = len(plan), a.model_dim, max(layer.gain for layer in plan) + 1
+        R, D = len(plan), a.model_dim
+        gains = max(layer.gain for layer in plan) + 1
         self.cap = a.timestep_gamma_max or math.inf
-        self.table("gamma", a.use_timestep_scale, torch.ones(R, 2, D if a.use_timestep_scale else 1))
-        self.table("beta", a.use_timestep_bias, torch.zeros(R, 2, D if a.use_timestep_bias else 1))
-        self.table("gain", gains > 0, torch.ones(gains, 2, D if gains else 1))
-        self.table("no_gain", False, torch.ones(1, *self.gain.shape[1:]))
-        self.table("gain_row", False, torch.tensor([layer.gain for layer in plan]))
-        code = torch.sin(torch.arange(R)[:, None] * 10000.0 ** (-torch.arange(D) / D))
-        code = {"none": torch.zeros(R, 1), "sinusoidal": code, "learned": torch.zeros(R, D)}[a.depth_embed]
-        self.table("depth", a.depth_embed == "learned", code)
-        scale = torch.tensor([layer.attn + 1.0 for layer in plan]) ** (-0.5 if a.ln_scale else 0.0)
-        at_output = torch.tensor([False, a.use_peri_norm])  # of attention and MLP: where the norm is
-        self.table("scale_in", False, torch.where(at_output, 1.0, scale[:, None])[..., None])
-        self.table("scale_out", False, torch.where(at_output, scale[:, None], 1.0)[..., None])
-    def table(self, name: str, learned: bool, value: Tensor) -> None:
-        constant = functools.partial(self.register_buffer, persistent=False)
-        register = self.register_parameter if learned else constant
-        register(name, parameter("table", value) if learned else value)
-    def rows(self, plan: tuple[Layer, ...], dtype: torch.dtype) -> list[tuple[Mod, Mod, Tensor]]:
-        """For every effective layer: the Mod of attention, that of the MLP, the depth code."""
+        self.add("gamma", a.use_timestep_scale, torch.ones(R, 2, D if a.use_timestep_scale else 1))
+        self.add("beta", a.use_timestep_bias, torch.zeros(R, 2, D if a.use_timestep_bias else 1))
+        self.add("gain", gains > 0, torch.ones(gains, 2, D if gains else 1))
+        self.add("no_gain", False, torch.ones(1, *self.gain.shape[1:]))
+        self.add("gain_row", False, torch.tensor([layer.gain for layer in plan]))
+        self.add("depth", a.depth_embed == "learned", depth_code(a.depth_embed, R, D))
+        scale = torch.ones(R)
+        if a.ln_scale:
+            scale = torch.tensor([layer.attn + 1.0 for layer in plan]) ** -0.5
+        at_output = torch.tensor(
+            [False, a.use_peri_norm]
+        )  # of attention and MLP: where the norm is
+        self.add("scale_in", False, torch.where(at_output, 1.0, scale[:, None])[..., None])
+        self.add("scale_out", False, torch.where(at_output, scale[:, None], 1.0)[..., None])
+
+    def add(self, name: str, learned: bool, value: Tensor) -> None:
+        """A table that is learned, or a constant that no artifact carries."""
+        if learned:
+            self.register_parameter(name, parameter("table", value))
+        else:
+            self.register_buffer(name, value, persistent=False)
+
+    def rows(self, plan: tuple[Layer, ...], dtype: torch.dtype) -> list[Conditioned]:
+        """For every effective layer of `plan`, what conditions it."""
         gain = (torch.cat((self.gain, self.no_gain))[self.gain_row] * self.scale_in).unbind()
         gamma = (self.gamma.clamp(-self.cap, self.cap) * self.scale_out).unbind()
-        beta, depth = self.beta.to(dtype).unbind(), self.depth.to(dtype).unbind()
-        return [(*map(Mod, gain[layer.row], gamma[layer.row], beta[layer.row]), depth[layer.row])
-                for layer in plan]
+        beta = self.beta.to(dtype).unbind()
+        depth = self.depth.to(dtype).unbind()
+
+        def row(i: int) -> Conditioned:
+            attn, mlp = (
+                Modulation(gain[i][branch], gamma[i][branch], beta[i][branch]) for branch in (0, 1)
+            )
+            return Conditioned(attn, mlp, depth[i])
+
+        return [row(layer.row) for layer in plan]
+
+
+def depth_code(kind: str, rows: int, width: int) -> Tensor:
+    """Codes added to the stream [R, D]: none, sin(row / 10000^(i/D)), or zeros to be learned."""
+    if kind == "none":
+        return torch.zeros(rows, 1)
+    if kind == "learned":
+        return torch.zeros(rows, width)
+    return torch.sin(torch.arange(rows)[:, None] * 10000.0 ** (-torch.arange(width) / width))
+
+
+BOS = 1  # the token that begins every document
+
+
+def modules(members: Iterable[Any]) -> Any:
+    """An nn.ModuleList, whose members keep their types in the eyes of a type checker."""
+    return nn.ModuleList(members)
+
 
 class GPT(nn.Module):
-    """The layers of `make_plan` between embedding and head, drawn from torch's global random generator."""
-    def __init__(self, a: Architecture, tied_embed_std: float = 0.0, orthogonal: bool = False) -> None:
+    """The layers of `make_plan` between embedding and head.
+
+    Initial weights are drawn from torch's global random generator.
+    """
+
+    rope: Tensor
+
+    def __init__(
+        self, a: Architecture, tied_embed_std: float = 0.0, orthogonal: bool = False
+    ) -> None:
         super().__init__()
         trained, scored = make_plan(a), a.eval_passes or a.num_loops
         self.plans = {p: make_plan(a, p) for p in range(1, max(a.num_loops, scored) + 1)}
-        self.scoring, self.dtype = Mode(scored), getattr(torch, a.dtype)
-        V, D, self.softcap = a.vocab_size, a.model_dim, a.logit_softcap
-        role, std = ("tied embedding", tied_embed_std) if a.tie_embeddings else ("embedding", 1.0)
-        self.tok_emb = parameter(role, torch.randn(V, D) * std)
-        if not a.tie_embeddings:
+        self.scoring = Mode(scored)
+        self.dtype: torch.dtype = getattr(torch, a.dtype)
+        self.softcap, self.smear, self.buckets = a.logit_softcap, a.smear_gate, a.bigram_vocab_size
+        V, D = a.vocab_size, a.model_dim
+        self.tied = a.tie_embeddings
+        if self.tied:
+            self.tok_emb = parameter("tied embedding", torch.randn(V, D) * tied_embed_std)
+        else:
+            self.tok_emb = parameter("embedding", torch.randn(V, D))
             self.lm_head = parameter("head", torch.zeros(V, D))
-        attns, mlps = {x.attn: x for x in trained}, {x.mlp: x for x in trained}
-        self.mix = nn.ModuleList(Mix(a) for _ in attns)
-        self.attn = nn.ModuleList(Attention(a, x.core) for x in attns.values())
-        normed = lambda x: not a.use_peri_norm or a.unique_norms_input_norm and x.gain >= 0  # noqa: E731
-        self.mlp = nn.ModuleList(MLP(a, x.core, normed(x)) for x in mlps.values())
-        self.cond, self.core = Conditioning(a, trained), Core(a)
-        self.skip = nn.ParameterList(parameter("scalar", torch.ones(D)) for x in trained if x.push)
-        self.smear, self.buckets, self.valued = a.smear_gate, a.bigram_vocab_size, a.ve_last_n > 0
+        attns = {layer.attn: layer for layer in trained}
+        mlps = {layer.mlp: layer for layer in trained}
+        self.mix = modules(Mix(a) for _ in attns)
+        self.attn = modules(Attention(a, layer.core) for layer in attns.values())
+        self.mlp = modules(MLP(a, x.core, has_input_norm(a, x)) for x in mlps.values())
+        self.cond = Conditioning(a, trained)
+        self.core = PassBoundary(a)
+        self.skip = nn.ParameterList(
+            parameter("scalar", torch.ones(D)) for layer in trained if layer.push
+        )
         if self.smear != "none":
             self.smear_gate = parameter("scalar", torch.zeros(D))
         if self.buckets:
             self.bigram = SideEmbedding(self.buckets, a.bigram_dim, D, 0.05)
-        if self.valued:
+        self.has_values = a.ve_last_n > 0
+        if self.has_values:
             self.value = SideEmbedding(V, a.ve_dim, D // a.num_heads * a.num_kv_heads, 0.1)
             self.value_scale = parameter("scalar", torch.ones(1 + max(x.value for x in trained)))
         self.register_buffer("rope", torch.stack(rope_tables(a)), persistent=False)
-        for w in (m.weight for m in self.modules() if isinstance(m, Matrix) and orthogonal):
-            for part in w.data.split(w.parts) if w.any() else ():
-                nn.init.orthogonal_(part)
-    def inputs(self, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Of ids [B, T]: x0 [B, T, D], and the value embeddings [B, T, K E] in the order of their layers."""
-        x, values = F.embedding(ids, self.tok_emb), []
+        if orthogonal:
+            self.draw_orthogonal()
+
+    def draw_orthogonal(self) -> None:
+        """Draws anew the matrices that do not start at zero."""
+        for module in self.modules():
+            if isinstance(module, Matrix) and module.weight.any():
+                for part in parts_of(module.weight, like=module.weight.data):
+                    nn.init.orthogonal_(part)
+
+    def embed(self, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Of ids [B, T]: x0 [B, T, D], and the value embeddings [B, T, K E], one for each row."""
+        x = F.embedding(ids, self.tok_emb)
         if self.buckets:
             x = x + self.bigram(bigram_index(ids, self.buckets))
         x = rms_norm(x).to(self.dtype)
         if self.smear != "none":
             share = torch.sigmoid(self.smear_gate).to(x.dtype)
-            if self.smear == "document":  # the first token of a document takes nothing from the one before
+            if (
+                self.smear == "document"
+            ):  # a document's first token takes nothing from the one before
                 share = share * (ids != BOS)[..., None]
-            x = torch.lerp(x, F.pad(x[:, :-1], (0, 0, 1, 0)), share)
-        if self.valued:
-            value = self.value(ids)
-            values = [(value * scale).to(self.dtype) for scale in self.value_scale]
-        return x, values
-    def hidden(self, ids: Tensor, mode: Mode, attend: Callable[..., Tensor] = attend,
-               block: Callable[..., Tensor] = block) -> tuple[Tensor, Tensor | float]:
-        """Normalised last state [B, T, D] of ids [B, T], and the penalty on growth in the core."""
-        plan, (x0, values) = self.plans[mode.passes], self.inputs(ids)
-        rope = self.rope[:, : ids.shape[1]].to(self.dtype).unbind()
-        x, kept, begun, ended = x0.clone(), [], [], []  # one tensor as two arguments would be a graph more
-        for layer, mods in zip(plan, self.cond.rows(plan, self.dtype)):
-            if layer.skip >= 0:
+            before = F.pad(x[:, :-1], (0, 0, 1, 0))
+            x = torch.lerp(x, before, share)
+        if not self.has_values:
+            return x, []
+        value = self.value(ids)
+        return x, [(value * scale).to(self.dtype) for scale in self.value_scale]
+
+    def hidden(
+        self, ids: Tensor, mode: Mode, ops: Ops = PLAIN_OPS
+    ) -> tuple[Tensor, Tensor | float]:
+        """Normalised last state [B, T, D] of ids [B, T], and the weighted penalty on growth."""
+        plan = self.plans[mode.passes]
+        conditions = self.cond.rows(plan, self.dtype)
+        cos, sin = self.rope[:, : ids.shape[1]].to(self.dtype).unbind()
+        x0, values = self.embed(ids)
+        x = x0.clone()  # one tensor as two arguments would be another graph
+        kept: list[Tensor] = []  # for U-Net skips
+        starts: list[Tensor] = []  # of passes over the core
+        ends: list[Tensor] = []
+        for layer, cond in zip(plan, conditions):
+            if layer.skip != NONE:
                 x = torch.addcmul(x, kept.pop(), self.skip[layer.skip].to(self.dtype))
-            if layer.opens >= 0:
-                begun.append(x := self.core.enter(x, layer.opens))
-            rounding, i = mode.core if layer.core else mode.outside, layer.value
-            weights = self.mix[layer.attn], self.attn[layer.attn], self.mlp[layer.mlp]
-            x = block(weights, x, x0, mods, Setting(rounding, rope, attend, values[i : i + 1], layer.xsa))
-            if layer.closes >= 0:
-                ended.append(x := self.core.leave(begun[-1], x, layer.closes))
+            if layer.opens != NONE:
+                x = self.core.enter(x, layer.opens)
+                starts.append(x)
+            weights = Weights(self.mix[layer.attn], self.attn[layer.attn], self.mlp[layer.mlp])
+            context = Context(
+                rounding=mode.core if layer.core else mode.outside,
+                rope=(cos, sin),
+                attention=ops.attention,
+                value=values[layer.value] if layer.value != NONE else None,
+                xsa=layer.xsa,
+            )
+            x = ops.block(weights, x, x0, cond, context)
+            if layer.closes != NONE:
+                x = self.core.leave(starts[-1], x, layer.closes)
+                ends.append(x)
             if layer.push:
                 kept.append(x)
-        spans = list(zip(begun, ended)) if mode.per_pass else [(begun[0], ended[-1])] if begun else []
-        penalty = sum(overgrowth(*span) for span in spans) / len(spans) if mode.jacobian else 0.0
-        return rms_norm(x), mode.jacobian * penalty
-    def forward(self, ids: Tensor, targets: Tensor, mode: Mode | None = None,
-                loss: Callable[..., Tensor] = head_loss, **parts: Callable[..., Tensor]) -> Tensor:
-        """Mean cross-entropy in nats of targets [B, T] given ids [B, T]; targets of -100 are left out."""
-        x, penalty = self.hidden(ids, mode or self.scoring, **parts)
-        head = getattr(self, "lm_head", self.tok_emb)
-        return loss(x.flatten(0, 1), head, targets.flatten(), self.softcap) + penalty
+        return rms_norm(x), self.penalty(mode, starts, ends)
 
-# ---- 8. Optimizers ---------------------------------------------------------------------------------------
+    def penalty(self, mode: Mode, starts: list[Tensor], ends: list[Tensor]) -> Tensor | float:
+        """The weighted mean penalty on growth over all passes, or over each; 0 without a core."""
+        if not mode.growth_weight or not starts:
+            return 0.0
+        if not mode.per_pass:
+            starts, ends = starts[:1], ends[-1:]
+        penalties = [growth_penalty(start, end) for start, end in zip(starts, ends)]
+        return mode.growth_weight * (sum(penalties) / len(penalties))
+
+    def forward(self, ids: Tensor, targets: Tensor, mode: Mode, ops: Ops = PLAIN_OPS) -> Tensor:
+        """Mean cross-entropy in nats of targets [B, T] given ids [B, T]; -100 is left out."""
+        x, penalty = self.hidden(ids, mode, ops)
+        head = self.tok_emb if self.tied else self.lm_head
+        return ops.loss(x.flatten(0, 1), head, targets.flatten(), self.softcap) + penalty
+
+
+def has_input_norm(a: Architecture, layer: Layer) -> bool:
+    """Whether the MLP of `layer` is normalised at its input."""
+    return not a.use_peri_norm or (a.unique_norms_input_norm and layer.gain != NONE)
+
+
+# ---- 4. Optimizers -----------------------------------------------------------------------------
+
+
 def newton_schulz(x: Tensor, steps: int) -> Tensor:
-    """Moves singular values of [N, r, c], r <= c, to 0.7 to 1.2 (Muon, kellerjordan.github.io/posts/muon)."""
+    """Moves the singular values of [N, r, c], r <= c, to 0.7 to 1.2.
+
+    Source: kellerjordan.github.io/posts/muon.
+    """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
@@ -853,462 +1286,224 @@ def newton_schulz(x: Tensor, steps: int) -> Tensor:
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
 
+
+class Update(NamedTuple):
+    """What Muon does to one matrix, which is wide: a tall one is its transpose."""
+
+    weight: Tensor
+    direction: Tensor  # before it is orthogonalised
+    rate: float
+
+
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised: W <- (1 - lr decay) W - lr max(1, rows/columns)^0.5 NS(u). All of
-    one shape, wide or tall, are one stack; the parts of a parameter (q, k, v) are matrices of their own."""
-    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float, steps: int, decay: float = 0):
+    """Nesterov momentum, orthogonalised: W <- (1 - lr decay) W - lr max(1, rows/columns)^0.5 NS(u).
+
+    Matrices of one shape, wide or tall, are iterated as one stack; the parts of a parameter
+    (q, k, v) are matrices of their own.
+    """
+
+    def __init__(
+        self, params: list[nn.Parameter], lr: float, momentum: float, steps: int, decay: float = 0.0
+    ) -> None:
         super().__init__(params, dict(lr=lr, momentum=momentum))
         self.steps, self.decay = steps, decay
-        self.state.update({p: dict(velocity=zeros_like(p)) for p in params})
-        self.dtype, self.iterate = torch.bfloat16 if params[0].is_cuda else torch.float32, newton_schulz
+        self.state.update({p: dict(velocity=torch.zeros_like(p)) for p in params})
+        self.dtype = torch.bfloat16 if params[0].is_cuda else torch.float32
+        self.iterate: Callable[..., Tensor] = newton_schulz
+
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            params, grads = group["params"], [p.grad for p in group["params"]]
+            params = group["params"]
+            grads = [p.grad for p in params]
             velocities = [self.state[p]["velocity"] for p in params]
             torch._foreach_mul_(params, 1 - group["lr"] * self.decay)
             torch._foreach_mul_(velocities, group["momentum"])
             torch._foreach_add_(velocities, grads)
-            updates = torch._foreach_add(grads, velocities, alpha=group["momentum"])
-            stacks: dict[tuple[int, int], list[tuple[Tensor, Tensor, float]]] = {}
-            for p, update in zip(params, updates):
-                for w, u in zip(p.split(p.parts), update.split(p.parts)):
-                    rate = -group["lr"] * max(1.0, w.shape[0] / w.shape[1]) ** 0.5
-                    w, u = (w, u) if w.shape[0] <= w.shape[1] else (w.mT, u.mT)
-                    stacks.setdefault(tuple(w.shape), []).append((w, u, rate))
-            for stack in stacks.values():
-                weights, updates, rates = zip(*stack)
-                directions = self.iterate(torch.stack(updates).to(self.dtype), self.steps).float().unbind()
-                torch._foreach_add_(weights, torch._foreach_mul(directions, rates))
-def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
-    """[Adam, Muon]. Every parameter is in exactly one group, chosen by its role."""
+            directions = torch._foreach_add(grads, velocities, alpha=group["momentum"])
+            for stack in self.stacks(params, directions, group["lr"]):
+                self.apply(stack)
+
+    def stacks(
+        self, params: list[nn.Parameter], directions: Iterable[Tensor], lr: float
+    ) -> Iterable[list[Update]]:
+        """The updates of all matrices, those of one shape together."""
+        by_shape: dict[tuple[int, ...], list[Update]] = {}
+        for p, direction in zip(params, directions):
+            for w, u in zip(parts_of(p), parts_of(p, direction)):
+                rows, columns = w.shape
+                rate = -lr * max(1.0, rows / columns) ** 0.5
+                update = Update(w.mT, u.mT, rate) if rows > columns else Update(w, u, rate)
+                by_shape.setdefault(tuple(update.weight.shape), []).append(update)
+        return by_shape.values()
+
+    def apply(self, stack: list[Update]) -> None:
+        batch = torch.stack([update.direction for update in stack]).to(self.dtype)
+        steps = self.iterate(batch, self.steps).float().unbind()
+        steps = torch._foreach_mul(steps, [update.rate for update in stack])
+        torch._foreach_add_([update.weight for update in stack], steps)
+
+
+class Optimizers(NamedTuple):
+    """Every parameter belongs to exactly one of them, by its role."""
+
+    adam: torch.optim.AdamW
+    muon: Muon
+
+
+def make_optimizers(model: GPT, config: Config) -> Optimizers:
     params = list(model.parameters())
-    groups = [dict(params=[p for p in params if p.role == name], lr=getattr(config, role.lr),
-                   weight_decay=config.adam_wd if role.decays or config.decay_scalars else 0.0)
-              for name, role in ROLES.items() if role.optimizer == "adam"]
-    adam = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
-    for p in (p for group in groups for p in group["params"]):  # made now, checkpoints always have one form
-        adam.state[p] = dict(step=p.new_zeros(()), exp_avg=zeros_like(p), exp_avg_sq=zeros_like(p))
-    options = config.matrix_lr, config.muon_momentum, config.muon_backend_steps, config.muon_wd
-    return [adam, Muon([p for p in params if ROLES[p.role].optimizer == "muon"], *options)]
-def lr_factor(config: Config, step: int, seconds: float) -> float:
-    """Fraction of the learning rates: falls to 0 over the last WARMDOWN_ITERS steps, or their time."""
-    span, cap = config.warmdown_iters, config.training_seconds
-    factor = (config.iterations - step) / span if span else 1.0
-    if span and cap and seconds and step > 9:  # before, a step's time is no measure
-        factor = min(factor, (cap - seconds) / (span * seconds / step))
-    return min(max(factor, 0.0), 1.0)
-def training_mode(config: Config, step: int, seconds: float) -> Mode:
-    """Passes and rounding of a training step, `seconds` into training."""
-    done = max(step / max(config.iterations, 1), seconds / (config.training_seconds or math.inf))
-    late = lr_factor(config, step, seconds) < config.qat_lr_factor or 1 - done <= config.qat_fraction > 0
-    passes = [passes for when, passes in config.schedule() if when <= (done if when < 1 else step)][-1]
-    widths = config.matrix_bits * (not config.qat_core_only), config.width("core_bits")
-    roundings = (Rounding(bits * late, config.quant_scale_floor) for bits in widths)
-    return Mode(passes, *roundings, config.jacobian_weight, config.jacobian_per_pass)
-def training_modes(config: Config) -> list[Mode]:
-    ends = {training_mode(config, step, 0.0)._replace(passes=0) for step in (0, config.iterations)}
-    return [mode._replace(passes=passes) for mode in sorted(ends) for _, passes in config.schedule()]
-def muon_momentum(config: Config, step: int) -> float:
-    done = min(step / max(config.muon_momentum_warmup_steps, 1e-9), 1.0)
-    return config.muon_momentum_warmup_start * (1 - done) + config.muon_momentum * done
+    groups = []
+    for name, role in ROLES.items():
+        if role.optimizer == "adam":
+            decay = config.adam_wd if role.decays or config.decay_scalars else 0.0
+            members = [p for p in params if p.role == name]  # type: ignore[attr-defined]
+            groups.append(dict(params=members, lr=getattr(config, role.lr), weight_decay=decay))
+    adam = torch.optim.AdamW(
+        groups, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True
+    )
+    for group in adam.param_groups:
+        for p in group["params"]:  # made now, so that checkpoints always have one form
+            adam.state[p] = dict(
+                step=p.new_zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p)
+            )
+    muon = Muon(
+        [p for p in params if role_of(p).optimizer == "muon"],
+        lr=config.matrix_lr,
+        momentum=config.muon_momentum,
+        steps=config.muon_backend_steps,
+        decay=config.muon_wd,
+    )
+    return Optimizers(adam, muon)
 
-# ---- 9. Training -----------------------------------------------------------------------------------------
-# No DDP: shared weights' gradients are complete only when backward ends, and it would cut the compiled graph.
-class Clock:
-    """Rank 0's seconds of training on all ranks: shared every few steps, extrapolated in between."""
-    def __init__(self, world: World, cap: float, past: Iterable[Any] = (0, 0.0, 0.0, 1)) -> None:
-        self.step, self.seconds, self.per_step, self.due, self.asked = *past, ""  # last, next; signal
-        self.world, self.cap, self.started = world, cap or math.inf, time.perf_counter() - self.seconds
-    def read(self, step: int, now: bool = False) -> float:
-        """Seconds spent on `step` steps. A reading that is due, or `now`, is shared; so are signals."""
-        if (now or step >= self.due) and step > self.step:
-            self.world.synchronize()
-            seen = self.world.gather(lambda: (time.perf_counter() - self.started, self.world.asked))
-            self.per_step = (seen[0][0] - self.seconds) / (step - self.step)
-            self.step, self.seconds = step, seen[0][0]
-            soon = min(self.cap - self.seconds, 10) / self.per_step / 2  # in half of what is left, or 5 s
-            self.due = step + int(min(max(soon, 1), 10))
-            if asked := max(asked for _, asked in seen):
-                self.asked = self.world.asked = asked
-        return self.seconds + (step - self.step) * self.per_step
-RUNGS = ("model", "block", "off")  # of COMPILE
-BACKEND = torch.nn.attention.SDPBackend
-KERNELS = dict(cudnn=[BACKEND.CUDNN_ATTENTION], flash=[BACKEND.FLASH_ATTENTION], math=[BACKEND.MATH])
-KERNELS["auto"] = [*itertools.chain(*KERNELS.values())]  # the first that takes the shapes
-def rung(config: Config, world: World) -> str:
-    """What COMPILE means here, or as many rungs lower as have failed."""
-    first = RUNGS[0 if world.on_cuda else 2] if config.compile == "auto" else config.compile
-    return RUNGS[min(RUNGS.index(first) + world.fallen, 2)]
-def compiled(model: GPT, config: Config, world: World) -> Callable[..., Tensor]:
-    """The model as COMPILE says: whole, a graph a mode; by blocks, a graph a kind of layer; or as it is."""
-    torch.compiler.config.cache_key_tag = config.attn_backend  # torch's cache of graphs is blind to it
-    torch._dynamo.config.recompile_limit = 8 + 2 * len(training_modes(config))  # beyond, torch stops the run
-    build, level = functools.partial(torch.compile, dynamic=False, fullgraph=True), rung(config, world)
-    parts = {} if config.attn_backend == "auto" else dict(attend=functools.partial(attend, block=0))
-    parts |= dict(block=build(block), loss=build(head_loss)) if level == "block" else {}
-    return functools.partial(build(model) if level == "model" else model, **parts)
-def flat_gradients(params: list[nn.Parameter]) -> Tensor:
-    """A float32 vector whose parts are the gradients of `params`, and one place more for the loss."""
-    sizes = [p.numel() for p in params]
-    flat = torch.zeros(sum(sizes) + 1, device=params[0].device)
-    for p, gradient in zip(params, flat[:-1].split(sizes)):
-        p.grad = gradient.view_as(p)
-    return flat
 
-class Trainer:
-    """All gradients lie in one flat float32 buffer that ends with the loss: one all-reduce for both."""
-    def __init__(self, config: Config, world: World, model: GPT, batches: Batches) -> None:
-        self.config, self.world, self.model, self.batches = config, world, model, batches
-        self.forward, self.params = compiled(model, config, world), list(model.parameters())
-        self.flat = flat_gradients(self.params)
-        self.writer, self.written = ThreadPoolExecutor(1), []  # of checkpoints; the last one
-        self.between_passes = [(p, p.grad) for p in model.core.parameters()]
-        for p in self.params:
-            world.meet(dist.broadcast, p.data, 0)  # unlike processors may draw unlike weights
-        self.begin()
-    def begin(self) -> None:
-        self.optimizers, self.last_good = make_optimizers(self.model, self.config), "none"
-        if rung(self.config, self.world) != "off":
-            self.optimizers[1].iterate = torch.compile(newton_schulz, dynamic=False)
-        self.step, self.clock = 0, Clock(self.world, self.config.training_seconds)  # steps made
-        self.average = [p.detach().clone() for p in self.params if self.config.average != "none"]
-        self.averaged, self.logged = 0, 0  # weights in it; bytes of metrics when training ended
-        self.numbers = torch.zeros(7, device=self.world.device)  # steps not finite, first; rest: by `save`
-    def train_step(self, step: int, seconds: float, micro: Iterable[Any], mode: Mode | None = None) -> None:
-        """One optimizer step on this rank's micro-batches. Nothing here waits for the device."""
-        config, flat, mode = self.config, self.flat, mode or training_mode(self.config, step, seconds)
-        flat.zero_()
-        for p, gradient in self.between_passes:  # with one pass they are not used: no gradient, so no decay
-            p.grad = gradient if mode.passes > 1 else None
-        for ids, targets in micro:
-            loss = self.forward(ids, targets, mode) / (self.batches.accumulation * self.world.size)
-            loss.backward()
-            flat[-1] += loss.detach()
-        self.world.sum_(flat)
-        bad = ~flat.sum().isfinite()  # on all ranks alike: the step is one of zero gradients
-        self.numbers[1] += (step + 1) * bad * (self.numbers[0] == 0)
-        self.numbers[0] += bad
-        flat[:-1].masked_fill_(bad, 0.0)
-        if config.grad_clip_norm:
-            nn.utils.clip_grad_norm_(self.params, config.grad_clip_norm)
-        factor, momentum = lr_factor(config, step, seconds), muon_momentum(config, step)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group.setdefault("base_lr", group["lr"]) * factor
-                if isinstance(optimizer, Muon):
-                    group["momentum"] = momentum
-            optimizer.step()
-        if config.reference_bf16:
-            self.round_to_bfloat16()
-    @torch.no_grad()
-    def round_to_bfloat16(self) -> None:
-        """What PR 855 trained by accident: tables, embedding and their Adam states in bfloat16."""
-        for p in (p for p in self.params if p.role == "table" or p is self.model.tok_emb):
-            for t in (p, *self.optimizers[0].state[p].values()):
-                t.copy_(t.bfloat16() if t.dim() else t)
-    def warm_up(self, log: Callable[[str], Any] = print) -> None:
-        """WARMUP_STEPS steps of every mode, then all is as before. If COMPILE fails, all go a rung lower."""
-        config, world, modes = self.config, self.world, training_modes(self.config)
-        before, length = [p.detach().clone() for p in self.params], config.train_seq_len
-        span = torch.arange(self.batches.sequences * length + 1, device=world.device) % config.vocab_size
-        pair = (span[:-1].view(-1, length), span[1:].view(-1, length))  # laid out as real ones: no new graph
-        world.enter("warm-up")
-        while (level := rung(config, world)) != "off":
-            try:  # what a rank can compile before it meets the others
-                world.gather(lambda: [self.forward(*pair, mode).backward() for mode in modes]
-                             and self.optimizers[1].step())  # which is compiled, too
-                break
-            except InputError as error:
-                log(f"warning: COMPILE={level} failed on a rank: {error}")
-                world.fallen += 1
-                torch._dynamo.reset()
-                self.forward, _ = compiled(self.model, config, world), self.begin()
-        for mode in modes * config.warmup_steps:
-            self.train_step(0, 0.0, [pair] * self.batches.accumulation, mode)
-        torch._foreach_copy_([p.data for p in self.params], before)
-        self.begin()
-        world.synchronize()
-    @torch.no_grad()
-    def update_average(self, step: int, factor: float) -> None:
-        """Takes in the weights after `step` steps, at `factor` of the learning rates, as AVERAGE says."""
-        config, swa = self.config, self.config.average == "swa"
-        if self.average and (not swa or factor < config.swa_lr_factor and step % config.swa_every == 0):
-            self.averaged += 1
-            share = 1 / self.averaged if swa or self.averaged == 1 else 1 - config.ema_decay
-            torch._foreach_lerp_(self.average, self.params, share)
-    def check_finite(self, step: int, score: Score | None = None) -> float:
-        """The last step's loss. All ranks end if too many steps were left out, or the score is not finite."""
-        bad, first, loss = *map(int, self.numbers[:2]), self.flat[-1].item()
-        if bad > self.config.max_skipped_steps or score and not math.isfinite(score.val_loss):
-            it = f"step {first}" if bad else f"the validation loss after step {step}"
-            raise Ended(EXIT_NON_FINITE, f"{it} is not finite (skipped {bad}, last good: {self.last_good}). "
-                        "Nothing was exported. Lower the learning rates or set GRAD_CLIP_NORM.")
-        self.last_good = f"step {step}, train_loss {loss:.4f}" if step and loss < math.inf else self.last_good
-        return loss
-    def train(self, log: Log, validate: Callable[..., Score]) -> tuple[float, Score]:
-        """Trains until ITERATIONS or the cap; `validate` runs off the clock. Seconds and the last score."""
-        config, clock, world, mode = self.config, self.clock, self.world, None
-        clock.started = time.perf_counter() - clock.seconds
-        while True:
-            step, at = self.step, f"step:{self.step}/{config.iterations}"
-            seconds = clock.read(step)  # a step is to spare at the end; the time of the first is no measure
-            last = step == config.iterations or seconds + 2 * clock.per_step * (step > 1) > clock.cap
-            if last or config.val_loss_every and step % config.val_loss_every == 0:
-                seconds, paused = clock.read(step, now=True), time.perf_counter()
-                if step < config.iterations and last:
-                    log(f"stopping_early: wallclock_cap train_time:{1e3 * seconds:.0f}ms {at}")
-                self.logged = log.size() * last  # a run that goes on from its end scores again
-                if last and config.save_every:
-                    self.save(log)
-                passes = training_mode(config, step, seconds).passes
-                score = validate(step, seconds, None if last else Mode(passes))
-                clock.started += time.perf_counter() - paused
-                if last:
-                    return seconds, score
-            world.enter(f"step {step + 1}", training=True)
-            before, mode = mode, training_mode(config, step, seconds)
-            if mode != before:
-                log(f"{at} passes:{mode.passes} bits:{mode.outside.bits} core_bits:{mode.core.bits}")
-            self.train_step(step, seconds, self.batches.micro(step), mode)
-            self.update_average(step + 1, lr_factor(config, step + 1, seconds))
-            self.step = step = step + 1  # from here on a checkpoint is of this step
-            logged = step <= 10 or step % config.train_log_every == 0 or step == config.iterations
-            if logged or step >= clock.due:
-                self.report(step, log, logged)
-            if clock.asked:
-                raise Ended(EXIT_STOPPED, f"step {step}: stopped by {clock.asked}")
-            if config.save_every and step % config.save_every == 0 and step < config.iterations:
-                self.save(log, patience=config.rank_timeout_seconds / 4)  # of other ranks in a step
-    def state(self) -> list[Tensor]:
-        """All that training changes, in a fixed order. Nothing random: after the weights none is drawn."""
-        states = [o.state[p] for o in self.optimizers for group in o.param_groups for p in group["params"]]
-        moments = [t for state in states for t in state.values()]
-        return [*(p.data for p in self.params), *moments, *self.average, self.numbers]
-    def save(self, log: Log, patience: float | None = None) -> None:
-        """A checkpoint, of which two are kept: copied now, written by a thread, unless the last still is."""
-        path, step, clock = log.folder / f"step_{self.step:08d}.ckpt", self.step, self.clock
-        if wait(self.written, patience).not_done:
-            return log(f"warning: no checkpoint of step {step}: the one before is not written yet")
-        seconds = clock.seconds + (step - clock.step) * clock.per_step  # `read` may meet others
-        self.numbers[2:] = torch.tensor([step, self.averaged, seconds, clock.per_step, clock.due])
-        values, facts = torch.cat([t.flatten() for t in self.state()]).cpu().numpy(), dict(
-            config=asdict(self.config), tokens=self.batches.tokens.total, metrics=self.logged or log.size())
-        def write() -> None:
-            try:
-                write_atomically(path, seal("checkpoint", "none", facts, [values.tobytes()]))
-                for old in sorted(log.folder.glob("step_*.ckpt"))[:-2]:
-                    old.unlink()
-            except OSError as error:
-                path.with_name(path.name + ".tmp").unlink(missing_ok=True)  # the artifact may need the room
-                log(f"warning: no checkpoint of step {step}: {error}")
-        if self.world.is_main:
-            self.written = [self.writer.submit(write)]
-    def resume(self, log: Log) -> None:
-        """Goes on from the checkpoint RESUME names, or for auto from the run's last one that is whole."""
-        state, world, auto, errors = self.state(), self.world, self.config.resume == "auto", []
-        flat = torch.cat([t.flatten() for t in state])
-        def read(header: Any, raw: bytes, _: str) -> int:
-            us, told = dict(asdict(self.config), tokens=self.batches.tokens.total), header["config"] | header
-            differ = [name for name in us if name not in MAY_DIFFER and us[name] != told[name]]
-            require(not differ, ", ".join(f"{n.upper()} was {told[n]}, is {us[n]}" for n in differ))
-            flat.copy_(torch.frombuffer(bytearray(raw), dtype=torch.float32).view_as(flat))
-            require(flat.isfinite().all() and 0 <= flat[-5] <= self.config.iterations, f"step {flat[-5]}")
-            return int(header["metrics"])
-        def find() -> str:
-            found, size = "", 0
-            for path in sorted(log.folder.glob("step_*.ckpt"))[::-1] if auto else [Path(self.config.resume)]:
-                try:
-                    data = path.read_bytes()
-                    found, size = path.name, unseal("checkpoint", data, str(path), len(data), read)
-                    break
-                except KNOWN as error:
-                    log(f"warning: {error}")
-                    errors.append(str(error))
-            require(found or not errors, f"RESUME={self.config.resume}: {' / '.join(errors)}")
-            if auto and log.metrics.exists():
-                os.truncate(log.metrics, min(size, log.size()))  # what follows comes again
-            return found
-        if found := world.on_main(find):
-            world.meet(dist.broadcast, flat, 0)
-            for t, values in zip(state, flat.split([t.numel() for t in state])):
-                t.copy_(values.view_as(t))
-            step, averaged, seconds, per_step, due = self.numbers[2:].tolist()
-            self.step, self.averaged = int(step), int(averaged)
-            self.clock = Clock(world, self.config.training_seconds, (self.step, seconds, per_step, int(due)))
-        log(f"resumed from step:{self.step} of {found or 'nothing'}")
-    @torch.no_grad()
-    def calibrate(self, step: int, log: Log) -> tuple[dict[str, Tensor], float]:
-        """GPTQ's sums of x x^T [c, c] over the inputs x of matrices on tokens after `step`; its seconds."""
-        started, count, sums = time.perf_counter(), self.config.gptq_batches, {}
-        def tap(name: str, args: tuple[Any, ...]) -> None:
-            x, factor = args[0].flatten(0, -2).float(), torch.as_tensor(args[1])
-            x = x * factor if factor.dim() == 1 else x  # a gain on columns of the weight
-            sums[name] = sums.get(name, 0.0) + x.T @ x
-        hooks = [m.register_forward_pre_hook(lambda _, args, name=name: tap(f"{name}.weight", args))
-                 for name, m in self.model.named_modules() if isinstance(m, Matrix)]
-        micro = (batch for i in itertools.count(step) for batch in self.batches.micro(i))
-        for ids, targets in itertools.islice(micro, count):
-            self.model(ids, targets)
-        for hook in hooks:
-            hook.remove()
-        sums = {name: self.world.sum_(x_xt) for name, x_xt in sums.items()}
-        seconds = self.world.on_main(lambda: self.world.synchronize() or time.perf_counter() - started)
-        if count:
-            log(f"gptq_calibration batches:{count} time:{1e3 * seconds:.0f}ms")
-        return sums, seconds
-    def report(self, step: int, log: Log, logged: bool) -> None:
-        config, clock, loss = self.config, self.clock, self.check_finite(step)
-        seconds, skipped = clock.read(step, now=True), int(self.numbers[0])
-        speed, left = step * config.train_batch_tokens / seconds, (config.iterations - step) * clock.per_step
-        if logged:
-            log(f"step:{step}/{config.iterations} train_loss:{loss:.4f} train_time:{1e3 * seconds:.0f}ms "
-                f"step_avg:{1e3 * seconds / step:.2f}ms" + f" skipped_steps:{skipped}" * (skipped > 0))
-            log.metric(step=step, train_loss=loss if loss < math.inf else None, train_seconds=seconds,
-                       tokens_per_second=speed)
-        left = min(left, clock.cap - seconds)
-        log.progress(f"step {step}, loss {loss:.3f}, {seconds:.0f} s, {left:.0f} left, {speed:,.0f} tokens/s")
+# ---- 5. Rounding and artifact ------------------------------------------------------------------
+# An artifact is a sealed file (section 10): a header with the architecture and, for every
+# parameter, its name and how it is stored; then the values in that order. Shapes follow from the
+# architecture. An integer takes a byte at any width: from 5 bits on, lzma makes less of it than
+# packed bits are.
 
-# ---- 10. Scoring -----------------------------------------------------------------------------------------
-Score = namedtuple("Score", "val_loss val_bpb val_tokens val_bytes eval_seconds")  # loss: nats per token
-class Learner:
-    """Test-time training: SGD on text that has been scored, all ranks together (PR 549)."""
-    def __init__(self, model: GPT, config: Config, world: World) -> None:
-        self.forward, self.config, self.world = compiled(model, config, world), config, world
-        self.flat = flat_gradients(params := list(model.parameters()))
-        self.sgd = torch.optim.SGD(params, lr=config.ttt_lr, momentum=config.ttt_momentum)
-    def learn(self, tokens: Tensor, done: float) -> None:
-        """TTT_EPOCHS steps on a chunk [n T + 1], after the part `done` of all chunks (cosine decay)."""
-        config, mine = self.config, slice(self.world.rank, None, self.world.size)
-        self.sgd.param_groups[0]["lr"] = config.ttt_lr * (1 + math.cos(math.pi * done)) / 2
-        ids, targets = (t.view(-1, config.train_seq_len) for t in (tokens[:-1], tokens[1:]))
-        for _ in range(config.ttt_epochs):
-            self.flat.zero_()
-            if share := len(ids[mine]) / len(ids):
-                (self.forward(ids[mine], targets[mine]) * share).backward()
-            self.world.sum_(self.flat)
-            nn.utils.clip_grad_norm_(self.sgd.param_groups[0]["params"], config.ttt_grad_clip or math.inf)
-            self.sgd.step()
+ARTIFACT = "model.ptz"  # in the run's folder
+ARTIFACT_LIMIT = 1 << 28  # bytes, decompressed
 
-class Scorer:
-    """Windows of T tokens, dealt out over the ranks; all but the first score their last `stride` targets."""
-    def __init__(self, config: Config, world: World) -> None:
-        counter = ByteCounter.from_sentencepiece(Path(config.tokenizer_path), config.vocab_size)
-        self.counter = ByteCounter(*(table.to(world.device) for table in counter))
-        self.world, self.tokens, self.length = world, Tokens(config, "val"), config.train_seq_len
-        self.tokens.read(0, self.tokens.total)  # token ids are checked before anything else starts
-        self.targets, T, chunk = self.tokens.total - 1, config.train_seq_len, config.ttt_chunk_tokens
-        require(not config.eval_stride or T % config.eval_stride == 0,
-                f"EVAL_STRIDE={config.eval_stride} does not divide TRAIN_SEQ_LEN={T}")
-        require(not config.ttt_lr or chunk % T == 0 and chunk <= config.micro_batch_tokens * world.size,
-                f"TTT_CHUNK_TOKENS={chunk} is no multiple of TRAIN_SEQ_LEN={T} or above MICRO_BATCH_TOKENS")
-        most = min(config.val_batch_size // world.size, config.micro_batch_tokens) // self.length
-        self.batch = min(max(most, 1), -(-self.targets // self.length // world.size))
-    def chunks(self, stride: int, size: int) -> list[range]:
-        """The windows whose first scored target lies in each `size` targets, a multiple of T."""
-        ends = *range(size, self.targets, size), self.targets
-        bounds = [0, *(1 - (self.length - end) // stride for end in ends)]
-        return [range(a, b) for a, b in itertools.pairwise(bounds)]
-    def windows(self, windows: range, stride: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's ids and targets [batch, T]; what is not to be scored has targets of -100."""
-        world, length = self.world, self.length
-        first, end = (len(windows) * r // world.size for r in (world.rank, world.rank + 1))
-        for i in range(first, end, self.batch):
-            part = windows[i : min(i + self.batch, end)]
-            count = min((len(part) - 1) * stride + length, self.targets - part[0] * stride)
-            span = self.tokens.read(part[0] * stride, count + 1).to(world.device).long()
-            fill = (0, (self.batch - 1) * stride + length - count)
-            ids = F.pad(span[:-1], fill).unfold(0, length, stride)
-            targets = F.pad(span[1:], fill, value=-100).unfold(0, length, stride).clone()
-            targets[len(part) :] = -100
-            targets[part[0] == 0 :, : length - stride] = -100
-            yield ids.contiguous(), targets
-    def score(self, model: Callable[..., Tensor], stride: int = 0, learner: Learner | None = None) -> Score:
-        """Of a model that maps (ids, targets) to a mean loss. A `learner` trains on what has been scored."""
-        start, stride = time.perf_counter(), stride or self.length
-        sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)  # nats, targets, bytes
-        size = learner.config.ttt_chunk_tokens if learner else self.targets
-        chunks = self.chunks(stride, size)
-        for i, windows in enumerate(chunks):
-            for ids, targets in self.windows(windows, stride):
-                with torch.no_grad():
-                    real, nats = targets >= 0, model(ids, targets).double()
-                    size_of = self.counter.count(ids, targets.clamp_min(0))
-                    sums += torch.stack((nats * real.sum(), real.sum(), (size_of * real).sum()))
-            if learner and i + 1 < len(chunks):
-                tokens = self.tokens.read(i * size, size + 1).to(self.world.device).long()
-                learner.learn(tokens, i / (len(chunks) - 1))
-        nats, n, size = self.world.sum_(sums).tolist()
-        return Score(nats / n, nats / math.log(2) / size, int(n), int(size), time.perf_counter() - start)
-@torch.no_grad()
-def recurrence_health(model: GPT, ids: Tensor, mode: Mode) -> list[dict[str, float]]:
-    """Per effective layer: mean mix weights, RMS of scales and shifts, alpha, growth of the stream on ids."""
-    sizes, table, plan = [1.0], [], model.plans[mode.passes]  # x0 is normalised
-    rms = lambda x: x.float().square().mean().sqrt().item()  # noqa: E731
-    hooks = [mlp.register_forward_hook(lambda _, inputs, out: sizes.append(rms(out))) for mlp in model.mlp]
-    model.hidden(ids, mode)
-    for hook in hooks:
-        hook.remove()
-    for v, (layer, (attn, mlp, _)) in enumerate(zip(plan, model.cond.rows(plan, torch.float32))):
-        mix, mix_x0 = (w.mean().item() for w in model.mix[layer.attn].weights())
-        alpha = model.core.scale[layer.closes - 1].item() if model.core.scaled and layer.closes > 0 else 1.0
-        table.append(dict(
-            layer=v, mix=mix, mix_x0=mix_x0, attn_scale=rms(model.attn[layer.attn].scale * attn.gamma),
-            mlp_scale=rms(model.mlp[layer.mlp].scale * mlp.gamma), attn_shift=rms(attn.beta),
-            mlp_shift=rms(mlp.beta), growth=sizes[v + 1] / sizes[v], pass_scale=alpha))
-    return table
 
-# ---- 11. Quantisation and artifact -----------------------------------------------------------------------
-# A sealed file: architecture; name and storage of every parameter; values in that order. Shapes follow from
-# the architecture. A byte an integer: from 5 bits on, lzma beats packing.
-ARTIFACT, ARTIFACT_LIMIT = "model.ptz", 1 << 28  # in the run's folder; bytes, decompressed
-STORED = dict(float16="<f2", float32="<f4"), {f"int{n}": "<i1" for n in range(2, 9)}  # [role has bits]
 def quantize_rows(w: Tensor, clip: Tensor, bits: int, floor: float) -> tuple[Tensor, Tensor]:
-    """Integers as int8 [r, c] and float16 steps [r] of w [r, c]; rows saturate at `clip` [r] (row_steps)."""
-    step, levels = row_steps(clip, bits, floor)
+    """Integers as int8 [r, c] and float16 steps [r] of w [r, c]; rows saturate at `clip` [r]."""
+    step = row_steps(clip, bits, floor)
     stored = step.half()
-    step = step if bits == 8 else stored.float()  # as PR 855 and PR 1230 do; a step of 8 bits is fine enough
-    q = torch.round(w.clamp(-clip[:, None], clip[:, None]) / step[:, None]).clamp(-levels, levels)
-    return q.to(torch.int8), stored
+    if (
+        bits < 8
+    ):  # as PR 855 and PR 1230 do; at 8 bits the rounding of a step is too small to matter
+        step = stored.float()
+    clipped = w.clamp(-clip[:, None], clip[:, None])
+    return round_to_steps(clipped, step[:, None], bits).to(torch.int8), stored
+
+
 def dequantize_rows(q: Tensor, step: Tensor) -> Tensor:
     return q.float() * step.float()[:, None]
+
+
 def row_clip(w: Tensor, bits: int, config: Config) -> Tensor:
-    """Where rows of w [r, c] saturate: a percentile, or least squared error of matrix or row (PR 1230)."""
-    size, by_row, given = w.abs(), config.quant_clip == "row", config.quant_clip_percentile / 100
-    quantiles = [given] if config.quant_clip == "percentile" else [0.999, 0.9995, 0.9999, 0.99999, 1.0]
-    parts = torch.linspace(0.3, 1, 29, device=w.device)[:, None] * size.amax(1)
-    clips = parts if by_row else torch.quantile(size, size.new_tensor(quantiles), dim=1)
-    rounded = (dequantize_rows(*quantize_rows(w, clip, bits, config.quant_scale_floor)) for clip in clips)
-    errors = torch.stack([(near - w).square().sum(1) for near in rounded])
-    return clips.gather(0, errors.argmin(0)[None])[0] if by_row else clips[errors.sum(1).argmin()]
+    """Where the rows of w [r, c] saturate, [r], as QUANT_CLIP says."""
+    size = w.abs()
+
+    def squared_error(clip: Tensor) -> Tensor:
+        rounded = dequantize_rows(*quantize_rows(w, clip, bits, config.quant_scale_floor))
+        return (rounded - w).square().sum(1)
+
+    if config.quant_clip == "percentile":
+        return torch.quantile(size, config.quant_clip_percentile / 100, dim=1)
+    if config.quant_clip == "matrix":  # one of five quantiles for all rows (PR 1230)
+        quantiles = size.new_tensor([0.999, 0.9995, 0.9999, 0.99999, 1.0])
+        clips = torch.quantile(size, quantiles, dim=1)
+        errors = torch.stack([squared_error(clip) for clip in clips])
+        return clips[errors.sum(1).argmin()]
+    shares = torch.linspace(0.3, 1, 29, device=w.device)
+    clips = shares[:, None] * size.amax(1)
+    errors = torch.stack([squared_error(clip) for clip in clips])
+    return clips.gather(0, errors.argmin(0)[None])[0]
+
+
 def gptq_rows(w: Tensor, step: Tensor, bits: int, hessian: Tensor) -> Tensor:
-    """Integers as int8 of w [r, c], rounded column by column, the error of each moved onto those that follow:
-    w x changes least over inputs x with sum x x^T = hessian [c, c] (GPTQ, arXiv 2210.17323)."""
-    h, levels = hessian.double(), 2 ** (bits - 1) - 1
-    order = h.diagonal().argsort(descending=True)  # columns of large inputs first; 1 % of the mean damps
-    h = h[order][:, order] + torch.eye(len(h), device=h.device) * (0.01 * h.diagonal().mean() + 1e-12)
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True).float()
+    """Integers as int8 of w [r, c], rounded column by column, the error moved onto later columns.
+
+    So w x changes least over inputs x with sum x x^T = hessian [c, c] (GPTQ, arXiv 2210.17323).
+    """
+    h = hessian.double()
+    order = h.diagonal().argsort(descending=True)  # columns of large inputs first
+    damping = 0.01 * h.diagonal().mean() + 1e-12
+    h = h[order][:, order] + torch.eye(len(h), device=h.device) * damping
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+    upper = torch.linalg.cholesky(inverse, upper=True).float()
     left, q = w[:, order].clone(), torch.empty_like(w)
     for j in range(w.shape[1]):
-        q[:, j] = torch.round(left[:, j] / step).clamp(-levels, levels)
+        q[:, j] = round_to_steps(left[:, j], step, bits)
         error = (left[:, j] - q[:, j] * step) / upper[j, j]
         left[:, j + 1 :].addr_(error, upper[j, j + 1 :], alpha=-1)
     return q[:, order.argsort()].to(torch.int8)
-def store(p: nn.Parameter, config: Config, hessian: Tensor | None) -> tuple[str, list[Tensor]]:
-    """How a parameter is stored, and the tensors that hold it; rounded by GPTQ where there is a `hessian`."""
-    w = p.detach()
-    if bits := config.width(ROLES[p.role].bits):
-        searched = config if ROLES[p.role].optimizer == "muon" else replace(config, quant_clip="percentile")
-        q, step = quantize_rows(w, row_clip(w, bits, searched), bits, config.quant_scale_floor)
-        return f"int{bits}", [q if hessian is None else gptq_rows(w, step.float(), bits, hessian), step]
-    fine = (w.half().float() - w).norm() <= 1e-3 * w.norm()  # and does not overflow
-    return ("float16", [w.half()]) if fine else ("float32", [w])
+
+
+@torch.no_grad()
+def input_moments(model: GPT, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """GPTQ's Hessians: sums of x x^T [c, c] over the inputs x of every matrix, all passes."""
+    sums: dict[str, Tensor] = {}
+
+    def watch(name: str, matrix: Matrix) -> Any:
+        def add(_: nn.Module, args: tuple[Any, ...]) -> None:
+            x, factor = args[0].flatten(0, -2).float(), torch.as_tensor(args[1])
+            if factor.dim() == 1:  # a gain on the weight's columns acts on its input
+                x = x * factor
+            sums[name] = sums.get(name, 0.0) + x.T @ x
+
+        return matrix.register_forward_pre_hook(add)
+
+    hooks = [
+        watch(f"{name}.weight", module)
+        for name, module in model.named_modules()
+        if isinstance(module, Matrix)
+    ]
+    for ids, targets in batches:
+        model(ids, targets, model.scoring)
+    for hook in hooks:
+        hook.remove()
+    return sums
+
+
+class Stored(NamedTuple):
+    """How a parameter is held in an artifact."""
+
+    kind: str  # float16, float32, or int2 to int8 with a float16 step for each row
+    tensors: list[Tensor]
+
+
+def store(p: nn.Parameter, config: Config, hessian: Tensor | None) -> Stored:
+    """The stored form of a parameter, rounded by GPTQ where there is a `hessian`."""
+    w, role = p.detach(), role_of(p)
+    if not role.bits:
+        half = w.half()
+        exact_enough = (half.float() - w).norm() <= 1e-3 * w.norm()  # and does not overflow
+        return Stored("float16", [half]) if exact_enough else Stored("float32", [w])
+    bits = config.bits(role.bits)
+    if role.optimizer != "muon":  # the searches are for matrices
+        config = replace(config, quant_clip="percentile")
+    q, step = quantize_rows(w, row_clip(w, bits, config), bits, config.quant_scale_floor)
+    if hessian is not None:
+        q = gptq_rows(w, step.float(), bits, hessian)
+    return Stored(f"int{bits}", [q, step])
+
+
 def pack(model: GPT, config: Config, hessians: Mapping[str, Tensor] | None = None) -> bytes:
-    """The artifact of a model; `hessians` are those of `Trainer.calibrate`."""
-    held = {name: store(p, config, (hessians or {}).get(name)) for name, p in model.named_parameters()}
-    values = (t.cpu().numpy().tobytes() for _, tensors in held.values() for t in tensors)
-    header = dict(architecture=asdict(config.architecture()), tensors=[(n, s) for n, (s, _) in held.items()])
+    """The artifact of a model; `hessians` are those of `input_moments`, by parameter."""
+    hessians = hessians or {}
+    held = {name: store(p, config, hessians.get(name)) for name, p in model.named_parameters()}
+    header = dict(
+        architecture=asdict(config.architecture()),
+        tensors=[(name, stored.kind) for name, stored in held.items()],
+    )
+    values = (t.cpu().numpy().tobytes() for stored in held.values() for t in stored.tensors)
     return seal("artifact", config.codec, header, values)
+
+
 def pack_to_fit(model: GPT, config: Config, hessians: Mapping[str, Tensor], log: Log) -> bytes:
     """The artifact; for MATRIX_BITS=0 that of the most bits with which it and the script fit."""
     for bits in [config.matrix_bits] if config.matrix_bits else range(8, 1, -1):
@@ -1318,183 +1513,2225 @@ def pack_to_fit(model: GPT, config: Config, hessians: Mapping[str, Tensor], log:
         if total <= config.size_limit_bytes:
             break
     return data
-def unpack(header: Any, raw: bytes, codec: str) -> tuple[Architecture, dict[str, Tensor], str]:
-    """Architecture, parameters, how they are held; ValueError or whatever reading malformed values raises."""
-    architecture, layout, tensors = Architecture.from_json(header["architecture"]), [], {}
+
+
+class Values:
+    """Reads the values of an artifact one after the other; ValueError where they end too early."""
+
+    def __init__(self, raw: bytes) -> None:
+        self.raw, self.at = raw, 0
+
+    def take(self, kind: str, shape: Iterable[int]) -> Tensor:
+        dtype, shape = np.dtype(kind), tuple(shape)
+        size = dtype.itemsize * math.prod(shape)
+        require(self.at + size <= len(self.raw), f"{len(self.raw)} bytes of values are too few")
+        values = np.frombuffer(self.raw[self.at : self.at + size], dtype).reshape(shape)
+        self.at += size
+        return torch.from_numpy(values.copy())
+
+    def take_stored(self, name: str, kind: str, p: nn.Parameter) -> Tensor:
+        """The float32 value of parameter `p`, which is stored as `kind`."""
+        if role_of(p).bits:
+            require(kind in INTEGERS, f"{name} is stored as {kind}, not one of {INTEGERS}")
+            value = dequantize_rows(self.take("<i1", p.shape), self.take("<f2", p.shape[:1]))
+        else:
+            require(kind in FLOATS, f"{name} is stored as {kind}, not one of {[*FLOATS]}")
+            value = self.take(FLOATS[kind], p.shape).float()
+        require(value.isfinite().all(), f"{name} is not finite")
+        return value
+
+
+FLOATS = dict(float16="<f2", float32="<f4")
+INTEGERS = [f"int{bits}" for bits in range(2, 9)]
+
+
+class Unpacked(NamedTuple):
+    """What an artifact holds."""
+
+    architecture: Architecture
+    tensors: dict[str, Tensor]  # float32 parameters by name
+    kind: str  # how matrices are stored and compressed, as in int8+zlib
+
+
+def unpack(header: Any, raw: bytes, codec: str) -> Unpacked:
+    """Reads an artifact's contents; malformed ones raise ValueError or what reading them raises."""
+    architecture = Architecture.from_json(header["architecture"])
     with torch.device("meta"):  # names, roles and shapes without memory
         expected = list(GPT(architecture).named_parameters())
-    for (name, p), (given, stored) in zip(expected, header["tensors"], strict=True):
-        kinds = STORED[has_steps := bool(ROLES[p.role].bits)]
-        require(given == name and stored in kinds, f"{given} stored as {stored} where {name} is due")
-        parts = ("values", kinds[stored], p.shape), ("steps", "<f2", p.shape[:1])
-        layout.append((name, [*parts[: 1 + has_steps]]))
-    layout = np.dtype(layout)
-    require(layout.itemsize == len(raw), f"{len(raw)} bytes of values, {layout.itemsize} described")
-    for name, held in zip(layout.names, np.frombuffer(raw, layout)[0]):
-        values, *steps = (torch.from_numpy(held[part].copy()) for part in held.dtype.names)
-        tensors[name] = dequantize_rows(values, *steps) if steps else values.float()
-        require(tensors[name].isfinite().all(), f"{name} is not finite")
-    matrices = (stored for (_, p), (_, stored) in zip(expected, header["tensors"]) if "matrix" in p.role)
-    return architecture, tensors, f"{'/'.join(dict.fromkeys(matrices))}+{codec}"
-def load_model(data: bytes, source: str, eval_passes: int = 0) -> tuple[GPT, Architecture, str]:
-    """Model, architecture, storage ("int8+zlib") of an artifact; InputError names `source`."""
-    architecture, tensors, kind = unseal("artifact", data, source, ARTIFACT_LIMIT, unpack)
+    values, tensors, kinds = Values(raw), {}, []
+    for (name, p), (given, kind) in zip(expected, header["tensors"], strict=True):
+        require(given == name, f"{given} is stored where {name} is due")
+        tensors[name] = values.take_stored(name, kind, p)
+        if role_of(p).optimizer == "muon":
+            kinds.append(kind)
+    require(values.at == len(raw), f"{len(raw)} bytes of values, {values.at} described")
+    return Unpacked(architecture, tensors, f"{'/'.join(dict.fromkeys(kinds))}+{codec}")
+
+
+def load_model(data: bytes, origin: str, eval_passes: int = 0) -> tuple[GPT, Architecture, str]:
+    """Model, architecture, storage ("int8+zlib") of an artifact; InputError names `origin`."""
+    architecture, tensors, kind = unseal("artifact", data, origin, ARTIFACT_LIMIT, unpack)
     architecture = replace(architecture, eval_passes=eval_passes or architecture.eval_passes)
     model = GPT(architecture)
     model.load_state_dict(tensors)
     return model, architecture, kind
 
-# ---- 12. The run -----------------------------------------------------------------------------------------
+
+# ---- 6. Scoring --------------------------------------------------------------------------------
+
+
+class Score(NamedTuple):
+    """Of validation text."""
+
+    val_loss: float  # nats per token
+    val_bpb: float  # bits per byte
+    val_tokens: int  # targets scored
+    val_bytes: int  # UTF-8 bytes they stand for
+    eval_seconds: float
+
+
+Scored = Callable[[Tensor, Tensor], Tensor]  # (ids, targets) -> mean loss in nats
+
+
+class Learner:
+    """Score-first test-time training (PR 549): all ranks do SGD on text that has been scored."""
+
+    def __init__(self, model: GPT, forward: Scored, config: Config, world: World) -> None:
+        self.forward, self.config, self.world = forward, config, world
+        params = list(model.parameters())
+        self.gradients = Gradients(params)
+        self.sgd = torch.optim.SGD(params, lr=config.ttt_lr, momentum=config.ttt_momentum)
+
+    def learn(self, tokens: Tensor, done: float) -> None:
+        """TTT_EPOCHS steps on a chunk [n T + 1]; the rate falls with the fraction `done`."""
+        config, world = self.config, self.world
+        self.sgd.param_groups[0]["lr"] = config.ttt_lr * (1 + math.cos(math.pi * done)) / 2
+        mine = slice(world.rank, None, world.size)
+        sequences = tokens[:-1].view(-1, config.train_seq_len)
+        ids, targets = sequences[mine], tokens[1:].view(-1, config.train_seq_len)[mine]
+        share = len(ids) / len(sequences)
+        for _ in range(config.ttt_epochs):
+            self.gradients.zero()
+            if share:
+                (self.forward(ids, targets) * share).backward()
+            world.all_reduce(self.gradients.flat)
+            self.gradients.clip(config.ttt_grad_clip or math.inf)
+            self.sgd.step()
+
+    def compile(self, tokens: Tensor) -> None:
+        """Runs a step's forward and backward pass, so that its graph is there."""
+        mine = slice(self.world.rank, None, self.world.size)
+        ids = tokens[:-1].view(-1, self.config.train_seq_len)[mine]
+        targets = tokens[1:].view(-1, self.config.train_seq_len)[mine]
+        if len(ids):
+            self.forward(ids, targets).backward()
+
+
+class Scorer:
+    """Windows of T tokens, dealt out over the ranks.
+
+    All but the first score their last `stride` targets, so that every target is scored once.
+    """
+
+    def __init__(self, config: Config, world: World) -> None:
+        path = find_file(config.tokenizer_path)
+        counter = ByteCounter.from_sentencepiece(path, config.vocab_size)
+        self.counter = counter.to(world.device)
+        self.world, self.tokens, self.length = world, Tokens(config, "val"), config.train_seq_len
+        self.tokens.read(0, self.tokens.total)  # token ids are checked before anything else starts
+        self.targets = self.tokens.total - 1
+        T, chunk = self.length, config.ttt_chunk_tokens
+        require(
+            not config.eval_stride or T % config.eval_stride == 0,
+            f"EVAL_STRIDE={config.eval_stride} does not divide TRAIN_SEQ_LEN={T}",
+        )
+        fits = chunk % T == 0 and chunk <= config.micro_batch_tokens * world.size
+        require(
+            not config.ttt_lr or fits,
+            f"TTT_CHUNK_TOKENS={chunk} is no multiple of TRAIN_SEQ_LEN={T} or above "
+            f"MICRO_BATCH_TOKENS={config.micro_batch_tokens} for each rank",
+        )
+        most = min(config.val_batch_size // world.size, config.micro_batch_tokens) // T
+        needed = math.ceil(math.ceil(self.targets / T) / world.size)
+        self.batch = min(max(most, 1), needed)
+
+    def chunks(self, stride: int, size: int) -> list[range]:
+        """The windows whose first scored target lies in each `size` targets, a multiple of T."""
+        ends = [*range(size, self.targets, size), self.targets]
+        bounds = [0, *(1 - (self.length - end) // stride for end in ends)]
+        return [range(a, b) for a, b in itertools.pairwise(bounds)]
+
+    def windows(self, windows: range, stride: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's ids and targets [batch, T]; what is not to be scored has targets of -100."""
+        world, length = self.world, self.length
+        first = len(windows) * world.rank // world.size
+        end = len(windows) * (world.rank + 1) // world.size
+        for i in range(first, end, self.batch):
+            part = windows[i : min(i + self.batch, end)]
+            start = part[0] * stride
+            count = min((len(part) - 1) * stride + length, self.targets - start)
+            span = self.tokens.read(start, count + 1).to(world.device).long()
+            fill = (0, (self.batch - 1) * stride + length - count)
+            ids = F.pad(span[:-1], fill).unfold(0, length, stride)
+            targets = F.pad(span[1:], fill, value=-100).unfold(0, length, stride).clone()
+            targets[len(part) :] = -100
+            overlapping = 1 if part[0] == 0 else 0  # the first window of all scores all its targets
+            targets[overlapping:, : length - stride] = -100
+            yield ids.contiguous(), targets
+
+    def score(self, model: Scored, stride: int = 0, learner: Learner | None = None) -> Score:
+        """The score of a model; a `learner` trains it on each chunk that has been scored."""
+        began = time.perf_counter()
+        stride = stride or self.length
+        sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)  # nats, targets, bytes
+        size = learner.config.ttt_chunk_tokens if learner else self.targets
+        chunks = self.chunks(stride, size)
+        for i, windows in enumerate(chunks):
+            for ids, targets in self.windows(windows, stride):
+                sums += self.totals(model, ids, targets)
+            if learner and i + 1 < len(chunks):
+                tokens = self.tokens.read(i * size, size + 1).to(self.world.device).long()
+                learner.learn(tokens, i / (len(chunks) - 1))
+        nats, count, size_of_text = self.world.all_reduce(sums).tolist()
+        bpb = nats / math.log(2) / size_of_text
+        seconds = time.perf_counter() - began
+        return Score(nats / count, bpb, int(count), int(size_of_text), seconds)
+
+    def warm_up(self, model: Scored, learner: Learner | None = None) -> None:
+        """Runs what scoring runs once, so that nothing is compiled while it is timed."""
+        ids, targets = next(self.windows(range(1), self.length))
+        self.totals(model, ids, targets)
+        if learner:
+            size = learner.config.ttt_chunk_tokens
+            tokens = self.tokens.read(0, size + 1).to(self.world.device).long()
+            learner.compile(tokens)
+
+    @torch.no_grad()
+    def totals(self, model: Scored, ids: Tensor, targets: Tensor) -> Tensor:
+        """Nats, targets and bytes of a batch of windows, float64 [3]."""
+        scored = targets >= 0
+        count = scored.sum()
+        nats = model(ids, targets).double() * count
+        size = self.counter.count(ids, targets.clamp_min(0))
+        return torch.stack((nats, count, (size * scored).sum()))
+
+
+def rms(x: Tensor) -> float:
+    return x.float().square().mean().sqrt().item()
+
+
+@torch.no_grad()
+def recurrence_health(model: GPT, ids: Tensor, mode: Mode) -> list[dict[str, float]]:
+    """Per effective layer: mix weights, RMS of scales and shifts, alpha, growth of the stream."""
+    sizes = [1.0]  # RMS of the stream before the first layer and behind each; x0 is normalised
+
+    def measure(_: nn.Module, inputs: Any, out: Tensor) -> None:
+        sizes.append(rms(out))
+
+    hooks = [mlp.register_forward_hook(measure) for mlp in model.mlp]
+    model.hidden(ids, mode)
+    for hook in hooks:
+        hook.remove()
+    plan, table = model.plans[mode.passes], []
+    for v, (layer, cond) in enumerate(zip(plan, model.cond.rows(plan, torch.float32))):
+        mix, mix_x0 = model.mix[layer.attn].weights()
+        table.append(
+            dict(
+                layer=v,
+                mix=mix.mean().item(),
+                mix_x0=mix_x0.mean().item(),
+                attn_scale=rms(model.attn[layer.attn].scale * cond.attn.gamma),
+                mlp_scale=rms(model.mlp[layer.mlp].scale * cond.mlp.gamma),
+                attn_shift=rms(cond.attn.beta),
+                mlp_shift=rms(cond.mlp.beta),
+                growth=sizes[v + 1] / sizes[v],
+                pass_scale=model.core.pass_scale(layer.closes),
+            )
+        )
+    return table
+
+
+# ---- 7. Data and bytes -------------------------------------------------------------------------
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
+
+
+def find_file(name: str) -> Path:
+    """A file or folder that is named relative to the working directory or to this script."""
+    here = Path(name)
+    beside = Path(__file__).resolve().parent / name
+    return beside if beside.exists() and not here.exists() else here
+
+
+def open_shard(path: Path) -> np.ndarray:
+    """Memory-mapped uint16 tokens of a shard (data/README.md).
+
+    InputError if its header and size do not fit.
+    """
+    header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
+    require(
+        len(header) == SHARD_HEADER_INTS and (header[0], header[1]) == (SHARD_MAGIC, SHARD_VERSION),
+        f"{path} is not a token shard (begins with {header[:2].tolist()}): fetch it again",
+    )
+    count, size = int(header[2]), path.stat().st_size
+    require(
+        count > 0 and size == 4 * SHARD_HEADER_INTS + 2 * count,
+        f"{path} has {size} bytes but its header says {count} tokens: fetch it again",
+    )
+    return np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER_INTS, shape=(count,))
+
+
+class Tokens:
+    """The shards of one split as one sequence of token ids that starts again at its end."""
+
+    def __init__(self, config: Config, split: Literal["train", "val"]) -> None:
+        folder, T = find_file(config.data_path), config.train_seq_len
+        self.vocab_size = config.vocab_size
+        self.paths = sorted(folder.glob(f"fineweb_{split}_*.bin"))
+        require(
+            self.paths,
+            "for the sample corpus, run `python data/sample.py` and set PRESET=tiny; for FineWeb, "
+            f"see data/README.md: DATA_PATH={folder} holds no fineweb_{split}_*.bin",
+        )
+        self.starts = np.cumsum([0, *(len(open_shard(path)) for path in self.paths)])
+        self.total = int(self.starts[-1])
+        require(
+            self.total > T,
+            f"TRAIN_SEQ_LEN={T}: {split} in {folder} has only {self.total} tokens",
+        )
+
+    def read(self, start: int, count: int) -> Tensor:
+        """int32 tokens [count] from `start`; InputError for ids beyond the vocabulary."""
+        pieces = []
+        while count:
+            start %= self.total
+            shard = int(np.searchsorted(self.starts, start, side="right")) - 1
+            at = int(start - self.starts[shard])
+            piece = self.read_shard(shard, at, min(count, int(self.starts[shard + 1]) - start))
+            pieces.append(piece)
+            start, count = start + len(piece), count - len(piece)
+        return torch.from_numpy(np.concatenate(pieces).astype(np.int32))
+
+    def read_shard(self, shard: int, at: int, count: int) -> np.ndarray:
+        """uint16 tokens [count] of one shard; read, as a mapped file that is cut is a bus error."""
+        path = self.paths[shard]
+        tokens = np.fromfile(path, "<u2", count, offset=4 * SHARD_HEADER_INTS + 2 * at)
+        require(len(tokens) == count, f"{path} was cut after it was opened")
+        require(
+            tokens.max() < self.vocab_size,
+            f"{path} holds token {tokens.max()}, VOCAB_SIZE={self.vocab_size}: it is corrupt or of "
+            "another tokenizer",
+        )
+        return tokens
+
+
+class Batches:
+    """Step s is the s-th TRAIN_BATCH_TOKENS of the split; each rank has sequences of them."""
+
+    def __init__(self, tokens: Tokens, config: Config, world: World) -> None:
+        T, batch = config.train_seq_len, config.train_batch_tokens
+        self.tokens, self.world, self.length, self.batch = tokens, world, T, batch
+        sequences, ragged = divmod(batch, T)
+        require(
+            sequences and not ragged,
+            f"TRAIN_SEQ_LEN={T} does not divide TRAIN_BATCH_TOKENS={batch}",
+        )
+        fits = [n for n in range(1, sequences + 1) if sequences % n == 0]
+        require(
+            world.size in fits,
+            f"WORLD_SIZE={world.size} does not divide the {sequences} sequences of a batch "
+            f"(TRAIN_BATCH_TOKENS / TRAIN_SEQ_LEN); these do: {', '.join(map(str, fits))}",
+        )
+        local, limit = sequences // world.size, config.micro_batch_tokens // T
+        require(limit, f"MICRO_BATCH_TOKENS={config.micro_batch_tokens} < TRAIN_SEQ_LEN={T}")
+        divisors = (n for n in range(1, local + 1) if local % n == 0)
+        self.accumulation = next(n for n in divisors if local // n <= limit)
+        self.sequences = local // self.accumulation  # per rank and micro-batch
+
+    def micro(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs and targets, int64 [B, T] on the rank's device, of every micro-batch of a step."""
+        size = self.sequences * self.length
+        for i in range(self.accumulation):
+            first = (i * self.world.size + self.world.rank) * size
+            span = self.tokens.read(step * self.batch + first, size + 1)
+            if self.world.on_cuda:
+                span = span.pin_memory()  # else the copy waits for the device's queue
+            span = span.to(self.world.device, non_blocking=True).long()
+            yield span[:-1].view(-1, self.length), span[1:].view(-1, self.length)
+
+
+SPACE = "\u2581"  # how SentencePiece writes a space
+
+
+@dataclass(frozen=True)
+class ByteCounter:
+    """UTF-8 bytes of the text that tokens stand for, from tables [V].
+
+    Bits per byte, unlike nats per token, compare models of different tokenizers.
+    """
+
+    size: Tensor  # int64, without a leading space
+    space: Tensor  # bool, the piece begins with a space
+    boundary: Tensor  # bool, the space of a piece that follows was put there by the tokenizer
+
+    @classmethod
+    def from_sentencepiece(cls, path: Path, vocab_size: int) -> ByteCounter:
+        """A byte piece is one byte; a control piece none, nor is the space of one behind it."""
+        try:
+            sp = spm.SentencePieceProcessor(model_file=str(path))
+            require(len(sp) == vocab_size, f"it has {len(sp)} pieces, VOCAB_SIZE={vocab_size}")
+            silent = [
+                sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(vocab_size)
+            ]
+            byte = [sp.is_byte(i) for i in range(vocab_size)]
+            pieces = [sp.id_to_piece(i) for i in range(vocab_size)]
+        except (OSError, RuntimeError, ValueError) as error:
+            raise InputError(f"TOKENIZER_PATH={path} cannot be used: {error!r:.300}") from None
+        size, space = [], []
+        for piece, is_silent, is_byte in zip(pieces, silent, byte):
+            text = "" if is_silent or is_byte else piece.removeprefix(SPACE)
+            size.append(1 if is_byte else len(text.replace(SPACE, " ").encode()))
+            space.append(not is_silent and not is_byte and piece.startswith(SPACE))
+        adds_space = sp.decode_pieces([SPACE]) == ""  # the tokenizer puts one before every text
+        boundary = torch.tensor(silent) & torch.tensor(adds_space)
+        return cls(torch.tensor(size), torch.tensor(space), boundary)
+
+    def to(self, device: torch.device) -> ByteCounter:
+        return ByteCounter(self.size.to(device), self.space.to(device), self.boundary.to(device))
+
+    def count(self, previous: Tensor, token: Tensor) -> Tensor:
+        """Bytes of each token, int64, given the one before it (same shape)."""
+        return self.size[token] + (self.space[token] & ~self.boundary[previous])
+
+
+# ---- 8. Training -------------------------------------------------------------------------------
+# No DistributedDataParallel: gradients of shared weights are complete only when backward ends, and
+# its hooks would cut the compiled graph.
+
+
+class Gradients:
+    """All gradients in one flat float32 buffer that ends with the loss: one all-reduce for both."""
+
+    def __init__(self, params: list[nn.Parameter]) -> None:
+        sizes = [p.numel() for p in params]
+        self.params = params
+        self.flat = torch.zeros(sum(sizes) + 1, device=params[0].device)
+        self.of_params, self.loss = self.flat[:-1], self.flat[-1]  # views
+        for p, gradient in zip(params, self.of_params.split(sizes)):
+            p.grad = gradient.view_as(p)
+
+    def zero(self) -> None:
+        self.flat.zero_()
+
+    def clip(self, limit: float) -> Tensor:
+        """Shortens the gradient to an L2 norm of `limit` and returns the norm it had."""
+        return nn.utils.clip_grad_norm_(self.params, limit)
+
+
+class SkippedSteps:
+    """Counts steps whose loss or gradient is not finite; each becomes a step of gradient zero.
+
+    All ranks see the same sum, so they skip together; nothing waits for the device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.numbers = torch.zeros(2, device=device)  # how many, and the first one, counted from 1
+
+    def mask(self, gradients: Gradients, step: int) -> None:
+        bad = ~gradients.flat.sum().isfinite()
+        count, first = self.numbers.unbind()  # views
+        first.copy_(torch.where(bad & (count == 0), step + 1.0, first))
+        count.add_(bad)
+        gradients.of_params.masked_fill_(bad, 0.0)
+
+    @property
+    def count(self) -> int:
+        return int(self.numbers[0])
+
+    @property
+    def first(self) -> int:
+        return int(self.numbers[1])
+
+
+def lr_factor(config: Config, step: int, seconds: float) -> float:
+    """Factor of the learning rates: falls to 0 over the last WARMDOWN_ITERS steps or their time."""
+    span, cap = config.warmdown_iters, config.training_seconds
+    if not span:
+        return 1.0
+    factor = (config.iterations - step) / span
+    if cap and seconds and step > 9:  # before, a step's time is no measure
+        factor = min(factor, (cap - seconds) / (span * seconds / step))
+    return min(max(factor, 0.0), 1.0)
+
+
+def muon_momentum(config: Config, step: int) -> float:
+    """Rises from its start to MUON_MOMENTUM over its warm-up."""
+    if step >= config.muon_momentum_warmup_steps:
+        return config.muon_momentum
+    done = step / config.muon_momentum_warmup_steps
+    return config.muon_momentum_warmup_start * (1 - done) + config.muon_momentum * done
+
+
+def training_mode(config: Config, step: int, seconds: float) -> Mode:
+    """Passes and rounding of a training step, `seconds` into training."""
+    in_steps = step / max(config.iterations, 1)
+    in_time = seconds / config.training_seconds if config.training_seconds else 0.0
+    done = max(in_steps, in_time)
+    begun = [passes for when, passes in config.schedule() if when <= (done if when < 1 else step)]
+    mode = Mode(
+        begun[-1],
+        growth_weight=config.jacobian_weight,
+        per_pass=config.jacobian_per_pass,
+    )
+    near_end = config.qat_fraction > 0 and 1 - done <= config.qat_fraction
+    if near_end or lr_factor(config, step, seconds) < config.qat_lr_factor:
+        core = Rounding(config.bits("core_bits"), config.quant_scale_floor)
+        mode = mode._replace(core=core)
+        if not config.qat_core_only:
+            mode = mode._replace(outside=Rounding(config.matrix_bits, config.quant_scale_floor))
+    return mode
+
+
+def training_modes(config: Config) -> list[Mode]:
+    """Every mode that a step may have."""
+    first, last = training_mode(config, 0, 0.0), training_mode(config, config.iterations, 0.0)
+    roundings = [first] if first._replace(passes=last.passes) == last else [first, last]
+    return [mode._replace(passes=passes) for mode in roundings for _, passes in config.schedule()]
+
+
+class Clock:
+    """Rank 0's seconds of training on all ranks: shared every few steps, extrapolated in between.
+
+    Signals that a rank has received are shared with it, so that all ranks stop after the same step.
+    """
+
+    def __init__(self, world: World, cap: float, progress: Progress | None = None) -> None:
+        past = progress or Progress()
+        self.step, self.seconds = past.step, past.seconds  # of the last reading
+        self.per_step, self.due = past.per_step, past.due  # when the next reading is due
+        self.world, self.cap = world, cap or math.inf
+        self.signal = ""
+        self.start()
+
+    def start(self) -> None:
+        self.started = time.perf_counter() - self.seconds
+
+    def read(self, step: int, now: bool = False) -> float:
+        """Seconds spent on `step` steps; ranks meet for a reading that is due, or `now`."""
+        if (now or step >= self.due) and step > self.step:
+            self.world.synchronize()
+            mine = (time.perf_counter() - self.started, self.world.signal)
+            seen = self.world.gather(lambda: mine)
+            seconds = seen[0][0]
+            self.per_step = (seconds - self.seconds) / (step - self.step)
+            self.step, self.seconds = step, seconds
+            # The next reading comes in half of what is left, or after 5 s or ten steps.
+            ahead = min(self.cap - seconds, 10.0) / 2 / self.per_step
+            self.due = step + int(min(max(ahead, 1), 10))
+            signals = max(name for _, name in seen)
+            if signals:
+                self.signal = self.world.signal = signals
+        return self.estimate(step)
+
+    def estimate(self, step: int) -> float:
+        """Seconds spent on `step` steps, without meeting other ranks."""
+        return self.seconds + (step - self.step) * self.per_step
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that does not count."""
+        began = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - began
+
+
+class Trained(NamedTuple):
+    """How training ended."""
+
+    seconds: float
+    score: Score  # of the last weights
+    why: str
+
+
+Validate = Callable[["Trainer", float, Mode], Score]  # of its weights, seconds into training
+
+
+class Trainer:
+    """Makes the steps of a run. Checkpoints, averages, compiling and reporting are section 9."""
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        model: GPT,
+        batches: Batches,
+        compiler: Compiler | None = None,
+    ) -> None:
+        self.config, self.world, self.model, self.batches = config, world, model, batches
+        self.compiler = compiler or Compiler(config, world)
+        self.params = list(model.parameters())
+        self.gradients = Gradients(self.params)
+        # What acts between passes is not used where there is one: no gradient, so no decay either.
+        self.between_passes = [(p, p.grad) for p in model.core.parameters()]
+        for p in self.params:
+            world.broadcast(p.data)  # unlike processors may draw unlike weights
+        self.reset()
+
+    def reset(self) -> None:
+        """As before the first step, but for the weights."""
+        config = self.config
+        self.forward = self.compiler.forward(self.model)
+        self.optimizers = make_optimizers(self.model, config)
+        self.base_lrs = [[g["lr"] for g in o.param_groups] for o in self.optimizers]
+        self.optimizers.muon.iterate = self.compiler.newton_schulz()
+        self.average = Average(self.params, config)
+        self.skipped = SkippedSteps(self.world.device)
+        self.clock = Clock(self.world, config.training_seconds)
+        self.step = 0  # steps made
+        self.grad_norm: Tensor | None = None  # of the last step, before clipping
+        self.last_good = "none"
+
+    def train_step(
+        self,
+        step: int,
+        seconds: float,
+        micro: Iterable[tuple[Tensor, Tensor]],
+        mode: Mode | None = None,
+    ) -> None:
+        """One optimizer step on this rank's micro-batches. Nothing here waits for the device."""
+        config, gradients = self.config, self.gradients
+        mode = mode or training_mode(config, step, seconds)
+        gradients.zero()
+        for p, gradient in self.between_passes:
+            p.grad = gradient if mode.passes > 1 else None
+        parts = self.batches.accumulation * self.world.size
+        for ids, targets in micro:
+            loss = self.forward(ids, targets, mode) / parts
+            loss.backward()
+            gradients.loss.add_(loss.detach())
+        self.world.all_reduce(gradients.flat)
+        self.skipped.mask(gradients, step)
+        if config.grad_clip_norm:
+            self.grad_norm = gradients.clip(config.grad_clip_norm)
+        self.set_rates(lr_factor(config, step, seconds), muon_momentum(config, step))
+        for optimizer in self.optimizers:
+            optimizer.step()
+        if config.reference_bf16:
+            self.round_to_bfloat16()
+
+    def set_rates(self, factor: float, momentum: float) -> None:
+        for optimizer, rates in zip(self.optimizers, self.base_lrs):
+            for group, rate in zip(optimizer.param_groups, rates):
+                group["lr"] = rate * factor
+        for group in self.optimizers.muon.param_groups:
+            group["momentum"] = momentum
+
+    @torch.no_grad()
+    def round_to_bfloat16(self) -> None:
+        """What PR 855 trained by accident: tables, embedding and their Adam states in bfloat16."""
+        for name, p in self.model.named_parameters():
+            if name == "tok_emb" or role_of(p) is ROLES["table"]:
+                for t in (p, *self.optimizers.adam.state[p].values()):
+                    if t.dim():
+                        t.copy_(t.bfloat16())
+
+    def warm_up(self, log: Callable[[str], Any] = print) -> None:
+        """Compiles every mode and makes WARMUP_STEPS steps of each; then all is as before."""
+        config, world, modes = self.config, self.world, training_modes(self.config)
+        before = [p.detach().clone() for p in self.params]
+        length = config.train_seq_len
+        span = torch.arange(self.batches.sequences * length + 1, device=world.device)
+        span = span % config.vocab_size  # laid out as real batches are: no new graph
+        pair = (span[:-1].view(-1, length), span[1:].view(-1, length))
+
+        def compile_everything() -> None:
+            for mode in modes:
+                self.forward(*pair, mode).backward()
+            self.optimizers.muon.step()
+
+        world.enter("warm-up")
+        began = time.perf_counter()
+        while self.compiler.level != "off":
+            try:  # first what a rank can compile before it meets the others
+                world.gather(compile_everything)
+                break
+            except InputError as error:
+                self.compiler.fall_back(error, log)
+                self.reset()
+        if self.compiler.level != "off":
+            world.synchronize()
+            log(f"compile:{self.compiler.level} time:{time.perf_counter() - began:.1f}s")
+        for mode in modes:
+            for _ in range(config.warmup_steps):
+                self.train_step(0, 0.0, [pair] * self.batches.accumulation, mode)
+        torch._foreach_copy_([p.data for p in self.params], before)
+        self.reset()
+        world.synchronize()
+
+    def check_finite(self, score: Score | None = None) -> float:
+        """The last step's loss; Ended if too many steps were skipped or `score` is not finite."""
+        loss, skipped = self.gradients.loss.item(), self.skipped.count
+        what = ""
+        if skipped > self.config.max_skipped_steps:
+            what = f"step {self.skipped.first}"
+        elif score and not math.isfinite(score.val_loss):
+            what = f"the validation loss after step {self.step}"
+        if what:
+            raise Ended(
+                EXIT_NON_FINITE,
+                f"{what} is not finite (skipped {skipped}, last good: {self.last_good}). Nothing "
+                "was exported. Lower the learning rates or set GRAD_CLIP_NORM.",
+            )
+        if self.step and math.isfinite(loss):
+            self.last_good = f"step {self.step}, train_loss {loss:.4f}"
+        return loss
+
+    def why_to_stop(self, seconds: float) -> str:
+        """ "" while there is a step to make. At the end a step is to spare for the cap."""
+        clock = self.clock
+        if self.step == self.config.iterations:
+            return "iterations"
+        reserve = (
+            2 * clock.per_step if self.step > 1 else 0.0
+        )  # the first step's time is no measure
+        return "wallclock_cap" if seconds + reserve > clock.cap else ""
+
+    def train(self, reporter: Reporter, checkpoints: Checkpoints, validate: Validate) -> Trained:
+        """Trains until ITERATIONS or the cap; `validate` runs off the clock."""
+        config, clock = self.config, self.clock
+        clock.start()
+        while True:
+            why = self.why_to_stop(clock.read(self.step))
+            due = config.val_loss_every and self.step % config.val_loss_every == 0
+            if why or due:
+                seconds = clock.read(self.step, now=True)
+                with clock.paused():
+                    if why:
+                        reporter.end(self, seconds, why)
+                        checkpoints.end(self)
+                    mode = self.model.scoring
+                    if not why:
+                        mode = Mode(training_mode(config, self.step, seconds).passes)
+                    score = validate(self, seconds, mode)
+                if why:
+                    return Trained(seconds, score, why)
+            self.next_step(reporter)
+            if clock.signal:
+                raise Ended(EXIT_STOPPED, f"step {self.step}: stopped by {clock.signal}")
+            saves = config.save_every and self.step % config.save_every == 0
+            if saves and self.step < config.iterations:
+                checkpoints.save(self, patience=config.rank_timeout_seconds / 4)
+
+    def next_step(self, reporter: Reporter) -> None:
+        step, seconds = self.step, self.clock.estimate(self.step)
+        self.world.enter(f"step {step + 1}", training=True)
+        mode = training_mode(self.config, step, seconds)
+        reporter.mode(step, mode)
+        self.train_step(step, seconds, self.batches.micro(step), mode)
+        self.average.update(self.params, step + 1, lr_factor(self.config, step + 1, seconds))
+        self.step = step + 1  # from here on a checkpoint is of this step
+        if reporter.wants(self.step) or self.step >= self.clock.due:
+            reporter.step(self)
+
+    def state(self) -> list[Tensor]:
+        """All tensors that training changes, in a fixed order.
+
+        Nothing is random: after the initial weights no number is drawn.
+        """
+        moments = []
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    moments += optimizer.state[p].values()
+        weights = [p.data for p in self.params]
+        return [*weights, *moments, *self.average.weights, self.skipped.numbers]
+
+    def progress(self) -> Progress:
+        clock = self.clock
+        return Progress(
+            self.step, self.average.count, clock.estimate(self.step), clock.per_step, clock.due
+        )
+
+    def go_on_from(self, progress: Progress) -> None:
+        """Takes over the counters of a checkpoint whose tensors are in `state` already."""
+        self.step, self.average.count = progress.step, progress.averaged
+        self.clock = Clock(self.world, self.config.training_seconds, progress)
+
+
+# ---- 9. Compiling, averages, reports and checkpoints -------------------------------------------
+
+BACKEND = torch.nn.attention.SDPBackend
+KERNELS = {
+    "auto": [BACKEND.CUDNN_ATTENTION, BACKEND.FLASH_ATTENTION, BACKEND.MATH],
+    "cudnn": [BACKEND.CUDNN_ATTENTION],
+    "flash": [BACKEND.FLASH_ATTENTION],
+    "math": [BACKEND.MATH],
+}  # of ATTN_BACKEND; the first that takes the shapes
+
+
+class Compiler:
+    """What COMPILE means here: a graph of the model for each mode, graphs of a block, or none."""
+
+    def __init__(self, config: Config, world: World) -> None:
+        self.config = config
+        self.modes = 1 if config.eval_only else len(training_modes(config))
+        self.level: str = config.compile
+        if config.compile == "auto":
+            # Six graphs of `growing` would take four minutes of a node; by block a third of one,
+            # for 0.8 % of a step (a roofline estimate).
+            whole = "model" if self.modes <= 2 else "block"
+            self.level = whole if world.on_cuda else "off"
+
+    def build(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        torch.compiler.config.cache_key_tag = self.config.attn_backend  # its cache is blind to that
+        torch._dynamo.config.recompile_limit = 8 + 2 * self.modes  # beyond it torch ends the run
+        return torch.compile(function, dynamic=False, fullgraph=True)
+
+    def forward(self, model: GPT) -> Callable[..., Tensor]:
+        """The model as a function of ids, targets and mode."""
+        ops = PLAIN_OPS
+        if self.config.attn_backend != "auto":
+            ops = ops._replace(attention=torch_attention)
+        if self.level == "block":
+            ops = ops._replace(block=self.build(block), loss=self.build(head_loss))
+        whole = self.build(model) if self.level == "model" else model
+        return functools.partial(whole, ops=ops)
+
+    def newton_schulz(self) -> Callable[..., Tensor]:
+        if self.level == "off":
+            return newton_schulz
+        return torch.compile(newton_schulz, dynamic=False)
+
+    def fall_back(self, error: InputError, log: Callable[[str], Any]) -> None:
+        """To blocks from the whole model if COMPILE=auto; else the error ends the run."""
+        if self.config.compile != "auto" or self.level != "model":
+            raise Ended(
+                1, f"COMPILE={self.level} failed (COMPILE=off trains without it): {error}"
+            ) from error
+        log(f"warning: COMPILE=model failed, going on with COMPILE=block: {error}")
+        self.level = "block"
+        torch._dynamo.reset()
+
+
+class Average:
+    """The average of the weights over steps that AVERAGE asks for; it is what is exported."""
+
+    def __init__(self, params: list[nn.Parameter], config: Config) -> None:
+        self.config, self.count = config, 0  # weights taken
+        self.weights: list[Tensor] = []
+        if config.average != "none":
+            self.weights = [p.detach().clone() for p in params]
+
+    @torch.no_grad()
+    def update(self, params: list[nn.Parameter], step: int, factor: float) -> None:
+        """Takes the weights after `step` steps, at `factor` of the learning rates, if due."""
+        config = self.config
+        if config.average == "none":
+            return
+        if config.average == "ema":
+            share = 1 - config.ema_decay if self.count else 1.0
+        elif factor < config.swa_lr_factor and step % config.swa_every == 0:
+            share = 1 / (self.count + 1)
+        else:
+            return
+        self.count += 1
+        torch._foreach_lerp_(self.weights, [p.data for p in params], share)
+
+    @contextlib.contextmanager
+    def swapped_in(self, params: list[nn.Parameter]) -> Iterator[None]:
+        """The average in place of the last weights, if it has taken any."""
+        weights = [p.data for p in params]
+        last = [w.clone() for w in weights if self.count]
+        if self.count:
+            torch._foreach_copy_(weights, self.weights)
+        try:
+            yield
+        finally:
+            if self.count:
+                torch._foreach_copy_(weights, last)
+
+
+class Reporter:
+    """What a run says of its training: log lines, metrics, a line of progress on a terminal."""
+
+    def __init__(self, config: Config, log: Log) -> None:
+        self.config, self.log = config, log
+        self.last_mode: Mode | None = None
+
+    def at(self, step: int) -> str:
+        return f"step:{step}/{self.config.iterations}"
+
+    def mode(self, step: int, mode: Mode) -> None:
+        """Says what changes: passes and bits."""
+        if mode != self.last_mode:
+            bits = f"bits:{mode.outside.bits} core_bits:{mode.core.bits}"
+            self.log(f"{self.at(step)} passes:{mode.passes} {bits}")
+        self.last_mode = mode
+
+    def wants(self, step: int) -> bool:
+        every, last = self.config.train_log_every, self.config.iterations
+        return step <= 10 or step % every == 0 or step == last
+
+    def step(self, trainer: Trainer) -> None:
+        """Of the step that was made last."""
+        step, loss = trainer.step, trainer.check_finite()
+        seconds = trainer.clock.read(step, now=True)
+        speed = step * self.config.train_batch_tokens / seconds
+        if self.wants(step):
+            skipped = trainer.skipped.count
+            tail = f" skipped_steps:{skipped}" if skipped else ""
+            self.log(
+                f"{self.at(step)} train_loss:{loss:.4f} train_time:{1e3 * seconds:.0f}ms "
+                f"step_avg:{1e3 * seconds / step:.2f}ms{tail}"
+            )
+            norm = trainer.grad_norm
+            if norm is None:
+                norm = trainer.gradients.of_params.norm()
+            self.log.metric(
+                step=step,
+                train_loss=loss if math.isfinite(loss) else None,
+                train_seconds=seconds,
+                tokens_per_second=speed,
+                step_ms=1e3 * trainer.clock.per_step,
+                lr_factor=lr_factor(self.config, step - 1, seconds),
+                grad_norm=norm.item() if norm.isfinite() else None,
+            )
+        self.log.progress(self.progress(trainer, loss, seconds, speed))
+
+    def progress(self, trainer: Trainer, loss: float, seconds: float, speed: float) -> str:
+        """A bar of steps or of time, whichever ends first, and what is left."""
+        step, iterations, clock = trainer.step, self.config.iterations, trainer.clock
+        left = min((iterations - step) * clock.per_step, clock.cap - seconds)
+        done = max(step / iterations, seconds / clock.cap)
+        bar = ("=" * round(20 * done)).ljust(20)
+        return (
+            f"[{bar}] {done:4.0%}  step {step:,}/{iterations:,}  loss {loss:.3f}  "
+            f"{duration(left)} left  {speed:,.0f} tokens/s"
+        )
+
+    def end(self, trainer: Trainer, seconds: float, why: str) -> None:
+        step, planned = trainer.step, self.config.iterations
+        if why == "wallclock_cap":
+            self.log(f"stopping_early: {why} train_time:{1e3 * seconds:.0f}ms {self.at(step)}")
+            if step < planned / 2:
+                self.log(
+                    f"WARNING: the time was up after {step:,} of {planned:,} planned steps: raise "
+                    "MAX_WALLCLOCK_SECONDS, or lower ITERATIONS and what is planned by it"
+                )
+
+    def validation(
+        self, trainer: Trainer, seconds: float, score: Score, facts: Callable[[], dict[str, Any]]
+    ) -> None:
+        """Of the weights after the last step; `facts` are further metrics, computed on rank 0."""
+        step = trainer.step
+        self.log(
+            f"{self.at(step)} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f} "
+            f"train_time:{1e3 * seconds:.0f}ms step_avg:{1e3 * seconds / max(step, 1):.2f}ms"
+        )
+
+        def write() -> None:
+            figures = score._asdict() | facts()
+            self.log.metric(step=step, train_seconds=seconds, **figures)
+
+        trainer.world.on_main(write)  # the others wait here: a tracker may take minutes to begin
+
+
+def duration(seconds: float) -> str:
+    """As in 45 s, 12 min or 3.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+class Progress(NamedTuple):
+    """The counters of a checkpoint."""
+
+    step: int = 0
+    averaged: int = 0  # weights in the average
+    seconds: float = 0.0  # of training
+    per_step: float = 0.0  # seconds
+    due: int = 1  # step at which the clock is read next
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint that was found good."""
+
+    name: str
+    progress: Progress
+    metrics_bytes: int  # of metrics.jsonl when it was made
+    threads: int  # of a rank on a CPU
+    values: np.ndarray | None = None  # float32, of `Trainer.state` one after the other; on rank 0
+
+
+class Checkpoints:
+    """Writes a run's checkpoints beside training and keeps two."""
+
+    def __init__(self, config: Config, world: World, tokens: int, log: Log) -> None:
+        self.config, self.world, self.tokens, self.log = config, world, tokens, log
+        self.writer = ThreadPoolExecutor(1)
+        self.pending: list[Future] = []
+        self.metrics_bytes = 0  # when training ended; a run that goes on from there scores again
+
+    def end(self, trainer: Trainer) -> None:
+        """Of a training that is complete."""
+        self.metrics_bytes = self.log.size()
+        if self.config.save_every:
+            self.save(trainer)
+
+    def save(self, trainer: Trainer, patience: float | None = None) -> None:
+        """Copies the state now and has a thread write it, unless it still writes the last one."""
+        step = trainer.step
+        if wait(self.pending, patience).not_done:
+            self.log(f"warning: no checkpoint of step {step}: the one before is not written yet")
+            return
+        if not self.world.is_main:
+            return
+        values = torch.cat([t.flatten() for t in trainer.state()]).cpu().numpy()
+        header = dict(
+            config=asdict(self.config),
+            tokens=self.tokens,
+            metrics=self.metrics_bytes or self.log.size(),
+            threads=torch.get_num_threads(),
+            progress=trainer.progress()._asdict(),
+        )
+        self.pending = [self.writer.submit(self.write, step, header, values)]
+
+    def write(self, step: int, header: dict[str, Any], values: np.ndarray) -> None:
+        path = self.log.folder / f"step_{step:08d}.ckpt"
+        try:
+            write_atomically(path, seal("checkpoint", "none", header, [values.tobytes()]))
+            for old in sorted(self.log.folder.glob("step_*.ckpt"))[:-2]:
+                old.unlink()
+        except OSError as error:
+            # The artifact may need the room.
+            path.with_name(path.name + ".tmp").unlink(missing_ok=True)
+            self.log(f"warning: no checkpoint of step {step}: {error}")
+
+    @contextlib.contextmanager
+    def kept(self, trainer: Trainer) -> Iterator[None]:
+        """Saves what there is if training or export ends early: a signal, a lost rank, ..."""
+        try:
+            yield
+        except (Exception, Ended) as end:
+            # Other errors may come amid an update, which is not a state to go on from.
+            whole = not trainer.world.training or isinstance(end, (Ended, *KNOWN))
+            diverged = isinstance(end, Ended) and end.code == EXIT_NON_FINITE
+            if whole and not diverged:
+                self.save(trainer)
+            raise
+        finally:
+            self.writer.shutdown()
+
+
+def find_checkpoint(config: Config, trainer: Trainer, log_later: list[str]) -> Checkpoint | None:
+    """What RESUME names: a path, or for auto the run's last checkpoint that is whole, if any.
+
+    The tensors are on rank 0 alone. InputError if there is none that can be used.
+    """
+    size = sum(t.numel() for t in trainer.state())
+    tokens = trainer.batches.tokens.total
+    values: list[np.ndarray] = []
+
+    def read(header: Any, raw: bytes, _: str) -> Checkpoint:
+        found = np.frombuffer(raw, np.float32)
+        require(len(found) == size, f"{len(found)} numbers where {size} are due")
+        require(np.isfinite(found).all(), "it holds numbers that are not finite")
+        check_same_run(config, dict(header["config"]), int(header["tokens"]), tokens)
+        values.append(found)
+        progress = Progress(**header["progress"])
+        return Checkpoint("", progress, int(header["metrics"]), int(header["threads"]))
+
+    def find() -> Checkpoint | None:
+        paths, errors = [Path(config.resume)], []
+        if config.resume == "auto":
+            folder = Path(config.log_dir) / config.run_id
+            paths = sorted(folder.glob("step_*.ckpt"), reverse=True)
+        for path in paths:
+            try:
+                data = path.read_bytes()
+                checkpoint = unseal("checkpoint", data, str(path), len(data), read)
+                return checkpoint._replace(name=path.name)
+            except KNOWN as error:
+                log_later.append(f"warning: {error}")
+                errors.append(str(error))
+        require(not errors, f"RESUME={config.resume}: {' / '.join(errors)}")
+        return None
+
+    found = trainer.world.on_main(find)
+    return found and found._replace(values=values[-1] if values else None)
+
+
+def check_same_run(config: Config, was: dict[str, Any], tokens_were: int, tokens: int) -> None:
+    """InputError that names what differs between a checkpoint's run and this one."""
+    now = asdict(config)
+    unknown = sorted(was.keys() - now)
+    require(not unknown, f"its run had options that this script lacks: {unknown}")
+    was = asdict(Config()) | neutral_values(Config) | was  # an option that was added since was off
+    differ = [name for name in now if name not in MAY_DIFFER and now[name] != was[name]]
+    if now["iterations"] >= was["iterations"]:
+        differ = [name for name in differ if name != "iterations"]
+    texts = [f"{name.upper()} was {show(was[name])}, is {show(now[name])}" for name in differ]
+    if tokens != tokens_were:
+        texts.append(f"the training data had {tokens_were} tokens, have {tokens}")
+    may = ", ".join(sorted(name.upper() for name in MAY_DIFFER - EVAL_OPTIONS))
+    require(
+        not texts,
+        f"it is of another run: {'; '.join(texts)}. ITERATIONS may grow; these may change: {may}, "
+        "and what EVAL_ONLY takes",
+    )
+
+
+def restore(trainer: Trainer, checkpoint: Checkpoint | None, log: Log) -> None:
+    """Goes on from a checkpoint on all ranks, or begins at step 0."""
+    name = "nothing"
+    if checkpoint:
+        name, state = checkpoint.name, trainer.state()
+        flat = torch.cat([t.flatten() for t in state])
+        if checkpoint.values is not None:
+            flat.copy_(torch.from_numpy(checkpoint.values.copy()))
+        trainer.world.broadcast(flat)
+        for t, values in zip(state, flat.split([t.numel() for t in state])):
+            t.copy_(values.view_as(t))
+        trainer.go_on_from(checkpoint.progress)
+        threads = torch.get_num_threads()
+        if threads != checkpoint.threads and not trainer.world.on_cuda:
+            log(
+                f"warning: {checkpoint.threads} threads a rank before, {threads} now: sums, and so "
+                "losses, may differ in the last bits from an uninterrupted run"
+            )
+    log.cut_metrics(checkpoint.metrics_bytes if checkpoint else 0)  # what follows comes again
+    log(f"resumed from step:{trainer.step} of {name}")
+
+
+# ---- 10. Ranks, logs and files -----------------------------------------------------------------
+
+KNOWN = (InputError, OSError)  # told in one line, others with their traceback
+
+
+class Ended(BaseException):
+    """An end of a run before its own. No Exception: what forgives those must not forgive this."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+EXIT_INPUT, EXIT_NON_FINITE, EXIT_SIZE, EXIT_STOPPED, EXIT_LOST = range(2, 7)
+STOP_SIGNALS = [
+    signal.Signals[name]
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+    if hasattr(signal, name)
+]
+
+
+def launched_as(env: Mapping[str, str]) -> tuple[int, int]:
+    """Rank and number of ranks, as the launcher says; InputError if nobody launched the others."""
+    rank = parse("RANK", env.get("RANK", "0"), int)
+    size = parse("WORLD_SIZE", env.get("WORLD_SIZE", "1"), int)
+    require(0 <= rank < size, f"RANK={rank} is not one of WORLD_SIZE={size} ranks")
+    missing = [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if size > 1 and not env.get(n)]
+    require(
+        not missing,
+        f"WORLD_SIZE={size}, but {' and '.join(missing)} not set: start ranks with "
+        f"`torchrun --standalone --nproc_per_node={size} train_gpt.py`",
+    )
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        require(
+            "WORLD_SIZE" in env or env.get(name, "1") == "1",
+            f"{name}={env.get(name)}, but WORLD_SIZE is not set: every task would train the whole "
+            "model. Start one task a node, and let torchrun start its ranks",
+        )
+    again, nodes = env.get("TORCHELASTIC_MAX_RESTARTS", "0"), env.get("GROUP_WORLD_SIZE", "1")
+    shared = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    require(
+        size == 1 or again == "0" or nodes == "1" or not shared,
+        "torchrun --max-restarts on several nodes needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: "
+        "ranks that are started again would wait for those before them",
+    )
+    return rank, size
+
+
+def choose_cuda(device: str, size: int) -> bool:
+    """Whether to train on CUDA. InputError rather than a run on CPUs that nobody asked for."""
+    if device == "cpu":
+        return False
+    if torch.cuda.is_available():
+        return True
+    driver = Path("/proc/driver/nvidia/version")
+    found = ""
+    if driver.exists():
+        line = driver.read_text().splitlines()[0]
+        number = re.search(r"\d+\.\d+[.\d]*", line)
+        found = f" The driver here is {number[0] if number else line}."
+    built = f"PyTorch {torch.__version__} is built for CUDA {torch.version.cuda}"
+    if not torch.version.cuda:
+        built = f"PyTorch {torch.__version__} is built without CUDA"
+    advice = (
+        f"{built} and sees no GPU.{found} CUDA 13 needs driver 580 or newer, CUDA 12.8 driver 570: "
+        "update the driver, or install a PyTorch for the driver at hand (README: which releases "
+        "work). DEVICE=cpu trains on the CPU"
+    )
+    require(device != "cuda", f"DEVICE=cuda: {advice}")
+    require(not driver.exists(), advice)
+    require(size == 1, f"WORLD_SIZE={size} ranks without a GPU: {advice}")
+    return False
+
+
+class World:
+    """The ranks of a run: NCCL on CUDA, gloo on CPUs, and no process group for a single rank."""
+
+    def __init__(self, env: Mapping[str, str], timeout: float = 60.0, device: str = "auto") -> None:
+        self.rank, self.size = launched_as(env)
+        self.is_main = self.rank == 0
+        self.on_cuda = choose_cuda(device, self.size)
+        self.place, self.training, self.signal = "start", False, ""
+        self.device = torch.device("cpu")
+        if self.on_cuda:
+            self.device = torch.device(f"cuda:{env.get('LOCAL_RANK', 0)}")
+            torch.cuda.set_device(self.device)
+        else:
+            keep_freed_memory()
+        if self.size > 1:
+            self.join(env, timeout)
+
+    def join(self, env: Mapping[str, str], timeout: float) -> None:
+        """Makes the process group, and one of gloo for what may take long."""
+        try:
+            store, *_ = next(dist.rendezvous("env://"))
+        except (RuntimeError, ValueError) as error:
+            place = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
+            raise InputError(
+                f"ranks cannot meet at MASTER_ADDR:MASTER_PORT={place}; is the port in use? "
+                f"({str(error).splitlines()[0]:.200})"
+            ) from None
+        if env.get("GROUP_WORLD_SIZE", "1") == "1":
+            # It may hold keys of ranks that were started before.
+            store = dist.PrefixStore(env.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        self.store = store
+        dist.init_process_group(
+            "nccl" if self.on_cuda else "gloo",
+            store=self.store,
+            rank=self.rank,
+            world_size=self.size,
+            timeout=datetime.timedelta(seconds=timeout),
+            device_id=self.device if self.on_cuda else None,
+        )
+        self.slow_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=30))
+
+    def enter(self, place: str, training: bool = False) -> None:
+        """Says where this rank is now. Signals end it at once, but in training after a step."""
+        self.place, self.training = place, training
+        if self.signal and not training:
+            raise Ended(EXIT_STOPPED, f"{place}: stopped by {self.signal}")
+
+    def handle_signals(self) -> None:
+        """Every catchable request to stop ends alike; one that was to be ignored stays ignored."""
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.interrupt)
+
+    def interrupt(self, number: int, _: Any) -> None:
+        if not self.signal:  # torchrun sends once more what all have got from a terminal
+            self.signal = signal.Signals(number).name
+            self.enter(self.place, self.training)
+
+    def collective(self, call: Callable[[], Any]) -> None:
+        """Calls a collective operation; Ended if a rank is gone or late."""
+        if self.size == 1:
+            return
+        try:
+            if not self.training:
+                dist.barrier(self.slow_group)  # for half an hour: rank 0 packs alone
+            call()
+        except RuntimeError as error:
+            raise self.lost_rank(error) from error
+
+    def lost_rank(self, error: RuntimeError) -> Ended:
+        """The end of a run that lost a rank; which ones did not come to the roll call."""
+        missing, more = [0], " or torchrun, the store is gone"
+        with contextlib.suppress(RuntimeError):
+            self.store.set(f"waits {self.rank}", "")
+            time.sleep(3)  # those that are there say so as well
+            missing = [r for r in range(self.size) if not self.store.check([f"waits {r}"])]
+            more = ""
+        self.is_main = self.rank == min({*range(self.size)} - {*missing})  # the first left saves
+        reason = str(error).splitlines()[0]
+        return Ended(EXIT_LOST, f"{self.place}: lost ranks: {missing}{more} ({reason})")
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        self.collective(functools.partial(dist.all_reduce, x))
+        return x
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        """x of rank 0 on all ranks."""
+        self.collective(functools.partial(dist.broadcast, x, 0))
+        return x
+
+    def gather(self, job: Callable[[], Any]) -> list[Any]:
+        """What `job` returns on every rank, on all; InputError if it raises anything on one."""
+        try:
+            mine = job()
+        except KNOWN as error:
+            mine = InputError(str(error))
+        except Exception:
+            mine = InputError(traceback.format_exc())
+        seen = [mine] * self.size
+        self.collective(functools.partial(dist.all_gather_object, seen, mine))
+        for result in seen:
+            if isinstance(result, InputError):
+                raise result
+        return seen
+
+    def on_all(self, job: Callable[[], Any], facts: Callable[[Any], Any]) -> Any:
+        """What `job` returns here; InputError on all ranks if it fails on one or `facts` differ."""
+        mine: list[Any] = []
+
+        def do() -> str:
+            mine.append(job())
+            return repr(facts(mine[0]))
+
+        seen = set(self.gather(do))
+        require(
+            len(seen) == 1,
+            f"ranks differ in their variables or data: {' / '.join(sorted(seen))}",
+        )
+        return mine[0]
+
+    def on_main(self, job: Callable[[], Any]) -> Any:
+        """What `job` returns on rank 0, on all ranks."""
+        return self.gather(lambda: job() if self.is_main else None)[0]
+
+    def synchronize(self) -> None:
+        if self.on_cuda:
+            torch.cuda.synchronize(self.device)
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep freed memory instead of faulting it in again at every step."""
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+        libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+
+
+def say(stream: TextIO | None, text: str, end: str = "\n") -> None:
+    """Prints, if the stream takes it. A closed pipe or a full disk behind it ends no run."""
+    if stream is None:
+        return
+    try:
+        print(text, end=end, file=stream, flush=True)
+    except (OSError, ValueError):
+        # What is left in its buffer would fail again when Python exits.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def append_line(path: Path, line: str) -> None:
+    """Appends a line as a whole, or nothing and OSError."""
+    data = line.encode() + b"\n"
+    with open(path, "ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            written = file.write(data)
+            if written != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+class Tracker:
+    """Weights & Biases, or TensorBoard's files in the run's folder."""
+
+    def __init__(self, kind: str, folder: Path) -> None:
+        self.kind, self.folder = kind, folder
+
+    @functools.cached_property
+    def send(self) -> Callable[[dict[str, Any]], Any]:
+        """What takes the metrics of a step."""
+        if self.kind == "wandb":
+            wandb = importlib.import_module("wandb")
+            return wandb.init(name=self.folder.name, dir=str(self.folder)).log
+        board = importlib.import_module("torch.utils.tensorboard")
+        writer = board.SummaryWriter(str(self.folder), flush_secs=5)
+
+        def add(values: dict[str, Any]) -> None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    writer.add_scalar(name, value, values["step"])
+
+        return add
+
+
+class Log:
+    """Rank 0's records: train.log for people, metrics.jsonl for programs, a terminal's progress."""
+
+    def __init__(self, folder: Path, is_main: bool, tracker: str = "none") -> None:
+        self.folder, self.metrics, self.is_main = folder, folder / "metrics.jsonl", is_main
+        self.tracker = Tracker(tracker, folder) if tracker != "none" and is_main else None
+        self.watched = is_main and sys.stderr is not None and sys.stderr.isatty()
+        self.lock: TextIO | None = None  # of the folder, while the run lives
+
+    def size(self) -> int:
+        """Bytes of metrics.jsonl."""
+        return self.metrics.stat().st_size if self.metrics.exists() else 0
+
+    def cut_metrics(self, size: int) -> None:
+        """Drops the metrics behind `size` bytes."""
+        if self.is_main and self.metrics.exists():
+            os.truncate(self.metrics, min(size, self.size()))
+
+    def to_file(self, line: str, name: str = "train.log") -> None:
+        if not self.is_main:
+            return
+        try:
+            append_line(self.folder / name, line)
+        except OSError as error:  # a full disk is no reason to end training
+            say(sys.stderr, f"warning: not logged: {error}: {line[:200]}")
+
+    def __call__(self, text: str) -> None:
+        self.progress("")
+        if self.is_main:
+            say(sys.stdout, text)
+        self.to_file(text)
+
+    def metric(self, **values: Any) -> None:
+        self.to_file(json.dumps(values), "metrics.jsonl")
+        if self.tracker is None:
+            return
+        try:  # a tracker that fails, in whatever way, is switched off and the run goes on
+            self.tracker.send(values)
+        except Exception as error:
+            self.tracker = None
+            self(f"warning: TRACKER is off: {type(error).__name__}: {error}")
+
+    def progress(self, text: str) -> None:
+        if self.watched:
+            say(sys.stderr, f"\r\033[K{text}", end="")
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file that has its name only once it is whole on the disk."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+# A sealed file: magic, SHA-256 of the rest, codec, length of what is packed; packed: length of the
+# header, header (JSON), values.
+SEAL = struct.Struct("<8s32s8sQ")
+MAGIC = dict(artifact=b"GOLFGPT\x02", checkpoint=b"GOLFRUN\x02")  # the last byte is the version
+CODECS = ("none", "zlib", "lzma", "brotli")
+
+
+def brotli_module() -> Any:
+    try:
+        return importlib.import_module("brotli")
+    except ImportError:
+        raise InputError("brotli is not installed: pip install -U brotli") from None
+
+
+def compress(codec: str, data: bytes) -> bytes:
+    if codec == "zlib":
+        return zlib.compress(data, 9)
+    if codec == "lzma":
+        return lzma.compress(data, preset=6)  # higher ones gain nothing on weights (PR 1230)
+    if codec == "brotli":
+        return brotli_module().compress(data, quality=11, lgwin=24)
+    assert codec == "none", codec
+    return data
+
+
+def decompress(codec: str, data: bytes, limit: int) -> bytes:
+    """The first `limit` bytes or a little more; ValueError if `data` is malformed."""
+    require(codec in CODECS, f"{codec!r} is none of the codecs {', '.join(CODECS)}")
+    if codec == "none":
+        return data[:limit]
+    try:
+        if codec == "zlib":
+            return zlib.decompressobj().decompress(data, limit)
+        if codec == "lzma":
+            return lzma.LZMADecompressor(memlimit=1 << 28).decompress(data, limit)
+    except (zlib.error, lzma.LZMAError) as error:
+        raise ValueError(f"not {codec}: {error}") from None
+    brotli = brotli_module()
+    try:
+        return brotli.Decompressor().process(data, output_buffer_limit=limit)
+    except brotli.error as error:
+        raise ValueError(f"not {codec}: {error}") from None
+    except TypeError:
+        raise InputError("brotli is too old: pip install -U brotli") from None
+
+
+def seal(kind: str, codec: str, header: dict[str, Any], values: Iterable[bytes]) -> bytes:
+    """A sealed file as bytes."""
+    text = json.dumps(header).encode()
+    raw = struct.pack("<I", len(text)) + text + b"".join(values)
+    body = struct.pack("<8sQ", codec.encode(), len(raw)) + compress(codec, raw)
+    return MAGIC[kind] + hashlib.sha256(body).digest() + body
+
+
+def unseal(kind: str, data: bytes, origin: str, limit: int, read: Callable[..., Any]) -> Any:
+    """`read(header, values, codec)` of a sealed file; InputError names `origin`.
+
+    At most `limit` bytes are unpacked.
+    """
+    magic, an = MAGIC[kind], "an" if kind == "artifact" else "a"
+    require(
+        len(data) >= SEAL.size and data[:7] == magic[:7],
+        f"{origin} is not {an} {kind} of this script",
+    )
+    require(
+        data[7] == magic[7],
+        f"{origin} is of version {data[7]}, this script reads version {magic[7]}",
+    )
+    require(
+        hashlib.sha256(data[40:]).digest() == data[8:40],
+        f"{origin} is damaged or truncated: its checksum does not match; copy it again",
+    )
+    try:
+        *_, name, length = SEAL.unpack_from(data)
+        bomb = length > min(limit, 128 * len(data))
+        require(length >= 4 and not bomb, f"impossible length {length}")
+        codec = name.rstrip(b"\0").decode()
+        raw = decompress(codec, data[SEAL.size :], length)
+        require(len(raw) == length, f"{length} bytes announced, {len(raw)} found")
+        size = int.from_bytes(raw[:4], "little")
+        end = 4 + min(size, 1 << 20)  # 1,024 layers take 0.23 MB
+        return read(json.loads(raw[4:end].decode()), raw[end:], codec)
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        reason = str(error) if isinstance(error, InputError) else repr(error)
+        raise InputError(f"{origin} is not a valid {kind}: {reason:.600}") from None
+
+
+# ---- 11. Presets, names and help ---------------------------------------------------------------
+# PR 855's 21 runs (Ap is A'), the naive baseline, the "baseline wins" report (its head counts are
+# not published; these give its parameter counts), and PR 1230: `growing` without error feedback and
+# bigrams, which could not learn there, `growing_live` with them.
+
+
+def layers(prelude: int, shared: int, loops: int, coda: int) -> dict[str, Any]:
+    return dict(num_prelude=prelude, num_shared=shared, num_loops=loops, num_coda=coda)
+
+
+PLAIN = layers(0, 0, 1, 0) | neutral_values(Architecture)  # every technique off
+SCREEN = dict(iterations=2000, max_wallclock_seconds=0.0)  # series 1: 1xH100, 2,000 steps
+REPORT = dict(leaky_relu_slope=0.0, max_wallclock_seconds=180.0)  # "baseline wins": 1xH100, 180 s
+AT_640 = REPORT | dict(model_dim=640)
+AT_768 = REPORT | dict(model_dim=768, num_heads=12)
+AT_1024 = REPORT | dict(model_dim=1024, num_heads=16)
+MIX = dict(use_peri_norm=True, use_birkhoff_mix=True)
+SCALE = MIX | dict(use_timestep_scale=True)
+CAPPED = SCALE | dict(timestep_gamma_max=4.0)
+OWN_MLPS = CAPPED | dict(share_attn_only=True)
+FILM = CAPPED | dict(use_timestep_bias=True)
+LEARNED = FILM | dict(depth_embed="learned")
+UNIQUE = FILM | dict(use_unique_norms=True, unique_norms_input_norm=True)
+GROWING = (
+    PLAIN
+    | layers(4, 3, 3, 4)
+    | dict(
+        core_skips="published",
+        pass_scale_init=0.5,
+        passes_schedule="0:1,0.626:2,0.813:3",
+        jacobian_weight=0.01,
+        mlp_mult=3.0,
+        ln_scale=True,
+        rope_dims=16,
+        rope_base=10000 * 2 ** (16 / 14),
+        xsa_last_n=4,
+        ve_last_n=2,
+        smear_gate="published",
+        train_seq_len=2048,
+        train_batch_tokens=786432,
+        matrix_init="orthogonal",
+        warmdown_iters=3500,
+        matrix_lr=0.025,
+        scalar_lr=0.025,
+        tied_embed_lr=0.035,
+        muon_momentum=0.99,
+        muon_momentum_warmup_start=0.92,
+        muon_momentum_warmup_steps=1500,
+        muon_wd=0.04,
+        adam_wd=0.04,
+        decay_scalars=True,
+        grad_clip_norm=0.3,
+        average="ema",
+        qat_lr_factor=0.15,
+        qat_core_only=True,
+        matrix_bits=6,
+        quant_clip="matrix",
+        quant_scale_floor=1 / 127,
+        codec="lzma",
+        eval_stride=64,
+        ttt_lr=0.002,
+    )
+)
+
+
+class Preset(NamedTuple):
+    """Values of options, and what they are."""
+
+    values: dict[str, Any]
+    what: str
+    published: str = ""  # val_bpb of the system's own log, after rounding
+
+
+SYSTEMS: dict[str, Preset] = {
+    "Ap": Preset(SCREEN | dict(num_layers=8), "series 1, A': 8 flat layers"),
+    "Bp": Preset(SCREEN | layers(0, 4, 2, 0), "series 1, B': 4 layers twice, nothing else"),
+    "C": Preset(SCREEN | MIX | layers(0, 4, 2, 0), "series 1: B' + Output-LN + convex mix"),
+    "Cp": Preset(
+        SCREEN | dict(use_birkhoff_mix=True) | layers(0, 4, 2, 0), "series 1, C': B' + convex mix"
+    ),
+    "D": Preset(SCREEN | SCALE | layers(0, 4, 2, 0), "series 1: C + uncapped timestep scale"),
+    "E": Preset(SCREEN | SCALE | layers(1, 3, 2, 1), "series 1: D as 1+3x2+1"),
+    "F": Preset(SCREEN | SCALE | layers(1, 2, 3, 1), "series 1: D as 1+2x3+1"),
+    "G": Preset(MIX | layers(1, 3, 2, 1), "series 2: 1+3x2+1, Output-LN + convex mix"),
+    "H": Preset(MIX | layers(1, 4, 2, 1), "series 2: G as 1+4x2+1"),
+    "I": Preset(CAPPED | layers(1, 4, 2, 1), "series 2: H + capped timestep scale"),
+    "J": Preset(MIX | layers(1, 4, 3, 1), "series 2: G as 1+4x3+1"),
+    "K": Preset(CAPPED | layers(1, 4, 3, 1), "series 2: J + capped timestep scale"),
+    "L": Preset(OWN_MLPS | layers(1, 4, 2, 1), "series 3: I, an MLP of its own for every pass"),
+    "M": Preset(OWN_MLPS | layers(1, 4, 3, 1), "series 3: K, an MLP of its own for every pass"),
+    "N": Preset(FILM | layers(1, 4, 2, 1), "series 3: I + FiLM bias"),
+    "O": Preset(FILM | layers(1, 4, 3, 1), "series 3: K + FiLM bias"),
+    "P": Preset(
+        UNIQUE | LEARNED | layers(1, 4, 2, 1), "series 4: N + unique norms + learned depth code"
+    ),
+    "Q": Preset(
+        UNIQUE | LEARNED | layers(1, 4, 3, 1), "series 4: O + unique norms + learned depth code"
+    ),
+    "R": Preset(LEARNED | layers(1, 4, 3, 1), "series 4: O + learned depth code"),
+    "S": Preset(UNIQUE | layers(1, 4, 3, 1), "series 4: O + unique norms"),
+    "T": Preset(
+        FILM | dict(depth_embed="sinusoidal") | layers(1, 4, 3, 1),
+        "series 5: O + sinusoidal depth code; the default",
+    ),
+    "naive": Preset(
+        dict(num_layers=9, leaky_relu_slope=0.0), "the contest's baseline: 9 flat layers, relu^2"
+    ),
+    "flat_9x1_512": Preset(REPORT | dict(num_layers=9), '"baseline wins": 9 flat layers, D 512'),
+    "recur_3x3_640": Preset(AT_640 | layers(0, 3, 3, 0), '"baseline wins": 3x3, D 640'),
+    "recur_3x3_768": Preset(AT_768 | layers(0, 3, 3, 0), '"baseline wins": 3x3, D 768'),
+    "recur_4x3_768": Preset(AT_768 | layers(0, 4, 3, 0), '"baseline wins": 4x3, D 768'),
+    "recur_3x3_1024": Preset(AT_1024 | layers(0, 3, 3, 0), '"baseline wins": 3x3, D 1024'),
+    "recur_2x6_1024": Preset(AT_1024 | layers(0, 2, 6, 0), '"baseline wins": 2x6, D 1024'),
+    "growing": Preset(
+        GROWING, "growing recurrence (PR 1230): 4 + 3x(1, 2, 3) + 4, less its dead parts"
+    ),
+    "growing_live": Preset(
+        GROWING
+        | dict(core_skips="all", smear_gate="document", feedback_rank=2, bigram_vocab_size=512),
+        "the same with error feedback, bigrams and skips that learn",
+    ),
+}
+SCALES: dict[str, Preset] = {
+    "tiny": Preset(
+        dict(
+            data_path="./data/datasets/sample_sp1024",
+            tokenizer_path="./data/tokenizers/sample_1024_bpe.model",
+            train_seq_len=256,
+            train_batch_tokens=8192,
+            micro_batch_tokens=8192,
+            val_batch_size=16384,
+            iterations=100,
+            max_wallclock_seconds=110.0,
+            warmup_steps=1,
+            warmdown_iters=50,
+            val_loss_every=0,
+            train_log_every=25,
+            muon_momentum_warmup_steps=50,
+            ema_decay=0.9,
+            ttt_chunk_tokens=8192,
+        ),
+        "a quarter of the width, half the heads, 256-token sequences, the sample corpus; for a CPU",
+    )
+}
+
+
+def preset_values(preset: str) -> dict[str, Any]:
+    """The values of a system and/or a scale."""
+    names = preset.split(",") if preset else []
+    systems = [name for name in names if name in SYSTEMS]
+    scales = [name for name in names if name in SCALES]
+    require(
+        len(systems) <= 1 and len(scales) <= 1 and len(systems) + len(scales) == len(names),
+        f"PRESET={preset}: one system of {', '.join(SYSTEMS)} and/or one scale of "
+        f"{', '.join(SCALES)}",
+    )
+    values = PLAIN | SYSTEMS[systems[0]].values if systems else {}
+    if not scales:
+        return values
+    full = asdict(Architecture()) | values
+    small = dict(
+        model_dim=full["model_dim"] // 4,
+        num_heads=full["num_heads"] // 2,
+        num_kv_heads=full["num_kv_heads"] // 2,
+    )
+    return values | small | SCALES[scales[0]].values
+
+
+# Names that other scripts of this contest read, which a pasted command may hold, and what has their
+# place here.
+INSTEAD = {
+    name: ours
+    for ours, names in {
+        "TRAIN_SEQ_LEN": "EVAL_SEQ_LEN TTT_EVAL_SEQ_LEN ROPE_TRAIN_SEQ_LEN",
+        "EVAL_STRIDE": "STRIDE SLIDING_WINDOW_ENABLED EVAL_OVERLAP",
+        "EVAL_ONLY": "EVAL_ONLY_PATH EVAL_ONLY_QUANTIZED_PATH TTT_EVAL_ONLY TTT_ONLY TTT_ONLY_EVAL",
+        "VAL_BATCH_SIZE": "VAL_BATCH_TOKENS EVAL_BATCH_SIZE EVAL_BATCH_SEQS SW_EVAL_BATCH",
+        "TTT_LR": "TTT_ENABLED GLOBAL_TTT_LR",
+        "TTT_EPOCHS": "GLOBAL_TTT_EPOCHS TTT_GRAD_STEPS",
+        "TTT_CHUNK_TOKENS": "TTT_CHUNK_SIZE GLOBAL_TTT_CHUNK_TOKENS",
+        "TTT_MOMENTUM": "GLOBAL_TTT_MOMENTUM",
+        "TTT_GRAD_CLIP": "GLOBAL_TTT_GRAD_CLIP",
+        "WARMDOWN_ITERS, in steps": "WARMDOWN_FRAC MUON_COOLDOWN_START",
+        "PASSES_SCHEDULE": "ENABLE_LOOPING_AT",
+        "NUM_PRELUDE, NUM_SHARED and NUM_CODA": "LOOP_START LOOP_END OUTER_LAYERS "
+        "NUM_UNIQUE_BLOCKS",
+        "NUM_LOOPS": "EFFECTIVE_DEPTH NUM_VIRTUAL_LAYERS",
+        "MATRIX_LR, SCALAR_LR and TIED_EMBED_LR": "LEARNING_RATE LR",
+        "MUON_WD": "MUON_WEIGHT_DECAY",
+        "ADAM_WD": "ADAM_WEIGHT_DECAY EMBED_WD",
+        "MUON_WD and ADAM_WD": "WEIGHT_DECAY",
+        "AVERAGE=swa": "SWA_ENABLED LAWA_ENABLED",
+        "SWA_EVERY": "LAWA_FREQ",
+        "SWA_LR_FACTOR": "SWA_START_FRAC",
+        "AVERAGE=ema": "EMA_ENABLED",
+        "QAT_FRACTION": "QAT QAT_ENABLED LATE_QAT QAT_START_FRAC QAT_AFTER_STEP",
+        "QAT_LR_FACTOR": "LATE_QAT_THRESHOLD QAT_THRESHOLD",
+        "MATRIX_BITS": "QUANT_BITS QUANT_BITS_MLP QAT_BITS QAT_INT6 USE_INT6",
+        "EMBED_BITS": "QUANT_BITS_EMBED",
+        "QUANT_CLIP=matrix": "GPTQ_LITE",
+        "GPTQ_BATCHES": "USE_GPTQ GPTQ_CALIBRATION_BATCHES GPTQ_CALIB_BATCHES GPTQ_CALIB_SAMPLES "
+        "GPTQ_NUM_SEQS",
+        "GPTQ_SECONDS": "GPTQ_RESERVE_SECONDS GPTQ_RESERVE_MS",
+        "CODEC": "COMPRESSOR USE_ZSTD ZSTD_LEVEL USE_LZMA USE_BROTLI",
+        "SIZE_LIMIT_BYTES": "TARGET_MB",
+        "SMEAR_GATE": "USE_SMEARGATE SMEAR_GATE_ENABLED",
+        "BIGRAM_VOCAB_SIZE": "USE_BIGRAM_HASH BIGRAM_BUCKETS BIGRAM_HASH_BUCKETS",
+        "BIGRAM_DIM": "BIGRAM_HASH_DIM",
+        "VE_LAST_N": "VE_ENABLED VE_LAYERS",
+        "MATRIX_INIT=orthogonal": "USE_ORTHO_INIT",
+        "LEAKY_RELU_SLOPE": "NEGATIVE_SLOPE",
+        "MLP_MULT": "MLP_HIDDEN",
+        "MODEL_DIM": "EMBEDDING_DIM",
+        "COMPILE": "COMPILE_MODEL USE_COMPILE",
+        "RESUME": "RESUME_FROM",
+        "SAVE_EVERY": "CHECKPOINT_EVERY",
+        "LOG_DIR": "ARTIFACT_DIR CHECKPOINT_DIR MODEL_SAVE_PATH TTT_OUTPUT_DIR",
+        "DATA_PATH": "DATA_DIR DATASETS_DIR DATA_PATH_BASE DATASET_PATH",
+        "MICRO_BATCH_TOKENS": "GRAD_ACCUM_STEPS",
+    }.items()
+    for name in names.split()
+}
+# Others of their names, for which there is nothing here.
+UNSUPPORTED = frozenset(
+    """ATTN_CLIP_SIGMAS ATTN_OUT_GATE_ENABLED ATTN_OUT_GATE_SRC ATTN_VARIANT BLOCK_LARS_MIN_SCALE
+    BLOCK_LARS_TRUST BLOCK_TYPE CASEOPS_ENABLED CE_PURE_FRAC CE_WEIGHT COEFF_LR_BASE COEFF_LR_SCALE
+    DEPTH_LORA_RANK DTG_ENABLED EMBED_CLIP_SIGMAS EMBED_INNER_DIM EVAL_NTK_ALPHA EVAL_STATE_RESET
+    EVAL_TEMP FP16_EMBED_EXPORT FP16_KEEP_NAME_PATTERNS FP16_PASSTHROUGH_PATTERNS FP_STORAGE
+    FUSED_CE_ENABLED GATED_ATTENTION GATED_ATTN_ENABLED GATED_ATTN_INIT_STD GATED_ATTN_QUANT_GATE
+    GATE_ATTN_OUT GATE_ATTN_SRC GATE_MLP_OUT GATE_WIDTH GATE_WINDOW GDN_CONV_SIZE GDN_EXPAND_V
+    GDN_HEAD_DIM_RATIO GDN_LAYERS GDN_N_HEADS GLOBAL_TTT_BATCH_SEQS GLOBAL_TTT_DOC_LIMIT
+    GLOBAL_TTT_RESPECT_DOC_BOUNDARIES GLOBAL_TTT_WARMUP_CHUNKS GLOBAL_TTT_WARMUP_START_LR
+    GPTQ_BLOCK_SIZE GPTQ_CLIP_SIGMAS GPTQ_DAMP GPTQ_EMBED_CLIP_SIGMAS GPTQ_GEN_LEN GPTQ_GEN_TEMP
+    HNET_LR_DIFF INDEPENDENT_LR INT4_LAYERS INT4_STEP INT6_LAYERS INT6_LAYER_END INT6_LAYER_START
+    INT6_STEP INT8_FULL_RANGE_PATTERNS INT8_KEEP_FLOAT_FP32_NAME_PATTERNS JEPA_PURE_FRAC JEPA_WEIGHT
+    LATENT_KV_DIM LAWA_K LEGENDRE_DEGREE_ATTN LEGENDRE_DEGREE_FFN LEGENDRE_GROUPS LORA_LR LORA_RANK
+    LQER_ASYM_ENABLED LQER_ASYM_GROUP LQER_ENABLED LQER_FACTOR_BITS LQER_RANK LQER_TOP_K LR_SCHEDULE
+    LR_START MAMBA3_CHUNK_SIZE MAMBA3_D_STATE MAMBA3_EXPAND MAMBA3_HEADDIM MAMBA3_NGROUPS
+    MAMBA3_OUTPROJ_NORM MAMBA3_ROPE_FRACTION MATCHED_FINEWEB_REMOTE_ROOT_PREFIX
+    MATCHED_FINEWEB_REPO_ID MATCHED_FINEWEB_SP_BATCH_SIZE MATCHED_FINEWEB_TOKENIZER_THREADS
+    MATRIX_CLIP_SIGMAS MIN_LR MLP_CLIP_SIGMAS MLP_RANK MODE MTP_LOSS_WEIGHT MTP_NUM_HEADS MUON_BETA2
+    MUON_COOLDOWN_END MUON_EQ_R MUON_ROW_NORMALIZE NUM_ATTN_LAYERS NUM_LIGHT_BLOCKS
+    PARALLEL_FINAL_LANE PARALLEL_START_LAYER PHASED_TTT_ENABLED PHASED_TTT_NUM_PHASES
+    PHASED_TTT_PREFIX_DOCS PREQUANT_ONLY PRUNE_RATIO QUANT_CLIP_RANGE QUANT_CONFIG RATIO_LOSS_WEIGHT
+    ROPE_YARN SCALE_STORAGE SIGREG_WEIGHT SKIP_GATES_ENABLED SKIP_POST_TRAIN_EVAL SKIP_TOKENS
+    SMEAR_GATE_WIDTH SPARSE_ATTN_GATE_ENABLED SPARSE_ATTN_GATE_INIT_STD SPARSE_ATTN_GATE_SCALE
+    SWA_DECAY SWEEP_MODE TARGET_AVG_CHUNK_LEN TRIGRAM TTT_BATCH_SEQS TTT_BATCH_SIZE TTT_BETA1
+    TTT_BETA2 TTT_DOC_LIMIT TTT_EVAL_BATCHES TTT_FREEZE_BLOCKS TTT_HEARTBEAT_SECONDS TTT_K_LORA
+    TTT_LORA_ALPHA TTT_LORA_LR TTT_LORA_RANK TTT_MLP_LORA TTT_OPTIMIZER TTT_O_LORA
+    TTT_WARM_START_A TTT_WEIGHT_DECAY USE_WRAP VALUE_RESIDUAL VAL_DOC_FRACTION VAL_MAX_BATCHES
+    VAL_MAX_TOKENS WARMDOWN_SHAPE WD_TAPER_FINAL_MULT WD_TAPER_START_FRAC WRAP_INIT_SCALE""".split()
+)
+# Names that shells, schedulers and other tools are known to set: a warning, not an error.
+ORDINARY = frozenset(
+    """ARTIFACT_DIR CHECKPOINT_DIR COMPILER DATASETS_DIR DATASET_PATH DATA_DIR LIB_DIR LOGDIR
+    LOG_LEVEL MODE MODEL_DIR MODEL_ID MODEL_SAVE_PATH RUN_DIR SEEDS STRIDE""".split()
+)
+
+
+def questionable_names(env: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """What is wrong with names in `env` that are no options, and what only deserves a warning."""
+    ours = [f.name.upper() for f in fields(Config)]
+    errors, ignored = [], []
+    for name in sorted(env.keys() - {*ours, "USE_DEPTH_EMBED"}):
+        alike = difflib.get_close_matches(name, ours, 1, 0.8)
+        problem = ""
+        if name in INSTEAD:
+            problem = f"{name} is of other scripts of the contest; here it is {INSTEAD[name]}"
+        elif name in UNSUPPORTED:
+            problem = f"{name} is of other scripts of the contest; there is no such thing here"
+        elif alike:
+            problem = f"{name} is not an option; did you mean {alike[0]}?"
+        if problem and name in ORDINARY:
+            ignored.append(name)
+        elif problem:
+            errors.append(f"{problem} (or unset it)")
+    warnings = [f"ignored, as they are no options: {', '.join(ignored)}"] if ignored else []
+    return errors, warnings
+
+
+def help_text(width: int = 80) -> str:
+    """What `--help` prints."""
+    parts = (
+        "Train a depth-recurrent GPT for parameter golf, pack it into 16 MB, reload the pack and "
+        "score it in bits per byte.",
+        "  PRESET=tiny python train_gpt.py                        a small model on a CPU\n"
+        "  torchrun --standalone --nproc_per_node=8 train_gpt.py  a whole run on 8 GPUs\n"
+        "  EVAL_ONLY=logs/RUN/model.ptz python train_gpt.py       score an artifact again",
+        "Options are environment variables. A preset sets many of them; those that are set win. "
+        "`--help NAME` explains one.",
+    )
+    text = [textwrap.fill(parts[0], width), parts[1], textwrap.fill(parts[2], width)]
+    for title, presets in (
+        ("Systems, as in PRESET=K", SYSTEMS),
+        ("Scales, as in PRESET=K,tiny", SCALES),
+    ):
+        lines = [title]
+        for name, preset in presets.items():
+            score = f" ({preset.published})" if preset.published else ""
+            lines.append(hanging(f"  {name:<15}", preset.what + score, width))
+        text.append("\n".join(lines))
+    text.append("Figures in brackets are val_bpb that the systems' own logs have, after rounding.")
+    for f in fields(Config):
+        group = f.metadata["group"]
+        text.append((f"{group}\n" if group else "") + option_text(f, width))
+    return "\n\n".join(text)
+
+
+def hanging(head: str, body: str, width: int) -> str:
+    """A paragraph whose further lines begin below its first word."""
+    return textwrap.fill(body, width, initial_indent=head, subsequent_indent=" " * len(head))
+
+
+def option_text(f: Field, width: int = 80) -> str:
+    """What `--help` says of an option: type or choices, default, meaning, needs, bounds."""
+    kind = get_type_hints(Config)[f.name]
+    choices = ("0", "1") if kind is bool else get_args(kind)
+    takes = "|".join(choices) if choices else {int: "integer", float: "number"}.get(kind, "text")
+    lines = [f"  {f.name.upper()}={show(f.default)}  ({takes})"]
+    lines.append(hanging("      ", f.metadata["help"], width))
+    if f.metadata["needs"]:
+        needs = [need_text(need) for need in f.metadata["needs"].split()]
+        lines.append(hanging("      ", f"Acts only with {' and '.join(needs)}.", width))
+    return "\n".join(lines)
+
+
+def need_text(need: str) -> str:
+    """One entry of `needs` as variables are written: NUM_LOOPS>1, TIE_EMBEDDINGS=0."""
+    if need.startswith("!"):
+        return f"{need[1:].upper()}=0"
+    name, sign, value = re.fullmatch(r"(\w+)([>=]?)(\w*)", need).groups()  # type: ignore[union-attr]
+    return f"{name.upper()}{sign}{value}"
+
+
+def answer(arguments: list[str]) -> str:
+    """What to print for command-line arguments; InputError if they are not --help [NAME]."""
+    if arguments[0] in ("-h", "--help"):
+        known = {f.name.upper(): f for f in fields(Config)}
+        for name in arguments[1:]:
+            alike = difflib.get_close_matches(name.upper(), known, 1, 0.6)
+            hint = f"; did you mean {alike[0]}?" if alike else ""
+            require(name.upper() in known, f"{name} is not an option{hint}")
+        if arguments[1:]:
+            return "\n\n".join(option_text(known[name.upper()]) for name in arguments[1:])
+        return help_text()
+    words = re.split(r"[= ]", " ".join(arguments))
+    name = words[0].lstrip("-").replace("-", "_").upper()
+    value = words[1] if len(words) > 1 else "..."
+    raise InputError(
+        f"{' '.join(arguments)}: options are environment variables, as in "
+        f"`{name}={value} python train_gpt.py`; --help lists them"
+    )
+
+
+# ---- 12. The run -------------------------------------------------------------------------------
+
+
 @functools.cache
 def source() -> bytes:
-    """This script as it is when the run begins; editing it meanwhile changes neither size nor hash."""
+    """This script as it is when the run begins, whoever edits it meanwhile."""
     return Path(__file__).read_bytes()
+
+
+def source_hash() -> str:
+    return hashlib.sha256(source()).hexdigest()
+
+
 def versions(world: World) -> dict[str, str]:
-    cpu, ours = f"{platform.machine()}, {torch.get_num_threads()} threads a rank", hashlib.sha256(source())
-    return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
-                sentencepiece=spm.__version__, cuda=f"{torch.version.cuda}, {torch.backends.cudnn.version()}",
-                device=torch.cuda.get_device_name() if world.on_cuda else cpu, script_sha256=ours.hexdigest())
+    """What a run depends on besides its configuration and data."""
+    device = torch.cuda.get_device_name() if world.on_cuda else platform.machine()
+    return dict(
+        python=platform.python_version(),
+        torch=torch.__version__,
+        numpy=np.__version__,
+        sentencepiece=spm.__version__,
+        cuda=f"{torch.version.cuda}, {torch.backends.cudnn.version()}",
+        device=device,
+        threads=f"{torch.get_num_threads()} a rank",
+        script_sha256=source_hash(),
+    )
+
+
+def lock_folder(folder: Path) -> TextIO:
+    """Locks a run's folder while this process lives; InputError names the one that has it."""
+    file = open(folder / "run.lock", "a+", encoding="utf-8")  # noqa: SIM115 (it stays open)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip()
+        raise InputError(f"{folder} is in use by a run that is alive: process {holder}") from None
+    file.truncate(0)
+    file.write(f"{os.getpid()} on {platform.node()}\n")
+    file.flush()
+    return file
+
+
 def open_log(config: Config, world: World) -> Log:
-    """Makes the run's folder, which must be new or resumed; the log opens with source, versions, options."""
+    """Makes the run's folder, new or resumed; the log opens with the script and its options."""
     name = config.run_id or time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:6]
     folder = Path(config.log_dir) / world.on_main(lambda: name)
-    known, finished = world.on_main(lambda: (folder.exists(), (folder / "result.json").exists()))
-    require(not known or config.resume == "auto",
-            f"{folder} exists and would be overwritten: choose another RUN_ID")
-    require(not finished, f"{folder} holds a finished run")
-    world.on_main(lambda: folder.mkdir(parents=True, exist_ok=known))
     log = Log(folder, world.is_main, config.tracker)
-    log.to_file("" if known else source().decode() + "=" * 100)
-    log("\n".join(f"{name}:{value}" for name, value in versions(world).items()))
-    log("config:" + " ".join(f"{name.upper()}={show(value)}" for name, value in asdict(config).items()))
+
+    def make() -> bool:
+        known = folder.exists()
+        if known:
+            log.lock = lock_folder(folder)
+        require(
+            not known or config.resume == "auto",
+            f"{folder} exists and would be overwritten: choose another RUN_ID, or RESUME=auto",
+        )
+        require(not (folder / "result.json").exists(), f"{folder} holds a finished run")
+        if not known:
+            folder.mkdir(parents=True)
+            log.lock = lock_folder(folder)
+        return known
+
+    known = world.on_main(make)
+    if world.is_main and not known:
+        # The script's bytes, delimited by their number: it may hold any line.
+        head = f"script_bytes:{len(source())} script_sha256:{source_hash()}\n".encode()
+        (folder / "train.log").write_bytes(head + source() + b"\n")
+    for fact, value in versions(world).items():
+        log(f"{fact}:{value}")
+    log.to_file(f"config:{json.dumps(asdict(config))}")
+    log(f"folder:{folder}")
+    log(f"set:{settings(config)}")
     if config.warmdown_iters >= config.iterations and not config.eval_only:
-        log(f"warning: WARMDOWN_ITERS={config.warmdown_iters}: the learning rate falls from step 0 on")
+        span = config.warmdown_iters
+        log(f"warning: WARMDOWN_ITERS={span}: the learning rate falls from step 0 on")
     return log
-def reload(path: Path, config: Config, world: World) -> tuple[Config, bytes, GPT, str]:
-    """An artifact from disk: configuration with its architecture, its bytes, the model, how it is held."""
+
+
+def settings(config: Config) -> str:
+    """What differs from the preset, as variables with the preset's value."""
+    before = Config(**preset_values(config.preset))
+    texts = []
+    for f in fields(Config):
+        now, was = getattr(config, f.name), getattr(before, f.name)
+        if now != was:
+            usual = f" (preset: {show(was)})" if was != "" else ""
+            texts.append(f"{f.name.upper()}={show(now)}{usual}")
+    return " ".join(texts) or "nothing beside the preset"
+
+
+def command_to_go_on(config: Config, world: World, folder: Path) -> str:
+    """The command that resumes a run, with the variables of this one."""
+    options = [f.name.upper() for f in fields(Config)] + ["USE_DEPTH_EMBED"]
+    ours = {name: os.environ[name] for name in options if name in os.environ}
+    ours |= dict(RUN_ID=folder.name, RESUME="auto")
+    variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in ours.items())
+    script = shlex.quote(sys.argv[0] or "train_gpt.py")
+    launcher = (
+        f"torchrun --standalone --nproc_per_node={world.size}" if world.size > 1 else "python"
+    )
+    return f"{variables} {launcher} {script}"
+
+
+class Artifact(NamedTuple):
+    """An artifact that was read from the disk."""
+
+    config: Config  # with its architecture
+    data: bytes
+    model: GPT
+    kind: str  # how matrices are held, as in int8+zlib
+
+
+def read_artifact(path: Path, config: Config, world: World) -> Artifact:
     data = world.on_main(path.read_bytes)
     model, architecture, kind = load_model(data, str(path), config.eval_passes)
-    return replace(config, **asdict(architecture)), data, model.to(world.device), kind
-def round_trip(scorer: Scorer, reloaded: tuple[Config, bytes, GPT, str], log: Log) -> dict[str, Any]:
-    """Size and scores of what was reloaded; the first is scored as the trained model was."""
-    (config, data, model, kind), world, script, scores = reloaded, scorer.world, len(source()), {}
-    total, raw = script + len(data), sum(4 * p.numel() for p in model.parameters())
+    return Artifact(replace(config, **asdict(architecture)), data, model.to(world.device), kind)
+
+
+def round_trip(scorer: Scorer, artifact: Artifact, compiler: Compiler, log: Log) -> dict[str, Any]:
+    """Size and scores of a reloaded artifact; the first as the trained model was scored."""
+    config, data, model, kind = artifact
+    script, total = len(source()), len(source()) + len(data)
+    raw = sum(4 * p.numel() for p in model.parameters())
     log(f"Code size: {script} bytes")
-    log(f"Serialized model {kind}: {len(data)} bytes (float32:{raw} ratio:{raw / len(data):.2f}x)")
+    ratio = raw / len(data)
+    log(f"Serialized model {kind}: {len(data)} bytes (float32:{raw} ratio:{ratio:.2f}x)")
     log(f"Total submission size {kind}: {total} bytes")
-    for name in ["roundtrip", *(["ttt"] if config.ttt_lr else ["sliding"] if config.eval_stride else [])]:
-        learner = Learner(model, config, world) if name == "ttt" else None
+    scores = score_artifact(scorer, artifact, compiler, log)
+    spent = sum(score.eval_seconds for score in scores.values())
+    if spent > config.eval_limit_seconds:
+        log(
+            f"not a submission: {spent:.1f} s exceed EVAL_LIMIT_SECONDS={config.eval_limit_seconds}"
+        )
+    read = [*scorer.tokens.paths, find_file(config.tokenizer_path)]
+    text = b"".join(path.read_bytes() for path in read)
+    hashes = dict(
+        artifact_sha256=hashlib.sha256(data).hexdigest(),
+        data_sha256=hashlib.sha256(text).hexdigest(),
+    )
+    first = scores["roundtrip"]
+    tail = " ".join(f"{name}:{value}" for name, value in hashes.items())
+    log(f"val_tokens:{first.val_tokens} val_bytes:{first.val_bytes} {tail}")
+    over = total - config.size_limit_bytes
+    if over > 0:
+        limit = config.size_limit_bytes
+        log(f"not a submission: {total} bytes exceed SIZE_LIMIT_BYTES={limit} by {over}")
+    sizes = dict(bytes_code=script, bytes_model=len(data), bytes_total=total, fits=over <= 0)
+    return {name: score._asdict() for name, score in scores.items()} | hashes | sizes
+
+
+def score_artifact(
+    scorer: Scorer, artifact: Artifact, compiler: Compiler, log: Log
+) -> dict[str, Score]:
+    """The scores that the options ask for: plain, then sliding or with test-time training."""
+    config, model, world = artifact.config, artifact.model, scorer.world
+    names = ["roundtrip"]
+    if config.ttt_lr:
+        names.append("ttt")
+    elif config.eval_stride:
+        names.append("sliding")
+    forward = functools.partial(compiler.forward(model), mode=model.scoring)
+    scores = {}
+    for name in names:
+        learner = Learner(model, forward, config, world) if name == "ttt" else None
+        if compiler.level != "off":
+            scorer.warm_up(forward, learner)
         stride = 0 if name == "roundtrip" else config.eval_stride
-        scores[name] = score = scorer.score(compiled(model, config, world), stride, learner)
-        label, loss, bpb = f"final_{kind.replace('+', '_')}_{name}", score.val_loss, score.val_bpb
-        log(f"{label} val_loss:{loss:.4f} val_bpb:{bpb:.4f} eval_time:{1e3 * score.eval_seconds:.0f}ms")
+        score = scores[name] = scorer.score(forward, stride, learner)
+        label, loss, bpb = f"final_{artifact.kind.replace('+', '_')}_{name}", *score[:2]
+        took = f"eval_time:{1e3 * score.eval_seconds:.0f}ms"
+        log(f"{label} val_loss:{loss:.4f} val_bpb:{bpb:.4f} {took}")
         log(f"{label}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
         if not math.isfinite(loss):
             raise Ended(EXIT_NON_FINITE, f"the {name} score is not finite")
-    if (spent := sum(score.eval_seconds for score in scores.values())) > config.eval_limit_seconds:
-        log(f"not a submission: {spent:.1f} s exceed EVAL_LIMIT_SECONDS={config.eval_limit_seconds}")
-    texts = b"".join(path.read_bytes() for path in (*scorer.tokens.paths, Path(config.tokenizer_path)))
-    hashes = dict(artifact_sha256=hashlib.sha256(data).hexdigest(),
-                  data_sha256=hashlib.sha256(texts).hexdigest())
-    log(f"val_tokens:{score.val_tokens} val_bytes:{score.val_bytes} "
-        + " ".join(f"{name}:{value}" for name, value in hashes.items()))
-    if (over := total - config.size_limit_bytes) > 0:
-        log(f"not a submission: {total} bytes exceed SIZE_LIMIT_BYTES={config.size_limit_bytes} by {over}")
-    return {name: score._asdict() for name, score in scores.items()} | hashes | dict(
-        bytes_code=script, bytes_model=len(data), bytes_total=total, fits=over <= 0)
-def train_and_export(config: Config, world: World, scorer: Scorer) -> tuple[Log, dict[str, Any]]:
-    """Trains a model and writes its artifact; log and figures of the run."""
-    batches = world.on_all(lambda: Batches(Tokens(config, "train"), config, world), lambda b: b.tokens.total)
-    world.gather(lambda: code(config.codec, 1, code(config.codec, 0, b"x"), 1))  # is the codec there, on all?
-    log = open_log(config, world)
+    return scores
+
+
+def make_trainer(config: Config, world: World) -> Trainer:
+    """A model and its trainer on this rank's part of the data."""
+
+    def batches() -> Batches:
+        decompress(config.codec, compress(config.codec, b"x"), 1)  # is it installed, on all ranks?
+        return Batches(Tokens(config, "train"), config, world)
+
+    data = world.on_all(batches, lambda batches: batches.tokens.total)
     torch.manual_seed(config.seed)
-    model = GPT(config.architecture(), config.tied_embed_init_std, config.matrix_init == "orthogonal")
-    trainer = Trainer(config, world, model.to(world.device), batches)
-    parameters = sum(p.numel() for p in model.parameters())
+    orthogonal = config.matrix_init == "orthogonal"
+    model = GPT(config.architecture(), config.tied_embed_init_std, orthogonal)
+    return Trainer(config, world, model.to(world.device), data)
+
+
+def log_setup(trainer: Trainer, log: Log) -> None:
+    config, world, model = trainer.config, trainer.world, trainer.model
+    batches = trainer.batches
+    parameters = sum(p.numel() for p in trainer.params)
     log(f"model_params:{parameters} effective_layers:{len(model.plans[config.num_loops])}")
-    blocks = config.attn_backend == "auto" and not world.on_cuda
-    kernels = "blocks" if blocks else ">".join(kernel.name for kernel in KERNELS[config.attn_backend])
-    log(f"world_size:{world.size} grad_accum_steps:{batches.accumulation} compile:{rung(config, world)} "
-        f"attention:{kernels}")
+    kernels = ">".join(kernel.name for kernel in KERNELS[config.attn_backend])
+    if config.attn_backend == "auto" and not world.on_cuda:
+        kernels = "blocks"
+    log(
+        f"world_size:{world.size} grad_accum_steps:{batches.accumulation} "
+        f"compile:{trainer.compiler.level} attention:{kernels}"
+    )
     log(f"train_loader:shards:{len(batches.tokens.paths)} tokens:{batches.tokens.total}")
-    watched = scorer.tokens.read(0, config.train_seq_len).to(world.device).long()[None]
-    def validate(step: int, seconds: float, mode: Mode | None = None, weights: str = "last") -> Score:
-        world.enter(f"validation after step {step}")
-        mode = mode or model.scoring
-        score = scorer.score(functools.partial(trainer.forward, mode=mode))
-        trainer.check_finite(step, score)  # the last update alone may have ruined the weights
-        log(f"step:{step}/{config.iterations} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f} "
-            f"train_time:{1e3 * seconds:.0f}ms step_avg:{1e3 * seconds / max(step, 1):.2f}ms")
-        world.on_main(lambda: log.metric(  # others wait here: a tracker may take minutes to begin
-            step=step, train_seconds=seconds, passes=mode.passes, weights=weights, **score._asdict(),
-            health=recurrence_health(model, watched, mode)))
+
+
+class Validation:
+    """Scores a trainer's weights off the clock, and reports it with the recurrence's health."""
+
+    def __init__(self, scorer: Scorer, reporter: Reporter, model: GPT, length: int) -> None:
+        self.scorer, self.reporter, self.model = scorer, reporter, model
+        self.watched = scorer.tokens.read(0, length).to(scorer.world.device).long()[None]
+
+    def __call__(
+        self, trainer: Trainer, seconds: float, mode: Mode, weights: str = "last"
+    ) -> Score:
+        trainer.world.enter(f"validation after step {trainer.step}")
+        score = self.scorer.score(functools.partial(trainer.forward, mode=mode))
+        trainer.check_finite(score)  # the last update alone may have ruined the weights
+
+        def facts() -> dict[str, Any]:
+            health = recurrence_health(self.model, self.watched, mode)
+            return dict(passes=mode.passes, weights=weights, health=health)
+
+        self.reporter.validation(trainer, seconds, score, facts)
         return score
-    trainer.warm_up(log)
-    if config.resume:
-        trainer.resume(log)
-    weights, kept = [p.data for p in trainer.params], []
-    try:
-        (seconds, last), steps = trainer.train(log, validate), trainer.step
-        log(f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20 if world.on_cuda else 0} MiB")
-        if trainer.averaged:
-            kept = [w.clone() for w in weights]
-            torch._foreach_copy_(weights, trainer.average)
-        hessians, spent = trainer.calibrate(steps, log)
-        score, seconds = last, seconds + spent
-        if config.average != "none":  # of no weights: the last ones are exported
-            log(f"AVERAGE={config.average} of {trainer.averaged} weights")
-            score = validate(steps, seconds, weights=config.average)
-        if training_mode(config, steps, seconds).passes != config.schedule()[-1][1]:
-            log(f"warning: PASSES_SCHEDULE={config.passes_schedule} did not come to its last entry")
+
+
+def calibrate(trainer: Trainer, log: Log) -> tuple[dict[str, Tensor], float]:
+    """GPTQ's Hessians, summed over ranks, on training data that comes next; the seconds it took."""
+    count, world = trainer.config.gptq_batches, trainer.world
+    if not count:
+        return {}, 0.0
+    began = time.perf_counter()
+    unseen = itertools.chain.from_iterable(
+        map(trainer.batches.micro, itertools.count(trainer.step))
+    )
+    moments = input_moments(trainer.model, itertools.islice(unseen, count))
+    hessians = {name: world.all_reduce(moment) for name, moment in moments.items()}
+    world.synchronize()
+    seconds = world.on_main(lambda: time.perf_counter() - began)
+    log(f"gptq_calibration batches:{count} time:{1e3 * seconds:.0f}ms")
+    return hessians, seconds
+
+
+def export(trainer: Trainer, trained: Trained, validation: Validation, log: Log) -> dict[str, Any]:
+    """Writes the artifact of the weights that AVERAGE chooses; figures of the training."""
+    config, world, average = trainer.config, trainer.world, trainer.average
+    with average.swapped_in(trainer.params):
+        hessians, calibration = calibrate(trainer, log)
+        seconds, score = trained.seconds + calibration, trained.score
+        if config.average != "none":
+            log(f"AVERAGE={config.average} of {average.count} weights; of none, the last are taken")
+            score = validation(trainer, seconds, trainer.model.scoring, weights=config.average)
         if 0 < config.max_wallclock_seconds < seconds:
             log(f"not a submission: training and calibration took {seconds:.1f} s")
-        world.enter("export")  # by a thread: signals wait until a codec returns, with brotli half a minute
-        packed = functools.partial(ThreadPoolExecutor(1).submit, pack_to_fit, model, config, hessians, log)
-        world.on_main(lambda: write_atomically(log.folder / ARTIFACT, packed().result()))
-    except (Exception, Ended) as end:  # a signal, a lost rank, a full disk, too little memory
-        whole = not world.training or isinstance(end, (Ended, *KNOWN))  # others may come amid an update
-        if whole and not (isinstance(end, Ended) and end.args[0] == EXIT_NON_FINITE):
-            torch._foreach_copy_(weights, kept or weights)
-            trainer.save(log)
-        raise
-    finally:
-        trainer.writer.shutdown()
-    return log, dict(model_params=parameters, steps=steps, train_seconds=seconds, pre_quant=score._asdict(),
-                     last_weights=last._asdict(), skipped_steps=int(trainer.numbers[0]),
-                     tokens_per_second=steps * config.train_batch_tokens / max(seconds, 1e-9))
+        world.enter("export")
+        # By a thread: signals wait until a codec returns, with brotli for half a minute.
+        with ThreadPoolExecutor(1) as thread:
+            packing = functools.partial(pack_to_fit, trainer.model, config, hessians, log)
+            world.on_main(
+                lambda: write_atomically(log.folder / ARTIFACT, thread.submit(packing).result())
+            )
+    return dict(
+        model_params=sum(p.numel() for p in trainer.params),
+        steps=trainer.step,
+        train_seconds=seconds,
+        ended_by=trained.why,
+        pre_quant=score._asdict(),
+        last_weights=trained.score._asdict(),
+        skipped_steps=trainer.skipped.count,
+        tokens_per_second=trainer.step * config.train_batch_tokens / max(seconds, 1e-9),
+    )
+
+
+def train_and_export(
+    config: Config, world: World, scorer: Scorer
+) -> tuple[Trainer, Log, dict[str, Any]]:
+    """Trains a model and writes its artifact; log and figures of the run."""
+    trainer = make_trainer(config, world)
+    warnings: list[str] = []
+    checkpoint = find_checkpoint(config, trainer, warnings) if config.resume else None
+    log = open_log(config, world)
+    for warning in warnings:
+        log(warning)
+    log_setup(trainer, log)
+    reporter = Reporter(config, log)
+    validation = Validation(scorer, reporter, trainer.model, config.train_seq_len)
+    if world.on_cuda or trainer.compiler.level != "off":
+        log("compiling and warming up: a minute or so, outside the training time")
+    trainer.warm_up(log)
+    if config.resume:
+        restore(trainer, checkpoint, log)
+    checkpoints = Checkpoints(config, world, trainer.batches.tokens.total, log)
+    with checkpoints.kept(trainer):
+        trained = trainer.train(reporter, checkpoints, validation)
+        peak = torch.cuda.max_memory_allocated() >> 20 if world.on_cuda else 0
+        log(f"peak memory allocated: {peak} MiB")
+        last = training_mode(config, trainer.step, trained.seconds)
+        if last.passes != config.schedule()[-1][1]:
+            log(f"warning: PASSES_SCHEDULE={config.passes_schedule} did not come to its last entry")
+        return trainer, log, export(trainer, trained, validation, log)
+
+
 def run(config: Config, world: World) -> int:
     """One run as configured; result.json ends it. The exit code."""
+    artifact = None
+    result: dict[str, Any] = {}
     if config.eval_only:
-        config, *rest = reload(Path(config.eval_only), config, world)
-    same = replace(config, data_path="", tokenizer_path="", log_dir="")  # paths may differ between nodes
-    os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if config.deterministic else {}
+        artifact = read_artifact(Path(config.eval_only), config, world)
+        config = artifact.config
+    if config.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(config.deterministic)
+    same = replace(config, data_path="", tokenizer_path="", log_dir="")  # paths may differ by node
     scorer = world.on_all(lambda: Scorer(config, world), lambda scorer: (same, scorer.tokens.total))
-    if config.eval_only:
-        log, result = open_log(config, world), {}
+    if artifact:
+        log, compiler = open_log(config, world), Compiler(config, world)
     else:
-        log, result = train_and_export(config, world, scorer)
-        config, *rest = reload(log.folder / ARTIFACT, config, world)
+        trainer, log, result = train_and_export(config, world, scorer)
+        compiler = trainer.compiler
+        artifact = read_artifact(log.folder / ARTIFACT, config, world)
     world.enter("scoring of the artifact")
-    result |= round_trip(scorer, (config, *rest), log)
-    result |= dict(config=asdict(config), versions=versions(world), world_size=world.size)
-    world.on_main(lambda: write_atomically(log.folder / "result.json", json.dumps(result, indent=1).encode()))
+    result |= round_trip(scorer, artifact, compiler, log)
+    result |= dict(config=asdict(artifact.config), versions=versions(world), world_size=world.size)
+    text = json.dumps(result, indent=1).encode()
+    world.on_main(lambda: write_atomically(log.folder / "result.json", text))
+    log(f"finished:{log.folder}")
     return 0 if result["fits"] else EXIT_SIZE
-def main() -> int:  # what a user can mend is one line without a traceback
+
+
+def main(arguments: Iterable[str] = ()) -> int:
+    """The exit code of a run, or of help. What a user can mend is one line without a traceback."""
+    arguments = [*arguments]
     try:
+        if arguments:
+            say(sys.stdout, answer(arguments))
+            return 0
         config = Config.from_env(os.environ)
-        world = World(os.environ, config.rank_timeout_seconds)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, world.interrupt)
+        world = World(os.environ, config.rank_timeout_seconds, config.device)
+        if world.is_main:
+            for warning in questionable_names(os.environ)[1]:
+                say(sys.stderr, f"warning: {warning}")
+        world.handle_signals()
         with torch.nn.attention.sdpa_kernel(KERNELS[config.attn_backend], set_priority=True):
             code = run(config, world)
         world.gather(lambda: None)  # nobody leaves before all are done
-    except (Ended, SystemError, *KNOWN) as e:
-        error = e.__cause__ or e  # SystemError is what C code may make of a signal that comes amid it
-        code, message = error.args if isinstance(error, Ended) else (EXIT_INPUT, error)
-        print(f"[rank {os.environ.get('RANK', 0)}] {message}", file=sys.stderr)
-    if dist.is_initialized():  # no teardown: it waits for ranks that failed, and gloo's can abort a good run
+    except (Ended, SystemError, *KNOWN) as error:
+        # SystemError is what C code may make of a signal that comes amid it.
+        cause = error.__cause__ if isinstance(error, SystemError) else error
+        code = cause.code if isinstance(cause, Ended) else EXIT_INPUT
+        say(sys.stderr, f"[rank {os.environ.get('RANK', 0)}] {cause or error}")
+    except Exception:
+        code = 1
+        say(sys.stderr, traceback.format_exc())
+    if dist.is_initialized():
+        # No teardown: it waits for ranks that failed, and gloo's can abort a run that went well.
         os._exit(code)
     return code
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
