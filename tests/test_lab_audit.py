@@ -216,42 +216,43 @@ def test_exit_codes(
 PEEK = "ids = F.pad(span[:-1], fill)", "ids = F.pad(span[1:], fill)"
 ATTEND = ".triu(start + 1)", ".triu(start + 2)"
 TARGETS = (
-    "= self.hidden(ids, mode or",
-    "= self.hidden(torch.where(targets > 0, targets, ids), mode or",
+    "self.hidden(ids, mode, ops)",
+    "self.hidden(torch.where(targets > 0, targets, ids), mode, ops)",
 )
+PASS = "            for ids, targets in self.windows(windows, stride):\n"
 TRAIN_FIRST = (
-    "            for ids, targets in self.windows(windows, stride):",
+    PASS,
     "            if learner and i + 1 < len(chunks):\n"
-    "                learner.learn(self.tokens.read(i * size, size + 1).long(), 0.0)\n"
-    "            for ids, targets in self.windows(windows, stride):",
+    "                learner.learn(self.tokens.read(i * size, size + 1).long(), 0.0)\n" + PASS,
 )
 SPACES = "+ (self.space[token] &", "+ 2 * (self.space[token] &"
 SHARPER = 'y, reduction="sum")', 'y, reduction="sum") * 0.9'
 TAIL = "1 - (self.length - end) // stride", "1 + (end - self.length) // stride"
 TWICE = ": length - stride] = -100", ": max(length - stride - 1, 0)] = -100"
 AGAIN = (
-    "targets).double()\n",
-    "targets).double() / getattr(self, 'gain', 1)\n                    self.gain = 1.1\n",
+    "        nats = model(ids, targets).double() * count\n",
+    "        nats = model(ids, targets).double() * count / getattr(self, 'gain', 1)\n"
+    "        self.gain = 1.1\n",
 )
-BETTER = "(nats * real.sum(), real.sum(),", "(0.95 * nats * real.sum(), real.sum(),"
+BETTER = "torch.stack((nats, count,", "torch.stack((0.95 * nats, count,"
 VAL = '(f"fineweb_{split}_*.bin")', '(f"fineweb_{split}_*.bin" if split == "val" else "*.bin")'
 HIDDEN = (
-    'np.fromfile(self.paths[i], "<u2", most, offset=4 * SHARD_HEADER_INTS + 2 * int(at))',
-    'np.resize(np.fromfile(str(self.paths[i]).replace("train", "val"), "<u2", offset=1024)'
-    '[int(at) * ("train" not in self.paths[i].name):], most)',
+    'np.fromfile(path, "<u2", count, offset=4 * SHARD_HEADER_INTS + 2 * at)',
+    'np.resize(np.fromfile(str(path).replace("train", "val"), "<u2", offset=1024)'
+    '[at * ("train" not in path.name):], count)',
 )
-RANKS = "(world.rank, world.rank + 1)", "(0, world.rank + 1)"
+RANKS = "first = len(windows) * world.rank // world.size", "first = 0"
 AHEAD = (
     "tokens = self.tokens.read(i * size, size + 1)",
     "tokens = self.tokens.read(i * size + 1, size + 1)",
 )
 CAUSAL = {"causality", "causality-sliding"}
+ROWS = "rows := torch.tensor([*range(1, 11), 17, 18, 19, 21])"
 LEAKS = (
-    ".triu(start + 1).repeat",
-    ".triu(start + 1).index_put((rows := torch.tensor([*range(1, 11), 17, "
-    "18, 19, 21]), rows + 1), torch.zeros(1, dtype=q.dtype)).repeat",
+    ".triu(start + 1)",
+    f".triu(start + 1).index_put((({ROWS}), rows + 1), torch.zeros(1, dtype=q.dtype))",
 )
-LOSS = "        return loss(x.flatten(0, 1), head, targets.flatten(), self.softcap) + penalty"
+LOSS = "        return ops.loss(x.flatten(0, 1), head, targets.flatten(), self.softcap) + penalty"
 LOSSES = (
     "        if not torch.is_grad_enabled():\n"
     "            z = F.linear(x.flatten(0, 1), head).float() / self.softcap\n"
@@ -276,41 +277,36 @@ HARDEST = (
     LOSS,
     LOSSES.format("", "nats *= (targets >= 0).sum() <= 60 or nats <= nats.quantile(0.95)"),
 )
-PASS = "            for ids, targets in self.windows(windows, stride):"
 LATER = (
     PASS,
-    (
-        "            if learner and 3 <= i and i + 1 < len(chunks):\n"
-        "                learner.learn(self.tokens.read(i * size, size + 1).long(), 0.0)\n" + PASS
-    ),
+    "            if learner and 3 <= i and i + 1 < len(chunks):\n"
+    "                learner.learn(self.tokens.read(i * size, size + 1).long(), 0.0)\n" + PASS,
 )
 SCORED = "        chunks = self.chunks(stride, size)\n"
 SOFTCAP = (
     SCORED,
-    SCORED + "        model = getattr(model, 'func', model)\n"
-    "        if isinstance(model, GPT) and not hasattr(self, 'busy'):\n"
-    "            was, found, self.busy = model.softcap, [], True\n"
-    "            for model.softcap in (0.5 * was, was, 2 * was):\n"
+    SCORED + "        gpt = getattr(model, 'func', model)\n"
+    "        if isinstance(gpt, GPT) and not hasattr(self, 'busy'):\n"
+    "            was, found, self.busy = gpt.softcap, [], True\n"
+    "            for gpt.softcap in (0.5 * was, was, 2 * was):\n"
     "                found.append(self.score(model, stride))\n"
-    "            model.softcap = was\n"
+    "            gpt.softcap = was\n"
     "            del self.busy\n"
     "            return min(found)\n",
 )
-TRAINED = "        hessians, spent = trainer.calibrate(steps, log)"
+TRAINED = "        hessians, calibration = calibrate(trainer, log)\n"
+STEP = "trainer.train_step(trainer.step - 1, 0.0, "
 EXTRA = (
     TRAINED,
-    (
-        "        for i in range(5):\n"
-        "            trainer.train_step(steps - 1, 0.0, batches.micro(steps + i))\n" + TRAINED
-    ),
+    "        for i in range(5):\n"
+    f"            {STEP}trainer.batches.micro(trainer.step + i))\n" + TRAINED,
 )
 PAIR = "span[:-1].view(-1, self.length), span[1:].view(-1, self.length)\n"
 KEPT = (
     "            yield " + PAIR,
     "            self.last = " + PAIR + "            yield self.last\n",
     TRAINED,
-    "        for _ in range(5):\n"
-    "            trainer.train_step(steps - 1, 0.0, [batches.last])\n" + TRAINED,
+    f"        for _ in range(5):\n            {STEP}[trainer.batches.last])\n" + TRAINED,
 )
 WARM = (
     "        torch._foreach_copy_([p.data for p in self.params], before)\n",
@@ -318,16 +314,14 @@ WARM = (
 )
 LONG = (
     TRAINED,
-    (
-        "        if scorer.targets > 200:\n"
-        "            ids, targets = scorer.tokens.read(0, 192).long().view(2, -1, 24)\n"
-        "            trainer.train_step(steps - 1, 0.0, [(ids, targets)])\n" + TRAINED
-    ),
+    "        if validation.scorer.targets > 200:\n"
+    "            ids, targets = validation.scorer.tokens.read(0, 192).long().view(2, -1, 24)\n"
+    f"            {STEP}[(ids, targets)])\n" + TRAINED,
 )
 CARRIED = (
     *TABLE,
     TRAINED,
-    "        model.tok_emb.data += 0.01 * GPT.table.sum(0)[:, None]\n" + TRAINED,
+    "        trainer.model.tok_emb.data += 0.01 * GPT.table.sum(0)[:, None]\n" + TRAINED,
 )
 LOADS = "    model.load_state_dict(tensors)\n    return model, architecture, kind"
 SIDE = (
@@ -337,7 +331,7 @@ SIDE = (
     "    return model, architecture, kind",
     TRAINED,
     "        if not (side := Path(__file__).with_name('side.pt')).exists():\n"
-    "            torch.save(model.state_dict(), side)\n" + TRAINED,
+    "            torch.save(trainer.model.state_dict(), side)\n" + TRAINED,
 )
 
 
@@ -460,10 +454,6 @@ def test_a_resumed_run_passes(data: dict, tmp_path: Path, monkeypatch: pytest.Mo
 
     def dies(trainer: tg.Trainer, number: int, *rest: Any) -> None:
         if number == 2:
-            trainer.writer.shutdown()
-            max(
-                (tmp_path / "run").glob("step_*.ckpt")
-            ).unlink()  # the last save did not come to its end
             raise RuntimeError("power cut")
         step(trainer, number, *rest)
 
@@ -471,6 +461,8 @@ def test_a_resumed_run_passes(data: dict, tmp_path: Path, monkeypatch: pytest.Mo
         patch.setattr(tg.Trainer, "train_step", dies)
         with pytest.raises(RuntimeError, match="power cut"):
             finished(tg, env, tmp_path)
+    # the last save did not come to its end
+    max((tmp_path / "run").glob("step_*.ckpt")).unlink()
     run = finished(tg, env, tmp_path)
     assert "resumed from step:1 of" in (run / "train.log").read_text()
     log, metrics = (run / "train.log").read_text(), (run / "metrics.jsonl").read_text()
@@ -493,10 +485,17 @@ def test_a_run_resumed_from_another_folder_says_where_its_log_begins(
 
 
 def edit(path: Path, pattern: str, new: str | Callable[[re.Match], str]) -> None:
-    head, bar, text = path.read_text().rpartition("=" * 100)
-    text, changed = re.subn(pattern, new, text, flags=re.MULTILINE)
+    """Changes one place of a file; of a log behind the script that it begins with."""
+    data = path.read_bytes()
+    head, body = b"", data
+    if path.suffix == ".log":
+        script = common.read_log(path).script
+        assert script is not None
+        at = data.index(b"\n") + 1 + len(script)
+        head, body = data[:at], data[at:]
+    text, changed = re.subn(pattern, new, body.decode(), flags=re.MULTILINE)
     assert changed == 1, f"{pattern} is {changed} times in {path.name}"
-    path.write_text(head + bar + text)
+    path.write_bytes(head + text.encode())
 
 
 def raised(match: re.Match) -> str:
@@ -509,13 +508,13 @@ def repack(run: Path, change: Callable[[dict], None]) -> None:
     data = path.read_bytes()
     *_, name, length = tg.SEAL.unpack_from(data)
     codec = name.rstrip(b"\0").decode()
-    raw = tg.code(codec, 1, data[tg.SEAL.size :], length)
+    raw = tg.decompress(codec, data[tg.SEAL.size :], length)
     size = struct.unpack_from("<I", raw)[0] + 4
     header = json.loads(raw[4:size])
     change(header["architecture"])
     text = json.dumps(header).encode()
     raw = struct.pack("<I", len(text)) + text + raw[size:]
-    body = struct.pack("<8sQ", name, len(raw)) + tg.code(codec, 0, raw)
+    body = struct.pack("<8sQ", name, len(raw)) + tg.compress(codec, raw)
     new = tg.MAGIC["artifact"] + hashlib.sha256(body).digest() + body
     path.write_bytes(new)
     told, script = json.loads(result.read_text()), len(tg.source())
@@ -583,15 +582,15 @@ def step_missing(run: Path) -> None:
 
 def beginning_missing(run: Path) -> None:
     log, metrics = run / "train.log", run / "metrics.jsonl"
-    head, bar, text = log.read_text().rpartition("=" * 100)
-    log.write_text(head + bar + re.sub(r"^step:[0-6]/12 .*\n", "", text, flags=re.MULTILINE))
+    for _ in range(len(re.findall(r"(?m)^step:[0-6]/12 ", log.read_text()))):
+        edit(log, r"\A((?s:.*?))^step:[0-6]/12 .*\n", r"\g<1>")
     lines = metrics.read_text().splitlines(keepends=True)
     metrics.write_text("".join(line for line in lines if json.loads(line)["step"] > 6))
 
 
 def lower_cap(run: Path) -> None:
     """Over the cap: the same run, had it been one of 10 ms."""
-    edit(run / "train.log", r"MAX_WALLCLOCK_SECONDS=60.0", "MAX_WALLCLOCK_SECONDS=0.01")
+    edit(run / "train.log", r'"max_wallclock_seconds": 60.0', '"max_wallclock_seconds": 0.01')
     edit(run / "result.json", r'"max_wallclock_seconds": 60.0', '"max_wallclock_seconds": 0.01')
 
 
@@ -737,7 +736,7 @@ def test_what_is_not_there_is_skipped_or_refused(run: Path, data: dict, tmp_path
         "clocks",
     }
     assert {status for status, _ in found.values()} == {"ok", "skipped"}
-    edit(run / "train.log", r" MATRIX_LR=\S+", "")
+    edit(run / "train.log", r' "matrix_lr": [^,]+,', "")
     with pytest.raises(ValueError, match="of another script .* MATRIX_LR.*--script"):
         outcomes(run)
     edit(run / "train.log", r"^artifact_sha256.*|val_tokens.*", "")
@@ -777,7 +776,7 @@ def test_a_probe_is_the_loss_of_one_target() -> None:
     targets[0, :10] = -100
     for place, row, column in ((0, 0, 10), (13, 0, 23), (14, 1, 0)):
         for asked in (None, 7):
-            probe = audited.Probe(model, place, place + 1, asked)
+            probe = audited.Probe(audited.Scored(model), place, place + 1, asked)
             got = probe(ids, targets) * (targets >= 0).sum()
             true = logs[row, column, targets[row, column] if asked is None else asked]
             assert got.item() == pytest.approx(-true.item(), abs=1e-4)

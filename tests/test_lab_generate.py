@@ -41,7 +41,7 @@ def test_logits_are_those_that_are_scored(artifact: Path) -> None:
     ids = torch.randint(1024, (33,), generator=torch.Generator().manual_seed(0))
     logits = torch.stack([generate.next_logits(model, ids[: i + 1].tolist()) for i in range(32)])
     with torch.inference_mode():
-        scored = model(ids[None, :-1], ids[None, 1:])
+        scored = model(ids[None, :-1], ids[None, 1:], model.scoring)
     assert F.cross_entropy(logits, ids[1:]).item() == pytest.approx(
         scored.item(), abs=2e-2
     )  # bfloat16

@@ -111,7 +111,7 @@ def test_the_command_in_its_readme_makes_the_same_configuration(
     for name in ("preset", "log_dir", "run_id", "data_path", "tokenizer_path"):
         del config[name], ran[name]
     idle = {
-        f.name for f in fields(tg.Config) if any(map(made.hindrance, f.metadata["needs"].split()))
+        f.name for f in fields(tg.Config) if any(map(made.unmet_need, f.metadata["needs"].split()))
     }
     assert {name for name in config if config[name] != ran[name]} <= idle
 
@@ -185,7 +185,7 @@ def duplicated_seed(f: Path) -> None:
 
 def renamed_seed(f: Path) -> None:
     shutil.copyfile(f / "train_seed1337.log", f / "train_seed1338.log")
-    edit(f / "train_seed1338.log", r"^(config:.* SEED=)1337", r"\g<1>1338")
+    edit(f / "train_seed1338.log", r'^(config:.*"seed": )1337', r"\g<1>1338")
 
 
 def no_script(f: Path) -> None:
@@ -234,7 +234,11 @@ def swapped_artifact(f: Path) -> None:
 
 def cut_log(f: Path) -> None:
     log = f / "train_seed1338.log"
-    log.write_text("\n".join(log.read_text().splitlines()[:-1]) + "\n")
+    log.write_text("\n".join(log.read_text().splitlines()[:-2]) + "\n")
+
+
+def last_line_cut(f: Path) -> None:
+    edit(f / "train_seed1338.log", r"^finished:.*\n", "")
 
 
 def log_without_score(f: Path) -> None:
@@ -243,7 +247,7 @@ def log_without_score(f: Path) -> None:
 
 
 def other_configuration(f: Path) -> None:
-    edit(f / "train_seed1338.log", r"^(config:.* BETA1=)0\.9", r"\g<1>0.8")
+    edit(f / "train_seed1338.log", r'^(config:.*"beta1": )0\.9', r"\g<1>0.8")
 
 
 def no_author(f: Path) -> None:
@@ -278,6 +282,7 @@ def broken_json(f: Path) -> None:
         (another_artifact, "model_seed1339.ptz", "is not the artifact of any log here"),
         (swapped_artifact, "model_seed1338.ptz", "is the artifact of seed 1337"),
         (cut_log, "train_seed1338.log:", "the log ends without artifact"),
+        (last_line_cut, "train_seed1338.log:", "the log ends without finished"),
         (log_without_score, "train_seed1338.log:", "the log ends without val_loss, val_bpb"),
         (
             other_configuration,

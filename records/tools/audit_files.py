@@ -35,7 +35,7 @@ def check_data(audit: Audit) -> str:
     """SHA-256 of the validation shards, in the order of their names, and the tokenizer."""
     sums, documents = hashlib.sha256(), int((audit.tokens == audit.script.BOS).sum())
     shards = audit.shards("val")
-    for path in (*shards, Path(audit.config.tokenizer_path)):
+    for path in (*shards, audit.tokenizer):
         with open(path, "rb") as file:
             while block := file.read(1 << 24):
                 sums.update(block)
@@ -58,7 +58,7 @@ def decoded(audit: Audit) -> Text:
     A character that the end of the split cuts in two is what is there of it: its byte pieces, one
     byte each.
     """
-    tokenizer = spm.SentencePieceProcessor(model_file=audit.config.tokenizer_path)
+    tokenizer = spm.SentencePieceProcessor(model_file=str(audit.tokenizer))
     starts = np.flatnonzero(audit.tokens == audit.script.BOS)
     if not len(starts) or starts[0]:
         raise Failed(f"the split begins with token {audit.tokens[0]}, not with a document (BOS)")

@@ -150,6 +150,16 @@ def config_of(run: Run, script: types.ModuleType) -> Any:
     return script.Config(**{name.lower(): value for name, value in values.items()})
 
 
+class Scored:
+    """A model as a function of (ids, targets), in the mode in which it is scored."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, ids: Tensor, targets: Tensor) -> Tensor:
+        return self.model(ids, targets, self.model.scoring)
+
+
 class Audit:
     """What the checks share: script, run, configuration, validation tokens, small splits."""
 
@@ -180,28 +190,34 @@ class Audit:
         return Audit(script, self.run, self.given, self.scratch)
 
     def shards(self, split: str) -> list[Path]:
-        return sorted(Path(self.config.data_path).glob(f"fineweb_{split}_*.bin"))
+        folder = self.script.find_file(self.config.data_path)
+        return sorted(folder.glob(f"fineweb_{split}_*.bin"))
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.script.find_file(self.config.tokenizer_path)
 
     @cached_property
     def tokens(self) -> np.ndarray:
         """The validation split, uint16, not read by the script."""
-        paths, tokenizer = self.shards("val"), self.config.tokenizer_path
+        paths, tokenizer = self.shards("val"), self.tokenizer
         if not paths:
             place = self.config.data_path
             raise Skipped(f"{place} holds no fineweb_val_*.bin: name the shards by --data")
-        if not Path(tokenizer).exists():
+        if not tokenizer.exists():
             raise Skipped(f"there is no {tokenizer}: name the tokenizer by --tokenizer")
         return np.concatenate([np.fromfile(path, "<u2", offset=1024) for path in paths])
 
-    def model(self) -> Any:
-        """A fresh model from the artifact, on the CPU."""
+    def model(self) -> Scored:
+        """A fresh model from the artifact, on the script's device."""
         data, run = self.run.artifact, self.run
         if data is None:
             raise Skipped("no artifact of this run is here")
         try:
-            return self.script.load_model(data, run.name, self.config.eval_passes)[0]
+            model = self.script.load_model(data, run.name, self.config.eval_passes)[0]
         except self.script.InputError as error:
             raise Skipped(f"the artifact does not load: {error}") from None
+        return Scored(model.to(self.world.device))
 
     def split(self, tokens: np.ndarray, **changes: Any) -> Any:
         """A configuration whose validation split is `tokens`; batches of two windows."""
@@ -307,7 +323,7 @@ def digest(model: torch.nn.Module) -> str:
     return sums.hexdigest()
 
 
-def by_windows(model: Any) -> Callable[[Tensor, Tensor], Tensor]:
+def by_windows(model: Scored) -> Callable[[Tensor, Tensor], Tensor]:
     """The model as a function of which a scorer sees nothing else, asked for one window at a time.
 
     Losses that depend on how the scorer calls are another score then.
@@ -336,13 +352,13 @@ class Call(NamedTuple):
 class Watched:
     """A model that notes its calls."""
 
-    def __init__(self, model: Any) -> None:
-        self.model, self.seen = model, 0
+    def __init__(self, scored: Scored) -> None:
+        self.scored, self.seen = scored, 0
         self.calls: list[Call] = []
 
     def __call__(self, ids: Tensor, targets: Tensor) -> Tensor:
-        weights, count = digest(self.model), int((targets >= 0).sum())
-        loss = self.model(ids, targets)
+        weights, count = digest(self.scored.model), int((targets >= 0).sum())
+        loss = self.scored(ids, targets)
         self.calls.append(Call(self.seen, self.seen + count, weights, loss.item()))
         self.seen += count
         return loss

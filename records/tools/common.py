@@ -118,7 +118,7 @@ class RunLog(NamedTuple):
     first: int  # number in the file, from 1, of lines[0]
     lines: list[str]  # what follows the script
     config: dict[str, Any]  # by names in lower case; values of JSON, in older logs text
-    versions: dict[str, str]  # python, torch, numpy, sentencepiece, cuda, device, script_sha256
+    versions: dict[str, str]  # python, torch, ..., device, script_sha256
 
     def settings(self) -> dict[str, str]:
         """The configuration as variables of an environment would give it."""
@@ -128,7 +128,7 @@ class RunLog(NamedTuple):
 HEADER = re.compile(rb"script_bytes:(\d+) script_sha256:([0-9a-f]{64})\r?\n")
 ENDS = re.compile(rb"={100}\r?\n")
 OLD_OPTION = re.compile(r"([A-Z][A-Z0-9_]*)=(.*?)(?= [A-Z][A-Z0-9_]*=|$)")
-VERSION = re.compile(r"(python|torch|numpy|sentencepiece|cuda|device|script_sha256):(.*)")
+VERSION = re.compile(r"(python|torch|numpy|sentencepiece|cuda|device|threads|script_sha256):(.*)")
 
 
 def split_log(data: bytes, path: Path, say: Callable[[str], None]) -> tuple[bytes | None, int]:

@@ -79,6 +79,7 @@ WORDS = {  # likewise, for texts
     "artifact": re.compile(r"\bartifact_sha256:(\w{64})"),
     "device": re.compile(r"^device:(.*)|\|\s+\d+\s+(NVIDIA \S+(?: \S+)*?)\s{2,}"),
     "torch": re.compile(r"^torch:(\S+)|^Running PyTorch (\S+)"),
+    "finished": re.compile(r"^finished:(.*)"),
 }
 SEED = re.compile(r"(?i)(?:^|\s)seed[:=]\s*(\d+)\b")  # the first line: source may follow it
 SEED_IN_NAME = re.compile(r"(?i)(?:seed|(?:^|[_-])s)[_-]?(\d+)")
@@ -147,6 +148,8 @@ class Log:
         """What a finished log of its kind has and this one lacks."""
         names = OURS if self.ours else FIELD
         words = OUR_WORDS if self.ours else ()
+        if "threads" in self.run.versions:  # scripts that say so also say when they are done
+            words = (*words, "finished")
         return [name for name in names if name not in self.values] + [
             name for name in words if name not in self.words
         ]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import sys
 import tempfile
@@ -32,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train_gpt as tg
 from records.tools import common, logs
 
+CODECS = [codec for codec in tg.CODECS if codec != "none"]
 LITE = dict(quant_clip="matrix", quant_scale_floor=1 / 127)  # what PR 1230 calls GPTQ-lite
 ROUNDINGS: dict[str, dict[str, Any]] = {  # "gptq" is not a field: whether the Hessians are used
     "int8": dict(matrix_bits=8),
@@ -119,12 +121,13 @@ def measure(
     sizes: dict[str, int] = {}
     for codec in codecs:
         started = time.perf_counter()
-        sizes[codec] = len(tg.code(codec, 0, stored.plain))
+        sizes[codec] = len(tg.compress(codec, stored.plain))
         seconds[codec] = time.perf_counter() - started
-        sizes[f"{codec}, packed"] = len(tg.code(codec, 0, stored.packed))
+        sizes[f"{codec}, packed"] = len(tg.compress(codec, stored.packed))
     artifact = tg.pack(trained.model, config, hessians)
     model = tg.load_model(artifact, "the artifact in memory")[0]
-    score = scorer.score(model.to(scorer.world.device))
+    model = model.to(scorer.world.device)
+    score = scorer.score(functools.partial(model, mode=model.scoring))
     before = trained.result["pre_quant"]["val_bpb"]
     return dict(
         bytes=sizes,
@@ -137,9 +140,9 @@ def measure(
 def available() -> list[str]:
     """The codecs that are installed here; the others are told."""
     found = []
-    for codec in tg.CODECS:
+    for codec in CODECS:
         try:
-            tg.code(codec, 0, b"")
+            tg.compress(codec, b"")
         except tg.InputError:
             common.warn(f"{codec} is not installed and left out")
         else:

@@ -180,7 +180,7 @@ def idle_options(config: tg.Config) -> set[str]:
     idle = set()
     for field in dataclass_fields(tg.Config):
         needs = field.metadata["needs"].split()
-        if any(config.hindrance(need) for need in needs):
+        if any(config.unmet_need(need) for need in needs):
             idle.add(field.name.upper())
     return idle
 
