@@ -363,7 +363,7 @@ SIDE = (
             TAIL, FLAT, {"once", "bytes", "figures"}, "asked for, val_tokens 48", id="tail dropped"
         ),
         pytest.param(
-            TWICE, FLAT, {"once", "bytes", "figures"}, "ranks, stride 8", id="targets scored twice"
+            TWICE, FLAT, {"once", "figures"}, "ranks, stride 8", id="targets scored twice"
         ),
         pytest.param(
             AGAIN, FLAT, CAUSAL | {"once", "score"}, "miss the whole", id="remembers what it scored"

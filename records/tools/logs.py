@@ -300,7 +300,7 @@ def finish(log: Log) -> None:
 
 
 def log_files(folder: Path) -> list[Path]:
-    """Files that may be logs. A copy that is named after no seed, such as train.log, counts once."""
+    """Files that may be logs. A copy named after no seed, such as train.log, counts once."""
     found = [path for place in (folder, folder / "logs") for path in sorted(place.glob("*.log"))]
     for place in (folder, folder / "logs"):
         for path in sorted(place.glob("*.txt")):
