@@ -32,13 +32,21 @@ SCORES = ("roundtrip", "sliding", "ttt")
 
 
 def check_data(audit: Audit) -> str:
-    """SHA-256 of the validation shards, in the order of their names, and the tokenizer."""
+    """SHA-256 of the validation shards, in the order of their names, and the tokenizer.
+
+    It is that of the run: a split or tokenizer that is another gives another score.
+    """
     sums, documents = hashlib.sha256(), int((audit.tokens == audit.script.BOS).sum())
     shards = audit.shards("val")
     for path in (*shards, audit.tokenizer):
         with open(path, "rb") as file:
             while block := file.read(1 << 24):
                 sums.update(block)
+    scored = audit.run.matches(r".*\bdata_sha256:(\w{64})")
+    if scored and scored[-1][0] != sums.hexdigest():
+        was, here = scored[-1][0][:12], sums.hexdigest()[:12]
+        what = "the run was scored with other validation shards or another tokenizer"
+        raise Failed(f"{what} (sha256 {was}, here {here})")
     return (
         f"sha256 {sums.hexdigest()} of {len(shards)} validation shards and the tokenizer: "
         f"{len(audit.tokens)} tokens, {documents} documents"
