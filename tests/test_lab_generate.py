@@ -137,6 +137,32 @@ def test_a_mistake_is_one_line(
     assert out == "" and error.count("\n") == 1 and "Traceback" not in error
 
 
+def test_another_tokenizer_is_refused(
+    artifact: Path,
+    corpus: dict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One of as many pieces, which would say something else."""
+    text = tmp_path / "text"
+    text.write_text("\n".join(f"word{i} of {i * i}" for i in range(3000)))
+    spm.SentencePieceTrainer.train(
+        input=str(text),
+        model_prefix=str(tmp_path / "t"),
+        vocab_size=1024,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+        hard_vocab_limit=False,
+    )
+    words = ["generate.py", str(artifact), "x", "--tokenizer", str(tmp_path / "t.model")]
+    monkeypatch.setattr(sys, "argv", words)
+    assert generate.main() == 2
+    error = capsys.readouterr().err
+    assert "was trained with another tokenizer" in error and error.count("\n") == 1
+
+
 def test_the_largest_seed_draws(
     artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

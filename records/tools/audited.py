@@ -223,6 +223,7 @@ class Audit:
         """A configuration whose validation split is `tokens`; batches of two windows."""
         folder = Path(tempfile.mkdtemp(dir=self.scratch))
         common.write_shard(folder / "fineweb_val_000000.bin", tokens)
+        common.write_manifest(folder, self.tokenizer)
         length = changes.get("train_seq_len", self.length)
         small = dict(
             data_path=str(folder),

@@ -381,6 +381,7 @@ def export(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     tokens = script.Tokens(config, "val")
     part = tokens.read(0, min(args.val_tokens, tokens.total)).numpy()
     write_shard(folder / "scored", "val", part)
+    common.write_manifest(folder / "scored", tg.find_file(config.tokenizer_path))
     config = dataclasses.replace(config, data_path=str(folder / "scored"))
     script.Scorer(config, script.World({}))  # a missing tokenizer is told before anything is timed
     torch.set_num_threads(1)

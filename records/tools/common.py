@@ -194,6 +194,11 @@ def write_shard(path: Path, tokens: np.ndarray) -> None:
     path.write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
 
 
+def write_manifest(folder: Path, tokenizer: Path) -> None:
+    """Names the tokenizer of a folder of shards, so that random tokens pass for text of it."""
+    write_json(folder / "manifest.json", dict(tokenizer=dict(sha256=tg.file_hash(tokenizer))))
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file, as a whole or not at all; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)

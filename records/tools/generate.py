@@ -106,9 +106,14 @@ def find_tokenizer(artifact: Path, named: Path | None) -> Path:
     raise tg.InputError(f"{told}, the tokenizer in {result}, is not there: name it by --tokenizer")
 
 
-def read_model(artifact: Path) -> Model:
-    """The model of an artifact, on the GPU if there is one."""
-    gpt, architecture, _ = tg.load_model(artifact.read_bytes(), str(artifact))
+def read_model(artifact: Path, tokenizer: Path) -> Model:
+    """The model of an artifact, on the GPU if there is one.
+
+    InputError if the artifact names another tokenizer.
+    """
+    data = artifact.read_bytes()
+    gpt, architecture, _ = tg.load_model(data, str(artifact))
+    tg.check_artifact_tokenizer(data, str(artifact), tg.Config(tokenizer_path=str(tokenizer)))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Model(gpt.to(device), architecture.vocab_size, architecture.train_seq_len)
 
@@ -178,8 +183,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def work(options: argparse.Namespace) -> int:
-    how, model = check(options), read_model(options.artifact)
-    path = find_tokenizer(options.artifact, options.tokenizer)
+    how, path = check(options), find_tokenizer(options.artifact, options.tokenizer)
+    model = read_model(options.artifact, path)
     tg.ByteCounter.from_sentencepiece(path, model.vocab_size)  # has it the model's size?
     tokenizer = spm.SentencePieceProcessor(model_file=str(path))
     ids = [tokenizer.bos_id(), *tokenizer.encode(options.prompt)]
