@@ -3002,6 +3002,7 @@ class World:
         self.lock: TextIO | None = None  # of the run's folder
         self.collectives = 0  # begun
         self.watchdog: Watchdog | None = None
+        self.slow_group: dist.ProcessGroup | None = None  # of gloo, for what may take long
         self.device = torch.device("cpu")
         if self.on_cuda:
             self.device = torch.device(f"cuda:{env.get('LOCAL_RANK', 0)}")
