@@ -2369,7 +2369,7 @@ class Trainer:
         micro: Iterable[tuple[Tensor, Tensor]],
         mode: Mode | None = None,
     ) -> None:
-        """One optimizer step on this rank's micro-batches. Nothing here waits for the device."""
+        """One optimizer step on this rank's micro-batches. Nothing here drains the device's queue."""
         config, gradients = self.config, self.gradients
         mode = mode or training_mode(config, step, seconds)
         gradients.zero()
@@ -2825,8 +2825,10 @@ class Checkpoints:
         except (Exception, Ended) as end:
             # Other errors may come amid an update, which is not a state to go on from.
             whole = not trainer.world.training or isinstance(end, (Ended, *KNOWN))
-            diverged = isinstance(end, Ended) and end.code == EXIT_NON_FINITE
-            if whole and not diverged:
+            code = end.code if isinstance(end, Ended) else 0
+            # NCCL gives no gradient back when it aborts, and the update that uses it is queued.
+            aborted = code == EXIT_LOST and trainer.world.on_cuda
+            if whole and code != EXIT_NON_FINITE and not aborted:
                 self.save(trainer)
                 wait(self.pending)
                 self.log(f"to go on: {command_to_go_on(self.config, self.world, self.log.folder)}")
