@@ -2369,7 +2369,7 @@ class Trainer:
         micro: Iterable[tuple[Tensor, Tensor]],
         mode: Mode | None = None,
     ) -> None:
-        """One optimizer step on this rank's micro-batches. Nothing here drains the device's queue."""
+        """One optimizer step on this rank's micro-batches. It never drains the device's queue."""
         config, gradients = self.config, self.gradients
         mode = mode or training_mode(config, step, seconds)
         gradients.zero()
