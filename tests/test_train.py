@@ -132,7 +132,7 @@ def test_ranks_fail_together(corpus: dict[str, str], tmp_path: Path) -> None:
     ended = fork_ranks(env | {"DATA_PATH": str(folder), "ITERATIONS": "6"}, 2)
     assert all(ended.codes) and not (tmp_path / "run" / tg.ARTIFACT).exists()
     assert f"[rank 1] {path} holds token 2000" in ended.texts[1]
-    assert str(path) not in ended.texts[0]
+    assert f"[rank 0] {path}" not in ended.texts[0]
 
 
 @pytest.mark.bits
