@@ -1,31 +1,99 @@
-"""The root on the import path, and a small real corpus that tests share."""
+"""Rules for every test: threads, signal handlers, workers; and a small real corpus."""
 
-import importlib.util
+import os
 import sys
-import sysconfig
 from pathlib import Path
+
+# Sums depend on the number of threads, so "the same run to the last bit" needs one number for this
+# process, for the ranks it forks and for the scripts it starts; PyTorch reads it at import.
+# PASSIVE: a thread that waits for another one sleeps. Otherwise two processes with two threads each
+# on two cores slow one another twentyfold.
+os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
+os.environ["MKL_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"]
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import shutil
+import signal
+import sysconfig
+from collections.abc import Callable, Generator, Mapping
 
 import numpy as np
 import pytest
+import sample
+import torch
+from helpers import NAMES, ON_CPU, THREADS
+from hypothesis import HealthCheck, settings
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import train_gpt as tg
+
+torch.set_num_threads(THREADS)
+# No example has a time limit: a loaded machine is no fault of the code.
+settings.register_profile("any load", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any load")
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Processes of `-n auto`: with their threads they are as many as the processors."""
+    return max(1, len(os.sched_getaffinity(0)) // THREADS)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, bool | None, bool | None]:
+    """Puts back what a test, or a fixture before it, has replaced: signal handlers and threads.
+
+    A run of the script in this process may install handlers; left there, Ctrl-C would end no test.
+    """
+    handlers = {number: signal.getsignal(number) for number in tg.STOP_SIGNALS}
+    try:
+        return (yield)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        torch.set_num_threads(THREADS)
+
+
+@pytest.fixture(autouse=True)
+def same_draws() -> None:
+    """What a test draws from PyTorch's global generator is the same in every run."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def main_here(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mapping[str, str]], int]:
+    """Runs the script's `main` in this process with these variables; its exit code.
+
+    It gets no signals: Ctrl-C is to end the tests, not one run of them.
+    """
+
+    def run(env: Mapping[str, str]) -> int:
+        with monkeypatch.context() as patch:
+            for name in NAMES:
+                patch.delenv(name, raising=False)
+            for name, value in (ON_CPU | dict(env)).items():
+                patch.setenv(name, value)
+            patch.setattr(tg.World, "handle_signals", lambda world: None)
+            return tg.main()
+
+    return run
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Variables that point a run at 60,000 training and 5,001 validation tokens of the sample corpus."""
-    spec = importlib.util.spec_from_file_location("sample", ROOT / "data" / "sample.py")
-    sample = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sample)
-    root = tmp_path_factory.mktemp("data")
-    sample.build(root, Path(sysconfig.get_path("stdlib")), 1024)
+    """Variables that point a run at 60,000 training and 5,001 validation tokens of source code."""
+    root, source = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("source")
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    for path in [*stdlib.glob("*.py"), *stdlib.glob("[a-e]*/*.py")]:  # a third of it is enough
+        copy = source / path.relative_to(stdlib)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(path, copy)
+    sample.build(root, source, 1024)
     folder = root / "datasets" / "sample_sp1024"
     for split, count in (("train", 60_000), ("val", 5_001)):
         path = folder / f"fineweb_{split}_000000.bin"
         header, tokens = np.fromfile(path, "<i4", 256), np.fromfile(path, "<u2", count, offset=1024)
         header[2] = count
         path.write_bytes(header.tobytes() + tokens.tobytes())
-    return dict(
-        DATA_PATH=str(folder), TOKENIZER_PATH=str(root / "tokenizers" / "sample_1024_bpe.model")
-    )
+    tokenizer = root / "tokenizers" / "sample_1024_bpe.model"
+    return {"DATA_PATH": str(folder), "TOKENIZER_PATH": str(tokenizer)}

@@ -1,28 +1,34 @@
-"""What a user gets to see: one line that names the culprit, an exit code, and nothing left behind."""
+"""What a user gets to see: one line that names the culprit, an exit code, nothing left behind."""
 
-import hashlib
 import json
-import os
 import re
-import subprocess
-import sys
+import struct
 import tracemalloc
+import zlib
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import sentencepiece as spm
 import torch
-from test_data import EXACT, one_thread, shard_bytes, tokenizer_bytes, write_shards  # noqa: F401, a fixture
+from helpers import (
+    EXACT,
+    SCRIPT,
+    parts_of,
+    sealed,
+    shard_bytes,
+    start,
+    tokenizer_bytes,
+    write_manifest,
+    write_shards,
+)
 
 import train_gpt as tg
 
-ROOT = Path(tg.__file__).parent
 # The smallest run that trains: three layers, 16 channels.
-SMALL = dict(
+SMALL: dict[str, Any] = dict(
     MODEL_DIM=16,
     NUM_HEADS=2,
     NUM_KV_HEADS=1,
@@ -39,7 +45,6 @@ SMALL = dict(
     VAL_LOSS_EVERY=0,
     WARMDOWN_ITERS=0,
 )
-NAMES = {f.name.upper() for f in fields(tg.Config)} | {"USE_DEPTH_EMBED", "RANK", "WORLD_SIZE"}
 
 
 class Result(NamedTuple):
@@ -52,7 +57,7 @@ Run = Callable[..., Result]
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Shards and tokenizer, as the variables that point to them."""
     folder = tmp_path_factory.mktemp("corpus")
     model = folder / "x.model"
@@ -61,33 +66,26 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     draw = np.random.default_rng(0)
     write_shards(folder / "data", "train", *draw.integers(0, size, (2, 500)))
     write_shards(folder / "data", "val", draw.integers(0, size, 100))
+    write_manifest(folder / "data", model)
     return SMALL | dict(DATA_PATH=folder / "data", TOKENIZER_PATH=model, VOCAB_SIZE=size)
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path) -> Run:
+def run(
+    main_here: Callable[[dict[str, str]], int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> Run:
     """Runs the script in this process, in an empty folder, with the given variables."""
     monkeypatch.chdir(tmp_path)
 
-    def start(**env: object) -> Result:
-        for name in NAMES:
-            monkeypatch.delenv(name, raising=False)
-        for name, value in env.items():
-            monkeypatch.setenv(name, str(value))
+    def start(**env: Any) -> Result:
         capsys.readouterr()
-        return Result(tg.main(), *capsys.readouterr())
+        code = main_here({name: str(value) for name, value in env.items()})
+        return Result(code, *capsys.readouterr())
 
     return start
-
-
-def run_script(folder: Path, **env: object) -> Result:
-    inherited = {name: value for name, value in os.environ.items() if name not in NAMES}
-    command = [sys.executable, str(ROOT / "train_gpt.py")]
-    given = {name: str(value) for name, value in env.items()} | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        command, env=inherited | given, cwd=folder, capture_output=True, text=True
-    )
-    return Result(result.returncode, result.stdout, result.stderr)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -109,7 +107,7 @@ def check_refused(result: Result, *names: object) -> None:
 # ---- Data and variables
 
 
-def other_folder(tmp_path: Path, corpus: dict, split: str, data: bytes | None) -> Path:
+def other_folder(tmp_path: Path, corpus: dict[str, Any], split: str, data: bytes | None) -> Path:
     """The corpus with the first shard of a split replaced."""
     folder = tmp_path / "other"
     folder.mkdir()
@@ -134,7 +132,7 @@ BAD_SHARDS = {
 
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("case", BAD_SHARDS)
-def test_bad_shard(run: Run, corpus: dict, tmp_path: Path, split: str, case: str) -> None:
+def test_bad_shard(run: Run, corpus: dict[str, Any], tmp_path: Path, split: str, case: str) -> None:
     bad = other_folder(tmp_path, corpus, split, BAD_SHARDS[case])
     before = tree(tmp_path)
     check_refused(run(**corpus | dict(DATA_PATH=bad.parent)), bad)
@@ -142,7 +140,7 @@ def test_bad_shard(run: Run, corpus: dict, tmp_path: Path, split: str, case: str
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_unreadable_shard(run: Run, corpus: dict, tmp_path: Path, split: str) -> None:
+def test_unreadable_shard(run: Run, corpus: dict[str, Any], tmp_path: Path, split: str) -> None:
     """A link into a download cache that has been cleared; a folder."""
     bad = other_folder(tmp_path, corpus, split, None)
     bad.symlink_to(tmp_path / "gone")
@@ -153,7 +151,7 @@ def test_unreadable_shard(run: Run, corpus: dict, tmp_path: Path, split: str) ->
     assert not (tmp_path / "logs").exists()
 
 
-def test_missing_and_empty_folders(run: Run, corpus: dict, tmp_path: Path) -> None:
+def test_missing_and_empty_folders(run: Run, corpus: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "hollow").mkdir()
     for folder in (tmp_path / "hollow", tmp_path / "none", corpus["TOKENIZER_PATH"]):
         check_refused(run(**corpus | dict(DATA_PATH=folder)), "DATA_PATH", folder, "data/README.md")
@@ -161,7 +159,7 @@ def test_missing_and_empty_folders(run: Run, corpus: dict, tmp_path: Path) -> No
     assert sorted(tree(tmp_path)) == ["hollow"]
 
 
-def test_missing_validation_split(run: Run, corpus: dict, tmp_path: Path) -> None:
+def test_missing_validation_split(run: Run, corpus: dict[str, Any], tmp_path: Path) -> None:
     bad = other_folder(tmp_path, corpus, "val", None)
     check_refused(
         run(**corpus | dict(DATA_PATH=bad.parent)), "DATA_PATH", bad.parent, "fineweb_val_"
@@ -169,19 +167,23 @@ def test_missing_validation_split(run: Run, corpus: dict, tmp_path: Path) -> Non
     assert not (tmp_path / "logs").exists()
 
 
-def test_split_without_a_sequence(run: Run, corpus: dict, tmp_path: Path) -> None:
+def test_split_without_a_sequence(run: Run, corpus: dict[str, Any], tmp_path: Path) -> None:
     env = corpus | dict(TRAIN_SEQ_LEN=100, TRAIN_BATCH_TOKENS=400)
     check_refused(run(**env), "TRAIN_SEQ_LEN=100", corpus["DATA_PATH"], "val")
     assert tree(tmp_path) == {}
 
 
-def test_validation_ids_beyond_the_vocabulary(run: Run, corpus: dict, tmp_path: Path) -> None:
+def test_validation_ids_beyond_the_vocabulary(
+    run: Run, corpus: dict[str, Any], tmp_path: Path
+) -> None:
     bad = other_folder(tmp_path, corpus, "val", shard_bytes([0] * 50 + [corpus["VOCAB_SIZE"]]))
     check_refused(run(**corpus | dict(DATA_PATH=bad.parent)), bad, "VOCAB_SIZE")
     assert not (tmp_path / "logs").exists()
 
 
-def test_training_ids_beyond_the_vocabulary(run: Run, corpus: dict, tmp_path: Path) -> None:
+def test_training_ids_beyond_the_vocabulary(
+    run: Run, corpus: dict[str, Any], tmp_path: Path
+) -> None:
     """Shards of another tokenizer; one bad id deep inside a shard is found when it is read."""
     bad = other_folder(tmp_path, corpus, "train", shard_bytes([0] * 150 + [60000] + [0] * 50))
     result = run(**corpus | dict(DATA_PATH=bad.parent))
@@ -190,7 +192,7 @@ def test_training_ids_beyond_the_vocabulary(run: Run, corpus: dict, tmp_path: Pa
     assert not list(tmp_path.rglob("model*"))
 
 
-def test_bad_tokenizers(run: Run, corpus: dict, tmp_path: Path) -> None:
+def test_bad_tokenizers(run: Run, corpus: dict[str, Any], tmp_path: Path) -> None:
     junk = tmp_path / "junk.model"
     junk.write_bytes(b"not a model")
     before = tree(tmp_path)
@@ -219,12 +221,14 @@ def test_bad_tokenizers(run: Run, corpus: dict, tmp_path: Path) -> None:
         (dict(WORLD_SIZE="two"), ["WORLD_SIZE"]),
     ],
 )
-def test_bad_variables(run: Run, corpus: dict, tmp_path: Path, env: dict, names: list[str]) -> None:
+def test_bad_variables(
+    run: Run, corpus: dict[str, Any], tmp_path: Path, env: dict[str, Any], names: list[str]
+) -> None:
     check_refused(run(**corpus | env), *names)
     assert tree(tmp_path) == {}
 
 
-def test_existing_run_is_left_alone(run: Run, corpus: dict, tmp_path: Path) -> None:
+def test_existing_run_is_left_alone(run: Run, corpus: dict[str, Any], tmp_path: Path) -> None:
     folder = tmp_path / "logs" / "mine"
     folder.mkdir(parents=True)
     for name in ("train.log", "model.ptz", "notes.txt"):
@@ -234,7 +238,7 @@ def test_existing_run_is_left_alone(run: Run, corpus: dict, tmp_path: Path) -> N
     assert tree(tmp_path) == before
 
 
-def test_log_folder_that_cannot_be_made(run: Run, corpus: dict, tmp_path: Path) -> None:
+def test_log_folder_that_cannot_be_made(run: Run, corpus: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("precious")
     check_refused(run(**corpus, LOG_DIR=tmp_path / "file"), tmp_path / "file")
     assert tree(tmp_path) == {"file": b"precious"}
@@ -244,19 +248,15 @@ def test_log_folder_that_cannot_be_made(run: Run, corpus: dict, tmp_path: Path) 
 
 
 @pytest.fixture(scope="module")
-def artifact(corpus: dict) -> bytes:
+def artifact(corpus: dict[str, Any]) -> bytes:
     config = tg.Config.from_env({name: str(value) for name, value in corpus.items()})
     torch.manual_seed(0)
     return tg.pack(tg.GPT(config.architecture(), 0.1), config)
 
 
-def evaluate(run: Run, corpus: dict, path: Path, **env: object) -> Result:
+def evaluate(run: Run, corpus: dict[str, Any], path: Path, **env: Any) -> Result:
     places = {name: corpus[name] for name in ("DATA_PATH", "TOKENIZER_PATH")}
     return run(EVAL_ONLY=path, VAL_BATCH_SIZE=256, **places, **env)
-
-
-def with_checksum(body: bytes) -> bytes:
-    return tg.MAGIC["artifact"] + hashlib.sha256(body).digest() + body
 
 
 DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
@@ -269,14 +269,14 @@ DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "only its beginning": (lambda a: a[:20], "not an artifact"),
     "empty": (lambda a: b"", "not an artifact"),
     "a pickle": (lambda a: b"\x80\x04" + a, "not an artifact"),
-    "nothing behind the checksum": (lambda a: with_checksum(b""), "artifact"),
-    "no zlib stream": (lambda a: with_checksum(a[40:56] + b"junk" * 9), "artifact"),
+    "nothing behind the checksum": (lambda a: sealed(b""), "artifact"),
+    "no zlib stream": (lambda a: sealed(a[40:56] + b"junk" * 9), "artifact"),
 }
 
 
 @pytest.mark.parametrize("case", DAMAGE)
 def test_damaged_artifact(
-    run: Run, corpus: dict, artifact: bytes, tmp_path: Path, case: str
+    run: Run, corpus: dict[str, Any], artifact: bytes, tmp_path: Path, case: str
 ) -> None:
     damage, reason = DAMAGE[case]
     path = tmp_path / "model.ptz"
@@ -287,19 +287,28 @@ def test_damaged_artifact(
 
 
 def repacked(
-    artifact: bytes, change: Callable[[dict], object], tail: bytes = b"", longer: int = 0
+    artifact: bytes,
+    change: Callable[[dict[str, Any]], object],
+    tail: bytes = b"",
+    longer: int = 0,
 ) -> bytes:
-    """The artifact with another header and a checksum that fits: what a wrong or hostile writer makes."""
-    raw = tg.zlib.decompress(artifact[56:])
-    size = tg.struct.unpack_from("<I", raw)[0]
-    header = json.loads(raw[4 : 4 + size])
+    """With another header and a checksum that fits: what a wrong or hostile writer makes.
+
+    `tail` follows the values; `longer` is by how much the announced length is wrong.
+    """
+    header, values, _ = parts_of(artifact)
     change(header)
     text = json.dumps(header).encode()
-    raw = tg.struct.pack("<I", len(text)) + text + raw[4 + size :] + tail
-    return with_checksum(tg.struct.pack("<8sQ", b"zlib", len(raw) + longer) + tg.zlib.compress(raw))
+    raw = struct.pack("<I", len(text)) + text + values + tail
+    return sealed(struct.pack("<8sQ", b"zlib", len(raw) + longer) + zlib.compress(raw))
 
 
-FORGED: dict[str, Callable[[dict], object]] = {
+def first_tensor(header: dict[str, Any], rounded: bool) -> list[str]:
+    """Name and storage of the first tensor that is, or is not, stored as integers."""
+    return next(t for t in header["tensors"] if (t[1] == "int8") == rounded)
+
+
+FORGED: dict[str, Callable[[dict[str, Any]], object]] = {
     "no architecture": lambda h: h.pop("architecture"),
     "unknown field": lambda h: h["architecture"].update(more=1),
     "missing field": lambda h: h["architecture"].pop("num_heads"),
@@ -309,12 +318,8 @@ FORGED: dict[str, Callable[[dict], object]] = {
     "beyond floating point": lambda h: h["architecture"].update(num_heads=10**400),
     "architecture is a list": lambda h: h.update(architecture=[]),
     "no tensors": lambda h: h.update(tensors=[]),
-    "matrix as float32": lambda h: next(t for t in h["tensors"] if t[1] == "int8").__setitem__(
-        1, "float32"
-    ),
-    "vector as int8": lambda h: next(t for t in h["tensors"] if t[1] != "int8").__setitem__(
-        1, "int8"
-    ),
+    "matrix as float32": lambda h: first_tensor(h, rounded=True).__setitem__(1, "float32"),
+    "vector as int8": lambda h: first_tensor(h, rounded=False).__setitem__(1, "int8"),
     "one tensor more": lambda h: h["tensors"].append(["more", "float16"]),
     "too deep": lambda h: h["architecture"].update(num_shared=256, num_loops=256),
     "unknown storage": lambda h: h["tensors"][0].__setitem__(1, "pickle"),
@@ -338,9 +343,7 @@ def test_forged_length(artifact: bytes, tail: bytes, longer: int) -> None:
 @pytest.mark.parametrize("length", [0, 1, 1000])
 def test_no_more_is_unpacked_than_announced(length: int) -> None:
     """A file of 60 kB must not fill the memory."""
-    bomb = with_checksum(
-        tg.struct.pack("<8sQ", b"zlib", length) + tg.zlib.compress(bytes(60_000_000))
-    )
+    bomb = sealed(struct.pack("<8sQ", b"zlib", length) + zlib.compress(bytes(60_000_000)))
     tracemalloc.start()
     try:
         with pytest.raises(tg.InputError, match="^the file is not a valid artifact: "):
@@ -359,7 +362,7 @@ def test_repacked_artifact_is_fine(artifact: bytes) -> None:
 
 
 def test_artifact_meets_other_files(
-    run: Run, corpus: dict, artifact: bytes, tmp_path: Path
+    run: Run, corpus: dict[str, Any], artifact: bytes, tmp_path: Path
 ) -> None:
     path = tmp_path / "model.ptz"
     check_refused(evaluate(run, corpus, path), path)
@@ -373,7 +376,9 @@ def test_artifact_meets_other_files(
     assert tree(tmp_path) == before | {"other.model": other.read_bytes()}
 
 
-def test_good_artifact_is_scored(run: Run, corpus: dict, artifact: bytes, tmp_path: Path) -> None:
+def test_good_artifact_is_scored(
+    run: Run, corpus: dict[str, Any], artifact: bytes, tmp_path: Path
+) -> None:
     path = tmp_path / "model.ptz"
     path.write_bytes(artifact)
     result = evaluate(run, corpus, path)
@@ -386,7 +391,7 @@ def test_good_artifact_is_scored(run: Run, corpus: dict, artifact: bytes, tmp_pa
 @pytest.mark.parametrize("rate", ["SCALAR_LR", "MATRIX_LR", "TIED_EMBED_LR"])
 @pytest.mark.parametrize("iterations", [1, 2, 20])
 def test_non_finite_loss(
-    run: Run, corpus: dict, tmp_path: Path, rate: str, iterations: int
+    run: Run, corpus: dict[str, Any], tmp_path: Path, rate: str, iterations: int
 ) -> None:
     """Also when the last step alone ruined the weights, whose own loss was still finite."""
     result = run(**corpus | {rate: 1e38, "ITERATIONS": iterations, "RUN_ID": "x"})
@@ -394,17 +399,17 @@ def test_non_finite_loss(
     assert result.err.count("\n") == 1 and "step" in result.err and "finite" in result.err
     step, loss = re.findall(r"^step:(\d+)/\d+ train_loss:([\d.]+) ", result.out, re.M)[-1]
     assert f"step {step}, train_loss {loss}" in result.err
-    assert sorted(tree(tmp_path / "logs/x")) == ["metrics.jsonl", "train.log"]
+    assert sorted(tree(tmp_path / "logs/x")) == ["metrics.jsonl", "run.lock", "train.log"]
 
 
-def test_non_finite_loss_at_once(run: Run, corpus: dict) -> None:
+def test_non_finite_loss_at_once(run: Run, corpus: dict[str, Any]) -> None:
     result = run(**corpus, QK_GAIN_INIT=3e38, LOGIT_SOFTCAP=1e30, TIED_EMBED_INIT_STD=1e30)
-    assert result.code == 3 and "step 1 " in result.err and "none" in result.err
+    assert result.code == tg.EXIT_NON_FINITE and "skipped 3, last good: none" in result.err
 
 
-def test_too_large_for_a_submission(run: Run, corpus: dict, tmp_path: Path) -> None:
-    """The work is not thrown away: the artifact and its score are there, only the verdict is negative."""
-    script = (ROOT / "train_gpt.py").stat().st_size
+def test_too_large_for_a_submission(run: Run, corpus: dict[str, Any], tmp_path: Path) -> None:
+    """The work is not thrown away: artifact and score are there, only the verdict is negative."""
+    script = SCRIPT.stat().st_size
     result = run(**corpus, RUN_ID="x", SIZE_LIMIT_BYTES=script + 1)
     assert result.code == 4 and result.err == ""
     assert "final_int8_zlib_roundtrip " in result.out and "SIZE_LIMIT_BYTES" in result.out
@@ -415,10 +420,12 @@ def test_too_large_for_a_submission(run: Run, corpus: dict, tmp_path: Path) -> N
     assert figures["bytes_total"] == script + size
 
 
-def test_size_limit_is_inclusive(run: Run, corpus: dict, artifact: bytes, tmp_path: Path) -> None:
+def test_size_limit_is_inclusive(
+    run: Run, corpus: dict[str, Any], artifact: bytes, tmp_path: Path
+) -> None:
     path = tmp_path / "model.ptz"
     path.write_bytes(artifact)
-    total = (ROOT / "train_gpt.py").stat().st_size + len(artifact)
+    total = SCRIPT.stat().st_size + len(artifact)
     for limit, code in ((total, 0), (total - 1, 4)):
         assert evaluate(run, corpus, path, SIZE_LIMIT_BYTES=limit).code == code
 
@@ -426,16 +433,9 @@ def test_size_limit_is_inclusive(run: Run, corpus: dict, artifact: bytes, tmp_pa
 # ---- The script itself
 
 
-def test_script_reports_bad_input(tmp_path: Path) -> None:
-    missing = tmp_path / "none.model"
-    check_refused(
-        run_script(tmp_path, PRESET="tiny", TOKENIZER_PATH=missing), "TOKENIZER_PATH", missing
-    )
-    assert tree(tmp_path) == {}
-
-
-def test_script_reports_a_ruined_run(corpus: dict, tmp_path: Path) -> None:
-    result = run_script(tmp_path, **corpus | dict(MATRIX_LR=1e38, ITERATIONS=5))
-    assert result.code == 3
-    assert result.err.count("\n") == 1 and "Traceback" not in result.out + result.err
+def test_script_reports_a_ruined_run(corpus: dict[str, Any], tmp_path: Path) -> None:
+    ruined = corpus | dict(MATRIX_LR=1e38, ITERATIONS=5, LOG_DIR=tmp_path)
+    done = start({name: str(value) for name, value in ruined.items()})
+    assert done.returncode == tg.EXIT_NON_FINITE
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stdout + done.stderr
     assert not list(tmp_path.rglob("*.ptz"))

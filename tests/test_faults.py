@@ -1,18 +1,15 @@
-"""Runs that are killed, stopped or damaged, and go on. records/tools/faults.py does this at a larger scale.
+"""Runs that are killed, stopped or damaged, and go on; records/tools/faults.py does it at scale."""
 
-Ranks are forked from a server that has imported PyTorch: a run takes a second, and ten under torchrun.
-"""
-
-import json
+import itertools
 import math
-import multiprocessing
 import os
 import random
 import re
 import shutil
 import signal
-import socket
+import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import HANG, THREADS, ManualTime, fork_ranks, log_of, metrics, one_rank, result_of
 
 import train_gpt as tg
 
+pytestmark = pytest.mark.bits
 STEPS, FAULT_STEP = 10, 5  # steps of a run; where the fault is, from 0
 SMALL = dict(
     PRESET="T,tiny",
@@ -46,32 +45,68 @@ SMALL = dict(
     SCALAR_LR="0.01",
     TIED_EMBED_LR="0.02",
     RESUME="auto",
+    RANK_TIMEOUT_SECONDS=str(10 * HANG),  # no test passes because a rank was waited for in vain
 )
+Env = dict[str, str]
 
-# ---- 1. Ranks --------------------------------------------------------------------------------------------
+# ---- Faults, by the process that suffers them. What they patch stays so until it ends.
+
+PATCH = pytest.MonkeyPatch()
 
 
-def spoil(fault: str, here: bool) -> None:
-    """Makes a fault happen in this process: a signal to itself, inside a save or in FAULT_STEP of a rank that
-    is `here`, or a loss that is not a number there; SIGTERM in export, and again when that is saved; six
-    seconds for packing, or for the first word to a tracker."""
-    train_step, write, pack, read = (
-        tg.Trainer.train_step,
-        tg.write_atomically,
-        tg.pack_to_fit,
-        tg.Clock.read,
-    )
+def in_fault_step(act: Callable[[tg.Trainer], None]) -> None:
+    """`act` happens at the beginning of step FAULT_STEP."""
+    train_step = tg.Trainer.train_step
 
     def broken(self: tg.Trainer, step: int, *rest: Any) -> None:
-        forward, now = self.forward, here and step == FAULT_STEP
-        if now and fault == "nan":
-            self.forward = lambda *args: forward(*args) * math.nan
-        elif now and fault == "late":
-            tg.Muon.step = lambda _: os.kill(os.getpid(), signal.SIGKILL)
-        elif now and fault.startswith("SIG"):
-            os.kill(os.getpid(), signal.Signals[fault])
+        if step == FAULT_STEP:
+            act(self)
         train_step(self, step, *rest)
-        self.forward = forward
+
+    PATCH.setattr(tg.Trainer, "train_step", broken)
+
+
+def get_signal(name: str) -> None:
+    in_fault_step(lambda _: os.kill(os.getpid(), signal.Signals[name]))
+
+
+def lose_a_loss() -> None:
+    """The loss of one step is not a number."""
+
+    def spoil(trainer: tg.Trainer) -> None:
+        forward = trainer.forward
+
+        def once(*args: Any) -> torch.Tensor:
+            trainer.forward = forward
+            return forward(*args) * math.nan
+
+        trainer.forward = once
+
+    in_fault_step(spoil)
+
+
+def die_in_the_update() -> None:
+    """Killed when the gradients have been summed over the ranks."""
+
+    def die(_: tg.Muon) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    in_fault_step(lambda _: PATCH.setattr(tg.Muon, "step", die))
+
+
+def share_every_reading_of_the_clock() -> None:
+    read = tg.Clock.read
+
+    def always_due(self: tg.Clock, *args: Any, **kwargs: Any) -> float:
+        self.due = 0
+        return read(self, *args, **kwargs)
+
+    PATCH.setattr(tg.Clock, "read", always_due)
+
+
+def die_inside_a_save() -> None:
+    """Killed when half of the checkpoint of step 6 is written."""
+    write = tg.write_atomically
 
     def cut(path: Path, data: bytes) -> None:
         if path.suffix == ".ckpt" and str(FAULT_STEP + 1) in path.stem:
@@ -79,261 +114,387 @@ def spoil(fault: str, here: bool) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         write(path, data)
 
-    def terminate(then: Any, *args: Any) -> Any:
+    PATCH.setattr(tg, "write_atomically", cut)
+
+
+def get_sigterm_in_export() -> None:
+    """Before packing, and again when a file is written."""
+
+    def terminated(then: Callable[..., Any], *args: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         return then(*args)
 
-    def always_due(self: tg.Clock, *args: Any, **kwargs: Any) -> float:
-        self.due = 0
-        return read(self, *args, **kwargs)
-
-    tg.Trainer.train_step, tg.Clock.read = broken, always_due if fault == "late" else read
-    if fault == "tracker":
-        tg.Log.send = lambda _, values: time.sleep(6 * (values["step"] == 0))
-    elif fault == "packing":
-        tg.pack_to_fit = lambda *args: time.sleep(6) or pack(*args)
-    elif fault == "save":
-        tg.write_atomically = cut
-    elif fault == "export":
-        tg.pack_to_fit, tg.write_atomically = partial(terminate, pack), partial(terminate, write)
+    for name in ("pack_to_fit", "write_atomically"):
+        PATCH.setattr(tg, name, partial(terminated, getattr(tg, name)))
 
 
-def rank(env: dict[str, str], fault: str, out: Path) -> None:
-    """What a process does: one rank. Its output goes to `out`, and the sum of its weights after training."""
-    with open(out, "w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    for name in os.environ.keys() & {name.upper() for name in tg.Config.__dataclass_fields__}:
-        del os.environ[name]
-    os.environ.update(env)
-    torch.set_num_threads(1)
-    fault, _, at = fault.partition("@")  # the last rank, if none is named
-    spoil(fault, int(env["RANK"]) == (int(at) if at else int(env["WORLD_SIZE"]) - 1))
+def linger_on_rank_0(seconds: float) -> None:
+    """With the first word to a tracker, and with packing: both of them rank 0 does alone."""
+    pack = tg.pack_to_fit
+
+    def send(_: tg.Tracker, values: dict[str, Any]) -> None:
+        if values["step"] == 0:
+            time.sleep(seconds)
+
+    def slow_pack(*args: Any) -> bytes:
+        time.sleep(seconds)
+        return pack(*args)
+
+    PATCH.setattr(tg.Tracker, "send", send)
+    PATCH.setattr(tg, "pack_to_fit", slow_pack)
+
+
+def print_weights() -> None:
+    """Prints the sum of the weights after training, and how many steps were left out."""
     train = tg.Trainer.train
 
     def traced(self: tg.Trainer, *rest: Any) -> Any:
         done = train(self, *rest)
         weights = sum(p.double().sum().item() for p in self.params)
-        print(f"skipped {int(self.numbers[0])} weights {weights!r}", flush=True)
+        print(f"skipped {self.skipped.count} weights {weights!r}", flush=True)
         return done
 
-    tg.Trainer.train = traced
-    os._exit(tg.main())
+    PATCH.setattr(tg.Trainer, "train", traced)
 
 
-def launch(env: dict[str, str], ranks: int, fault: str = "") -> tuple[list[int], list[str]]:
-    """Runs all ranks; their exit codes (-9: killed) and outputs."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = dict(
-            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE=str(ranks)
-        )
-    server, processes, outs = multiprocessing.get_context("forkserver"), [], []
-    server.set_forkserver_preload(["torch._dynamo", "train_gpt"])
-    for i in range(ranks):
-        outs.append(Path(env["LOG_DIR"]) / f"{env['RUN_ID']}.{time.monotonic_ns()}.out")
-        processes.append(
-            server.Process(target=rank, args=(env | place | {"RANK": str(i)}, fault, outs[-1]))
-        )
-        processes[-1].start()
-    for process in processes:
-        process.join(60)
-        process.kill()
-        process.join()
-    return [process.exitcode for process in processes], [out.read_text() for out in outs]
+def main_with(fault: Callable[[], None], at: int | None, also: Callable[[], None] | None) -> int:
+    """A rank of a run: `fault` on rank `at` (None: all of them), `also` on every rank."""
+    if also:
+        also()
+    if at in (None, int(os.environ["RANK"])):
+        fault()
+    return tg.main()
 
 
-def metrics(folder: Path) -> list[tuple[int, float]]:
-    """Step and training loss, as logged."""
-    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [(row["step"], row["train_loss"]) for row in rows if "train_loss" in row]
+def suffer(
+    env: Env,
+    ranks: int,
+    fault: Callable[[], None],
+    at: int | None = None,
+    also: Callable[[], None] | None = None,
+) -> tuple[list[int | None], list[str]]:
+    """Exit codes and outputs of the ranks of a run with a fault."""
+    return fork_ranks(env, ranks, partial(main_with, fault, at, also))
+
+
+# ---- Runs
+
+
+def losses_by_step(folder: Path) -> list[tuple[int, float]]:
+    return [(row["step"], row["train_loss"]) for row in metrics(folder) if "train_loss" in row]
 
 
 def scores(folder: Path) -> list[tuple[int, str, float]]:
     """Step, weights and validation loss, as logged."""
-    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [(row["step"], row["weights"], row["val_loss"]) for row in rows if "val_loss" in row]
+    rows = [row for row in metrics(folder) if "val_loss" in row]
+    return [(row["step"], row["weights"], row["val_loss"]) for row in rows]
 
 
 def artifact(folder: Path) -> bytes:
     return (folder / tg.ARTIFACT).read_bytes()
 
 
-@pytest.fixture(scope="module")
-def env(corpus: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return corpus | SMALL | {"LOG_DIR": str(tmp_path_factory.mktemp("faults"))}
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.ckpt"))
 
 
-@pytest.fixture(scope="module")
-def whole(env: dict[str, str]) -> list[Path]:
-    """Folders of an uninterrupted run on one rank, and of one on two."""
-    for ranks in (1, 2):
-        codes, texts = launch(env | {"RUN_ID": f"whole{ranks}"}, ranks)
-        assert codes == [0] * ranks, texts
-    return [Path(env["LOG_DIR"]) / f"whole{ranks}" for ranks in (1, 2)]
+def check_same(folder: Path, other: Path) -> None:
+    """The same losses and the same artifact, to the last bit."""
+    assert losses_by_step(folder) == losses_by_step(other)
+    assert artifact(folder) == artifact(other)
 
 
-@pytest.fixture(scope="module")
-def killed(env: dict[str, str]) -> Path:
-    """Folder of a run that was killed inside the save after step 6."""
-    codes, texts = launch(env | {"RUN_ID": "killed"}, 1, "save")
-    assert codes == [-signal.SIGKILL], texts
-    return Path(env["LOG_DIR"]) / "killed"
+def folder_of(env: Env) -> Path:
+    return Path(env["LOG_DIR"]) / env["RUN_ID"]
 
 
-@pytest.fixture(scope="module")
-def stopped(env: dict[str, str]) -> Path:
-    """Folder of a run on two ranks of which the second got SIGTERM in step 6."""
-    codes, texts = launch(env | {"RUN_ID": "stopped"}, 2, "SIGTERM")
-    assert codes == [tg.EXIT_STOPPED] * 2, texts
-    assert all(f"[rank {i}] step 6: stopped by SIGTERM" in text for i, text in enumerate(texts))
-    return Path(env["LOG_DIR"]) / "stopped"
-
-
-def copied(env: dict[str, str], folder: Path, name: str) -> dict[str, str]:
+def copied(env: Env, folder: Path, name: str) -> Env:
     """Variables of a run that goes on in a copy of `folder`."""
-    shutil.copytree(folder, Path(env["LOG_DIR"]) / name)
+    shutil.copytree(folder, folder.with_name(name))
     return env | {"RUN_ID": name}
 
 
-def resume(env: dict[str, str]) -> Path:
-    """Ends a run in this process; its folder."""
-    config = tg.Config.from_env(env)
-    assert tg.run(config, tg.World({})) == 0
-    return Path(config.log_dir) / config.run_id
+def run_to_its_end(env: Env) -> Path:
+    """Begins a run in this process or goes on with it; its folder."""
+    assert tg.run(tg.Config.from_env(env), one_rank()) == 0
+    return folder_of(env)
 
 
-# ---- 2. Tests --------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def env(corpus: Env, tmp_path_factory: pytest.TempPathFactory) -> Env:
+    return corpus | SMALL | {"LOG_DIR": str(tmp_path_factory.mktemp("faults"))}
+
+
+def uninterrupted(env: Env, ranks: int) -> Path:
+    names = env | {"RUN_ID": f"whole{ranks}"}
+    codes, texts = fork_ranks(names, ranks)
+    assert codes == [0] * ranks, texts
+    return folder_of(names)
+
+
+@pytest.fixture(scope="module")
+def whole(env: Env) -> Path:
+    """Folder of an uninterrupted run on one rank."""
+    return uninterrupted(env, 1)
+
+
+@pytest.fixture(scope="module")
+def whole_on_two(env: Env) -> Path:
+    """Folder of an uninterrupted run on two ranks."""
+    return uninterrupted(env, 2)
+
+
+@pytest.fixture(scope="module")
+def killed(env: Env) -> Path:
+    """Folder of a run that was killed inside the save after step 6."""
+    names = env | {"RUN_ID": "killed"}
+    codes, texts = suffer(names, 1, die_inside_a_save)
+    assert codes == [-signal.SIGKILL], texts
+    return folder_of(names)
+
+
+@pytest.fixture(scope="module")
+def stopped(env: Env) -> Path:
+    """Folder of a run on two ranks of which the second got SIGTERM in step 6."""
+    names = env | {"RUN_ID": "stopped"}
+    codes, texts = suffer(names, 2, partial(get_signal, "SIGTERM"), at=1)
+    assert codes == [tg.EXIT_STOPPED] * 2, texts
+    for rank, text in enumerate(texts):
+        assert f"[rank {rank}] step 6: stopped by SIGTERM" in text
+    return folder_of(names)
+
+
+# ---- One rank
 
 
 def test_killed_inside_a_save_and_resumed_to_the_last_bit(
-    env: dict, whole: list[Path], killed: Path
+    env: Env, whole: Path, killed: Path
 ) -> None:
-    assert sorted(path.name for path in killed.glob("*ckpt*")) == [
-        "step_00000002.ckpt",
-        "step_00000004.ckpt",
-        "step_00000006.ckpt.tmp",
-    ]
-    with open(killed / "metrics.jsonl", "a") as file:
+    found = sorted(path.name for path in killed.glob("*ckpt*"))
+    assert found == ["step_00000002.ckpt", "step_00000004.ckpt", "step_00000006.ckpt.tmp"]
+    names = copied(env, killed, "killed_resumed")
+    folder = folder_of(names)
+    with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 7, "train_l')  # cut off as well
-    codes, texts = launch(copied(env, killed, "killed_resumed"), 1)
+    codes, texts = fork_ranks(names, 1)
     assert codes == [0] and "resumed from step:4 of" in texts[0]
-    folder = Path(env["LOG_DIR"]) / "killed_resumed"
-    assert artifact(folder) == artifact(whole[0]) and metrics(folder) == metrics(whole[0])
-    assert [step for step, _ in metrics(folder)] == [*range(1, STEPS + 1)]
+    check_same(folder, whole)
+    assert [step for step, _ in losses_by_step(folder)] == [*range(1, STEPS + 1)]
+
+
+def test_a_run_in_this_process_and_one_in_a_rank_are_the_same(env: Env, whole: Path) -> None:
+    """One number of threads everywhere: what the comparisons in this file stand on."""
+    check_same(run_to_its_end(env | {"RUN_ID": "here"}), whole)
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
 
 
 def test_one_damaged_checkpoint_is_passed_over_two_are_refused(
-    env: dict, whole: list, killed: Path
+    env: Env, whole: Path, killed: Path
 ) -> None:
-    names = copied(env, killed, "flipped")
-    first, last = sorted((Path(env["LOG_DIR"]) / "flipped").glob("*.ckpt"))
-    for path in (last, first):
-        data = bytearray(path.read_bytes())
-        data[len(data) // 2] ^= 1
-        path.write_bytes(data)
-        if path == last:
-            folder = resume(copied(names, path.parent, "flipped_last"))
-            log = (folder / "train.log").read_text()
-            assert "step_00000004.ckpt is damaged" in log and "resumed from step:2 of" in log
-            assert artifact(folder) == artifact(whole[0]) and metrics(folder) == metrics(whole[0])
+    names = copied(env, killed, "one_damaged")
+    flip_a_bit(folder_of(names) / "step_00000004.ckpt")
+    folder = run_to_its_end(names)
+    log = log_of(folder)
+    assert "step_00000004.ckpt is damaged" in log and "resumed from step:2 of" in log
+    assert "threads a rank before" not in log
+    check_same(folder, whole)
+    names = copied(env, killed, "two_damaged")
+    for name in ("step_00000002.ckpt", "step_00000004.ckpt"):
+        flip_a_bit(folder_of(names) / name)
     with pytest.raises(tg.InputError, match=r"RESUME=auto: .*step_00000004.ckpt is damaged"):
-        resume(names)
+        run_to_its_end(names)
 
 
-def test_what_does_not_change_training_may_differ(
-    env: dict, whole: list[Path], killed: Path
-) -> None:
-    other = {
-        "SAVE_EVERY": "3",
-        "TRAIN_LOG_EVERY": "5",
-        "VAL_LOSS_EVERY": "4",
-        "MAX_SKIPPED_STEPS": "1",
-    }
-    assert artifact(resume(copied(env, killed, "may_differ") | other)) == artifact(whole[0])
+def test_what_does_not_change_training_may_differ(env: Env, whole: Path, killed: Path) -> None:
+    other = dict(SAVE_EVERY="3", TRAIN_LOG_EVERY="5", VAL_LOSS_EVERY="4", MAX_SKIPPED_STEPS="1")
+    folder = run_to_its_end(copied(env, killed, "may_differ") | other)
+    assert artifact(folder) == artifact(whole)
+
+
+def test_iterations_may_grow(env: Env, killed: Path) -> None:
+    folder = run_to_its_end(copied(env, killed, "longer") | {"ITERATIONS": "12"})
+    assert [step for step, _ in losses_by_step(folder)] == [*range(1, 13)]
+
+
+def test_another_number_of_threads_is_said(env: Env, killed: Path) -> None:
+    """Sums depend on it, and with them the last bits of what follows."""
+    torch.set_num_threads(THREADS + 1)
+    log = log_of(run_to_its_end(copied(env, killed, "threads")))
+    assert f"\nwarning: {THREADS} threads a rank before, {THREADS + 1} now: " in log
+
+
+def test_a_run_that_is_alive_keeps_others_out(env: Env, killed: Path) -> None:
+    names = copied(env, killed, "alive")
+    refused = pytest.raises(tg.InputError, match=f"in use by .*: process {os.getpid()}")
+    with tg.lock_folder(folder_of(names)), refused:
+        run_to_its_end(names)
+    run_to_its_end(names)
 
 
 @pytest.mark.parametrize(
     ("name", "value"), [("MATRIX_LR", "0.02"), ("SEED", "1"), ("MODEL_DIM", "64")]
 )
-def test_another_configuration_is_refused(env: dict, killed: Path, name: str, value: str) -> None:
+def test_another_configuration_is_refused(env: Env, killed: Path, name: str, value: str) -> None:
     names = copied(env, killed, f"other_{name}")
     with pytest.raises(tg.InputError, match=f"{name} was {env.get(name, 1337)}, is {value}"):
-        resume(names | {name: value})
+        run_to_its_end(names | {name: value})
 
 
-def test_a_finished_run_is_refused(env: dict, whole: list[Path]) -> None:
-    before = artifact(whole[0])
+def test_a_finished_run_is_refused(env: Env, whole: Path) -> None:
+    before = artifact(whole)
     with pytest.raises(tg.InputError, match="holds a finished run"):
-        resume(env | {"RUN_ID": "whole1"})
-    assert artifact(whole[0]) == before
+        run_to_its_end(env | {"RUN_ID": whole.name})
+    assert artifact(whole) == before
+
+
+def test_begun_again_at_step_0_every_step_is_logged_once(
+    env: Env, whole: Path, killed: Path
+) -> None:
+    names = copied(env, killed, "nothing_saved")
+    for path in folder_of(names).glob("*.ckpt"):
+        path.unlink()
+    check_same(run_to_its_end(names), whole)
+
+
+def test_stopped_twice_in_export_the_training_is_kept(env: Env, whole: Path) -> None:
+    names = env | {"RUN_ID": "export", "SAVE_EVERY": "0"}
+    codes, texts = suffer(names, 1, get_sigterm_in_export)
+    assert codes == [tg.EXIT_STOPPED] and "export: stopped by SIGTERM" in texts[0], texts
+    folder = run_to_its_end(names)
+    assert f"resumed from step:{STEPS} of" in log_of(folder)
+    check_same(folder, whole)
+    assert scores(folder) == scores(whole) and len(scores(folder)) == 2  # last weights, EMA
+
+
+def ignore_sighup_and_get_it() -> None:
+    """As under nohup, whose terminal goes away."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    get_signal("SIGHUP")
+
+
+def test_sighup_stops_a_run_unless_it_is_ignored(env: Env, whole: Path) -> None:
+    names = env | {"RUN_ID": "hung up"}
+    codes, texts = suffer(names, 1, partial(get_signal, "SIGHUP"))
+    assert codes == [tg.EXIT_STOPPED] and "step 6: stopped by SIGHUP" in texts[0], texts
+    codes, texts = suffer(names, 1, ignore_sighup_and_get_it)
+    assert codes == [0], texts
+    check_same(folder_of(names), whole)
+
+
+# ---- Two ranks
 
 
 def test_stopped_on_two_ranks_and_resumed_to_the_last_bit(
-    env: dict, whole: list, stopped: Path
+    env: Env, whole_on_two: Path, stopped: Path
 ) -> None:
-    codes, texts = launch(copied(env, stopped, "stopped_resumed"), 2)
+    names = copied(env, stopped, "stopped_resumed")
+    codes, texts = fork_ranks(names, 2)
     assert codes == [0, 0], texts
     assert "resumed from step:6 of" in texts[0]
-    folder = Path(env["LOG_DIR"]) / "stopped_resumed"
-    assert artifact(folder) == artifact(whole[1]) and metrics(folder) == metrics(whole[1])
+    check_same(folder_of(names), whole_on_two)
 
 
-def test_resumed_on_another_number_of_ranks(env: dict, whole: list[Path], stopped: Path) -> None:
-    one, two = metrics(resume(copied(env, stopped, "on_one"))), metrics(whole[1])
+def test_resumed_on_another_number_of_ranks(env: Env, whole_on_two: Path, stopped: Path) -> None:
+    one = losses_by_step(run_to_its_end(copied(env, stopped, "on_one")))
+    two = losses_by_step(whole_on_two)
     assert [step for step, _ in one] == [step for step, _ in two]
     assert [loss for _, loss in one] == pytest.approx([loss for _, loss in two], abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("fault", "lost", "saved"), [("SIGKILL", 1, 5), ("SIGKILL@0", 0, 5), ("late", 1, 6)]
-)
-def test_a_killed_rank_ends_the_other_within_seconds(
-    env: dict, fault: str, lost: int, saved: int
-) -> None:
-    """In a step, or after its gradients were summed, when the clock is to be read. The other one saves."""
-    began = time.perf_counter()
-    codes, texts = launch(env | {"RUN_ID": f"lost_{fault}", "SAVE_EVERY": "0"}, 2, fault)
-    assert (codes[lost], codes[1 - lost]) == (-signal.SIGKILL, tg.EXIT_LOST), texts
-    assert time.perf_counter() - began < 30
-    assert re.search(
-        rf"^\[rank {1 - lost}\] step 6: lost ranks: \[{lost}\]", texts[1 - lost], re.MULTILINE
-    )
-    found = (Path(env["LOG_DIR"]) / f"lost_{fault}").glob("*.ckpt")
-    assert [path.name for path in found] == [f"step_0000000{saved}.ckpt"]
+LOST: dict[str, tuple[Callable[[], None], int, str]] = {
+    "in a step": (partial(get_signal, "SIGKILL"), 1, "step_00000005.ckpt"),
+    "rank 0 in a step": (partial(get_signal, "SIGKILL"), 0, "step_00000005.ckpt"),
+    "before the clock is read": (die_in_the_update, 1, "step_00000006.ckpt"),
+}
 
 
-@pytest.mark.parametrize("fault", ["tracker", "packing"])
-def test_what_rank_0_does_alone_ends_no_run(env: dict, fault: str) -> None:
-    """Also after a validation in the middle, where the next thing that other ranks do is a step."""
-    slow = {
-        "RUN_ID": fault,
-        "TRACKER": "wandb" if fault == "tracker" else "none",
-        "VAL_LOSS_EVERY": "8",
-        "RANK_TIMEOUT_SECONDS": "5",
-    }
-    codes, texts = launch(env | slow, 2, fault)
+@pytest.mark.parametrize("case", LOST)
+def test_a_killed_rank_ends_the_other_one_which_saves(env: Env, case: str) -> None:
+    """Because it is gone: the time to wait for a rank is longer than a test may take."""
+    die, lost, saved = LOST[case]
+    names = env | {"RUN_ID": f"lost {case}", "SAVE_EVERY": "0"}
+    codes, texts = suffer(names, 2, die, lost, share_every_reading_of_the_clock)
+    left = 1 - lost
+    assert (codes[lost], codes[left]) == (-signal.SIGKILL, tg.EXIT_LOST), texts
+    told = rf"^\[rank {left}\] step 6: lost ranks: \[{lost}\]"
+    assert re.search(told, texts[left], re.MULTILINE)
+    assert checkpoints(folder_of(names)) == [saved]
+
+
+def test_what_rank_0_does_alone_ends_no_run(env: Env) -> None:
+    """Though it takes longer than a rank is waited for in a step.
+
+    The first word to the tracker is that of a validation before step 1: the next thing that the
+    other rank does is a step.
+    """
+    names = env | {"RUN_ID": "slow rank 0", "TRACKER": "wandb", "VAL_LOSS_EVERY": "8"}
+    codes, texts = suffer(names | {"RANK_TIMEOUT_SECONDS": "8"}, 2, partial(linger_on_rank_0, 9))
     assert codes == [0, 0], texts
 
 
-def test_a_slow_disk_ends_no_run(env: dict, whole: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other ranks would wait RANK_TIMEOUT_SECONDS for the one that writes; it waits a quarter of that."""
-    write = tg.write_atomically
+def test_a_step_that_is_not_finite_is_left_out_on_all_ranks(env: Env) -> None:
+    codes, texts = suffer(env | {"RUN_ID": "nan"}, 2, lose_a_loss, 1, print_weights)
+    assert codes == [0, 0], texts
+    first, second = (re.findall(r"^skipped 1 weights .*$", text, re.MULTILINE) for text in texts)
+    assert first == second and len(first) == 1
+
+
+def test_too_many_steps_left_out_end_a_run(env: Env) -> None:
+    """One is too many of none, although the weights are finite."""
+    names = env | {"RUN_ID": "nans", "MAX_SKIPPED_STEPS": "0"}
+    codes, texts = suffer(names, 2, lose_a_loss, 1)
+    assert codes == [tg.EXIT_NON_FINITE] * 2, texts
+    assert all("step 6 is not finite (skipped 1" in text for text in texts)
+    assert not (folder_of(names) / tg.ARTIFACT).exists()
+
+
+def test_restarts_on_several_nodes_with_a_store_that_is_used_are_refused() -> None:
+    env = dict(
+        RANK="0",
+        WORLD_SIZE="2",
+        TORCHELASTIC_MAX_RESTARTS="1",
+        TORCHELASTIC_USE_AGENT_STORE="True",
+        GROUP_WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="1",
+    )
+    with pytest.raises(tg.InputError, match="needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        tg.World(env)
+
+
+# ---- Disks
+
+
+def test_a_slow_disk_ends_no_run(env: Env, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint is left out while the one before is being written, here until that is said.
+
+    Other ranks would wait RANK_TIMEOUT_SECONDS for the one that writes; it waits a quarter of that.
+    """
+    write, say, said = tg.write_atomically, tg.Log.__call__, threading.Event()
 
     def slow(path: Path, data: bytes) -> None:
-        time.sleep(2 if path.suffix == ".ckpt" else 0)
+        if path.suffix == ".ckpt":
+            assert said.wait(HANG)
         write(path, data)
 
+    def listened(log: tg.Log, text: str) -> None:
+        say(log, text)
+        if text.startswith("warning: no checkpoint of step 4: the one before is not"):
+            said.set()
+
     monkeypatch.setattr(tg, "write_atomically", slow)
-    folder = resume(env | {"RUN_ID": "slow", "RANK_TIMEOUT_SECONDS": "5"})
-    assert (
-        "warning: no checkpoint of step 4: the one before is not"
-        in (folder / "train.log").read_text()
-    )
-    assert artifact(folder) == artifact(whole[0])
+    monkeypatch.setattr(tg.Log, "__call__", listened)
+    folder = run_to_its_end(env | {"RUN_ID": "slow", "RANK_TIMEOUT_SECONDS": "5"})
+    assert said.is_set() and "step_00000004.ckpt" not in checkpoints(folder)
+    check_same(folder, whole)
 
 
-def test_a_full_disk_ends_no_run(env: dict, whole: list, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_ends_no_run(env: Env, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And leaves no room taken by checkpoints that were not written to their end."""
     write = tg.write_atomically
 
@@ -344,180 +505,155 @@ def test_a_full_disk_ends_no_run(env: dict, whole: list, monkeypatch: pytest.Mon
         write(path, data)
 
     monkeypatch.setattr(tg, "write_atomically", full)
-    folder = resume(env | {"RUN_ID": "full"})
-    log = (folder / "train.log").read_text()
-    warned = re.findall(r"^warning: no checkpoint of step (\d+): No space", log, re.MULTILINE)
+    folder = run_to_its_end(env | {"RUN_ID": "full"})
+    said = r"^warning: no checkpoint of step (\d+): No space"
+    warned = re.findall(said, log_of(folder), re.MULTILINE)
     assert warned == ["2", "4", "6", "8", "10"] and not [*folder.glob("*.tmp")]
-    assert artifact(folder) == artifact(whole[0])
+    check_same(folder, whole)
 
 
 def test_files_are_on_the_disk_before_they_get_their_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = []
+    calls: list[str] = []
+
+    def noted(name: str, does: Callable[..., None], *args: Any) -> None:
+        calls.append(name)
+        does(*args)
+
     for name in ("fsync", "replace"):
-        does = getattr(os, name)
-        monkeypatch.setattr(
-            os, name, lambda *args, n=name, does=does: calls.append(n) or does(*args)
-        )
+        monkeypatch.setattr(os, name, partial(noted, name, getattr(os, name)))
     tg.write_atomically(tmp_path / "file", b"data")
     assert calls == ["fsync", "replace"] and (tmp_path / "file").read_bytes() == b"data"
 
 
-def test_a_step_that_is_not_finite_is_left_out_on_all_ranks(env: dict) -> None:
-    codes, texts = launch(env | {"RUN_ID": "nan"}, 2, "nan")
-    assert codes == [0, 0], texts
-    first, second = (re.findall(r"^skipped 1 weights .*$", text, re.MULTILINE) for text in texts)
-    assert first == second and len(first) == 1
+# ---- Errors
 
 
-def test_too_many_steps_left_out_end_a_run(env: dict) -> None:
-    """One is too many of none, although the weights are finite."""
-    codes, texts = launch(env | {"RUN_ID": "nans", "MAX_SKIPPED_STEPS": "0"}, 2, "nan")
-    assert codes == [tg.EXIT_NON_FINITE] * 2, texts
-    assert all("step 6 is not finite (skipped 1" in text for text in texts)
-    assert not (Path(env["LOG_DIR"]) / "nans" / tg.ARTIFACT).exists()
-
-
-def test_begun_again_at_step_0_every_step_is_logged_once(
-    env: dict, whole: list, killed: Path
-) -> None:
-    names = copied(env, killed, "nothing_saved")
-    for path in (Path(env["LOG_DIR"]) / "nothing_saved").glob("*.ckpt"):
-        path.unlink()
-    folder = resume(names)
-    assert artifact(folder) == artifact(whole[0]) and metrics(folder) == metrics(whole[0])
-
-
-def read_batch(_: tg.Batches, step: int) -> None:
+def unreadable_batch(read: Callable[..., Any], batches: tg.Batches, step: int) -> Any:
     if step == FAULT_STEP:
         raise OSError("the disk is gone")
+    return read(batches, step)
 
 
-def compile_the_score(*_: Any) -> None:
+def no_memory_to_score(*_: Any) -> None:
     raise RuntimeError("no room")
 
 
 @pytest.mark.parametrize(
-    ("place", "name", "fail", "step"),
-    [(tg.Batches, "micro", read_batch, FAULT_STEP), (tg.Scorer, "score", compile_the_score, STEPS)],
+    ("place", "name", "fails", "step"),
+    [
+        (tg.Batches, "micro", unreadable_batch, FAULT_STEP),
+        (tg.Scorer, "score", no_memory_to_score, STEPS),
+    ],
 )
 def test_what_fails_ends_a_run_that_can_go_on(
     place: type,
     name: str,
-    fail: Any,
+    fails: Callable[..., Any],
     step: int,
-    env: dict,
-    whole: list,
+    env: Env,
+    whole: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     names, does = env | {"RUN_ID": f"failed_{name}", "SAVE_EVERY": "0"}, getattr(place, name)
-    monkeypatch.setattr(place, name, lambda *args: fail(*args) or does(*args))
-    with pytest.raises((OSError, RuntimeError), match="the disk is gone|no room"):
-        resume(names)
-    monkeypatch.undo()
-    folder = resume(names)
-    assert f"resumed from step:{step} of" in (folder / "train.log").read_text()
-    assert artifact(folder) == artifact(whole[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, lambda *args: fails(does, *args))
+        with pytest.raises((OSError, RuntimeError), match="the disk is gone|no room"):
+            run_to_its_end(names)
+    folder = run_to_its_end(names)
+    assert f"resumed from step:{step} of" in log_of(folder)
+    assert artifact(folder) == artifact(whole)
 
 
-def test_a_signal_that_meets_c_code_stops_a_run(
-    env: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    """What the handler raises in a callback of np.fromfile comes out as SystemError."""
-
-    def run(*_: Any) -> None:
-        raise SystemError("returned a result with an exception set") from tg.Ended(
-            5, "scoring: stopped"
-        )
-
-    monkeypatch.setattr(tg, "run", run)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    for name, value in (env | {"RUN_ID": "c_code"}).items():
-        monkeypatch.setenv(name, value)
-    assert tg.main() == tg.EXIT_STOPPED and capsys.readouterr().err == "[rank 0] scoring: stopped\n"
-
-
-def test_an_update_that_fails_is_not_saved(env: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_update_that_fails_is_not_saved(env: Env, monkeypatch: pytest.MonkeyPatch) -> None:
     """Adam has made its part, Muon has not."""
 
     def fails(_: tg.Muon) -> None:
         raise RuntimeError("no memory")
 
     monkeypatch.setattr(tg.Muon, "step", fails)
+    names = env | {"RUN_ID": "half", "SAVE_EVERY": "0"}
     with pytest.raises(RuntimeError, match="no memory"):
-        resume(env | {"RUN_ID": "half", "SAVE_EVERY": "0"})
-    assert not [*(Path(env["LOG_DIR"]) / "half").glob("*.ckpt")]
+        run_to_its_end(names)
+    assert not checkpoints(folder_of(names))
+
+
+def test_a_signal_that_meets_c_code_stops_a_run(
+    env: Env,
+    main_here: Callable[[Env], int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What the handler raises in a callback of np.fromfile comes out as SystemError."""
+
+    def run(*_: Any) -> None:
+        stop = tg.Ended(tg.EXIT_STOPPED, "scoring: stopped")
+        raise SystemError("returned a result with an exception set") from stop
+
+    monkeypatch.setattr(tg, "run", run)
+    assert main_here(env | {"RUN_ID": "c_code"}) == tg.EXIT_STOPPED
+    assert capsys.readouterr().err == "[rank 0] scoring: stopped\n"
+
+
+# ---- The clock, and chance
 
 
 def test_the_clock_goes_on_and_validation_is_not_on_it(
-    env: dict, monkeypatch: pytest.MonkeyPatch
+    env: Env, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Five steps of 0.3 s, then fast ones in a run that goes on; each validation takes a second."""
+    """Five steps of 0.3 s, then steps of 0.1 s in a run that goes on; a validation takes 1 s."""
     names = env | {"RUN_ID": "clock", "SAVE_EVERY": "0", "VAL_LOSS_EVERY": "2"}
-    train_step, score, load, clocks = tg.Trainer.train_step, tg.Scorer.score, tg.Trainer.resume, []
+    clock, clocks = ManualTime(), []
+    train_step, score, restore = tg.Trainer.train_step, tg.Scorer.score, tg.restore
+    step_seconds = itertools.chain([0.3] * FAULT_STEP, [math.nan], itertools.repeat(0.1))
 
-    def slow(self: tg.Trainer, step: int, *rest: Any) -> None:
-        if step == FAULT_STEP:
+    def timed_step(self: tg.Trainer, *args: Any) -> None:
+        seconds = next(step_seconds)
+        if math.isnan(seconds):
             clocks.append((self.clock.per_step, self.clock.due))
             raise OSError("the disk is gone")
-        time.sleep(0.3)
-        train_step(self, step, *rest)
+        train_step(self, *args)
+        clock.now += seconds
 
-    def loaded(self: tg.Trainer, log: tg.Log) -> None:
-        load(self, log)
-        clocks.append((self.clock.per_step, self.clock.due))
+    def timed_score(*args: Any) -> tg.Score:
+        clock.now += 1
+        return score(*args)
 
-    monkeypatch.setattr(tg.Scorer, "score", lambda *args: time.sleep(1) or score(*args))
-    monkeypatch.setattr(tg.Trainer, "train_step", slow)
+    def restored(trainer: tg.Trainer, *rest: Any) -> None:
+        restore(trainer, *rest)
+        if trainer.step:
+            clocks.append((trainer.clock.per_step, trainer.clock.due))
+
+    monkeypatch.setattr(tg, "time", clock)
+    monkeypatch.setattr(tg.Trainer, "train_step", timed_step)
+    monkeypatch.setattr(tg, "restore", restored)
+    monkeypatch.setattr(tg.Scorer, "score", timed_score)
     with pytest.raises(OSError, match="the disk is gone"):
-        resume(names)
-    monkeypatch.setattr(tg.Trainer, "train_step", train_step)
-    monkeypatch.setattr(tg.Trainer, "resume", loaded)
-    seconds = json.loads((resume(names) / "result.json").read_text())["train_seconds"]
-    assert 1.5 < seconds < 4, "with validations it would be above 7"
-    assert clocks[1] == pytest.approx(clocks[0], rel=1e-6) and clocks[0][0] > 0.3
+        run_to_its_end(names)
+    seconds = result_of(run_to_its_end(names))["train_seconds"]
+    assert seconds == pytest.approx(5 * 0.3 + 5 * 0.1, rel=1e-6)
+    assert clocks[1] == pytest.approx(clocks[0], rel=1e-6)
+    assert clocks[0][0] == pytest.approx(0.3)
 
 
-def test_stopped_twice_in_export_the_training_is_kept(env: dict, whole: list) -> None:
-    names = env | {"RUN_ID": "export", "SAVE_EVERY": "0"}
-    codes, texts = launch(names, 1, "export")
-    assert codes == [tg.EXIT_STOPPED] and "export: stopped by SIGTERM" in texts[0], texts
-    folder = resume(names)
-    assert f"resumed from step:{STEPS} of" in (folder / "train.log").read_text()
-    assert artifact(folder) == artifact(whole[0]) and metrics(folder) == metrics(whole[0])
-    assert (
-        scores(folder) == scores(whole[0]) and len(scores(folder)) == 2
-    )  # of the last weights, of EMA
-
-
-def test_restarts_on_several_nodes_with_a_store_that_is_used_are_refused() -> None:
-    env = dict(
-        RANK="0",
-        WORLD_SIZE="2",
-        TORCHELASTIC_MAX_RESTARTS="1",
-        TORCHELASTIC_USE_AGENT_STORE="True",
-        GROUP_WORLD_SIZE="2",
-    )
-    with pytest.raises(tg.InputError, match="needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
-        tg.World(env)
-
-
-def test_training_draws_no_random_numbers(env: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_draws_no_random_numbers(env: Env, monkeypatch: pytest.MonkeyPatch) -> None:
     """Why a checkpoint holds no random state."""
-    states, train = [], tg.Trainer.train
+    states: list[tuple[Any, ...]] = []
+    train = tg.Trainer.train
 
-    def state() -> str:
-        return repr(
-            (torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist())
-        )
+    def keep_state() -> None:
+        numpy_state = repr(np.random.get_state())
+        states.append((torch.get_rng_state().tolist(), random.getstate(), numpy_state))
 
     def watched(*args: Any) -> Any:
-        states.append(state())
+        keep_state()
         done = train(*args)
-        states.append(state())
+        keep_state()
         return done
 
     monkeypatch.setattr(tg.Trainer, "train", watched)
-    resume(env | {"RUN_ID": "random", "ITERATIONS": "4", "WARMDOWN_ITERS": "0", "SAVE_EVERY": "0"})
-    assert states[0] == states[1]
+    names = env | {"RUN_ID": "random", "ITERATIONS": "4", "WARMDOWN_ITERS": "0"}
+    run_to_its_end(names | {"SAVE_EVERY": "0"})
+    before, after = states
+    assert before == after

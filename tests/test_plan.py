@@ -1,50 +1,18 @@
-"""Plan and model: sharing, skips, groups of parameters, and the mathematics of every layer."""
+"""The plan: which layers share weights and where skips go, at any number of passes."""
 
-import math
 from collections import Counter
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from helpers import DIMS, architecture
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_data import one_thread  # noqa: F401, a fixture for this file too
+from stack_written_out import STACK
 
 import train_gpt as tg
 
-SMALL = dict(
-    vocab_size=64,
-    model_dim=32,
-    num_heads=4,
-    num_kv_heads=2,
-    train_seq_len=24,
-    dtype="float32",
-    rope_dims=0,
-)
-
-
-def architecture(preset: str = "", **values: object) -> tg.Architecture:
-    """A published system at the smallest size, in float32."""
-    return replace(tg.Config.from_env({"PRESET": preset}).architecture(), **SMALL | values)
-
-
-def random_model(a: tg.Architecture, seed: int = 0) -> tg.GPT:
-    """With noise on every parameter: as initialised, the residual branches are zero."""
-    torch.manual_seed(seed)
-    model = tg.GPT(a, 0.1)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.2 * torch.randn_like(p))
-    return model
-
-
-def tokens(length: int = 24, seed: int = 0) -> torch.Tensor:
-    return torch.randint(64, (2, length), generator=torch.Generator().manual_seed(seed))
-
-
-# ---- The plan
+pytestmark = pytest.mark.quick
 
 ARCHITECTURES = st.builds(
     lambda **values: replace(tg.Architecture(), **values),
@@ -64,17 +32,15 @@ def check_looped(a: tg.Architecture) -> None:
     assert len(plan) == a.num_prelude + passes + a.num_coda
     assert [layer.row for layer in plan] == list(range(len(plan)))
     skips = [layer.skip for layer in plan if layer.skip >= 0]
-    assert len(skips) == sum(layer.push for layer in plan) and (
-        skips == [] or a.core_skips != "none"
-    )
+    assert len(skips) == sum(layer.push for layer in plan)
+    assert not skips or a.core_skips != "none"
     for index in ("attn",) if a.share_attn_only else ("attn", "mlp"):
         used = [getattr(layer, index) for layer in plan]
         outside = used[:first] + used[end:]
         assert set(used) == set(range(a.num_prelude + a.num_shared + a.num_coda))
-        assert Counter(used[first:end]) == dict.fromkeys(
-            used[first : first + a.num_shared], a.num_loops
-        )
-        assert used[first:end] == used[first : first + a.num_shared] * a.num_loops
+        one_pass = used[first : first + a.num_shared]
+        assert Counter(used[first:end]) == dict.fromkeys(one_pass, a.num_loops)
+        assert used[first:end] == one_pass * a.num_loops
         assert len(set(outside)) == len(outside) and not set(outside) & set(used[first:end])
     mlps = [layer.mlp for layer in plan]
     assert mlps == (list(range(len(plan))) if a.share_attn_only else [layer.attn for layer in plan])
@@ -83,7 +49,9 @@ def check_looped(a: tg.Architecture) -> None:
 
 
 def check_flat(a: tg.Architecture) -> None:
-    plan, half, kept, taken = tg.make_plan(a), a.num_layers // 2, [], {}
+    plan, half = tg.make_plan(a), a.num_layers // 2
+    kept: list[int] = []
+    taken: dict[int, int] = {}
     assert [layer[:4] for layer in plan] == [(v, v, v, -1) for v in range(a.num_layers)]
     for layer in plan:
         if layer.skip >= 0:
@@ -98,10 +66,13 @@ def check_flat(a: tg.Architecture) -> None:
 @pytest.mark.parametrize("preset", ["", *tg.SYSTEMS])
 def test_plan_of_presets(preset: str) -> None:
     a = architecture(preset)
-    (check_looped if a.num_shared else check_flat)(a)
+    if a.num_shared:
+        check_looped(a)
+    else:
+        check_flat(a)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(ARCHITECTURES)
 def test_plan_of_any_architecture(a: tg.Architecture) -> None:
     check_looped(a)
@@ -113,11 +84,11 @@ def test_flat_plan_of_every_length(n: int) -> None:
     check_flat(architecture("naive", num_layers=n))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(ARCHITECTURES)
 def test_model_holds_what_the_plan_names(a: tg.Architecture) -> None:
     """No weights without a layer, and a table row for every effective layer."""
-    a = replace(a, **SMALL, num_shared=a.num_shared % 4)
+    a = replace(a, **DIMS, num_shared=a.num_shared % 4)
     plan = tg.make_plan(a)
     with torch.device("meta"):
         model = tg.GPT(a)
@@ -128,292 +99,62 @@ def test_model_holds_what_the_plan_names(a: tg.Architecture) -> None:
     assert len(model.cond.gain) == sum(layer.gain >= 0 for layer in plan)
 
 
-# ---- Parameters and optimizers
+# ---- Any number of passes
 
 
-@pytest.mark.parametrize("preset", ["", *tg.SYSTEMS])
-@pytest.mark.parametrize("tied", [True, False])
-def test_every_parameter_is_in_one_group(preset: str, tied: bool) -> None:
-    config = replace(
-        tg.Config.from_env({"PRESET": preset}),
-        **SMALL,
-        tie_embeddings=tied,
-        matrix_lr=0.01,
-        ttt_lr=0.0,
-        eval_stride=0,
-        scalar_lr=0.02,
-        tied_embed_lr=0.03,
-        embed_lr=0.04,
-        head_lr=0.05,
-    )
-    model = tg.GPT(config.architecture(), 0.1)
-    adam, muon = tg.make_optimizers(model, config)
-    groups = [(type(o), group) for o in (adam, muon) for group in o.param_groups]
-    listed = [id(p) for _, group in groups for p in group["params"]]
-    rate = {id(p): (kind, group["lr"]) for kind, group in groups for p in group["params"]}
-    assert sorted(listed) == sorted(id(p) for p in model.parameters())
-    for name, p in model.named_parameters():
-        assert p.role in tg.ROLES and p.dtype == torch.float32
-        if name in ("tok_emb", "lm_head"):
-            expected = torch.optim.AdamW, 0.05 if name == "lm_head" else 0.03 if tied else 0.04
-        elif name.endswith(("qkv.weight", "proj.weight", "fc.weight")):
-            expected = tg.Muon, 0.01
-        elif name.endswith("table"):
-            expected = torch.optim.AdamW, config.tied_embed_lr
-        else:
-            expected = torch.optim.AdamW, 0.02
-        assert rate[id(p)] == expected, name
+STACKS = st.builds(
+    lambda **values: tg.Architecture(**STACK | values),
+    num_prelude=st.integers(0, 6),
+    num_shared=st.integers(1, 4),
+    num_loops=st.integers(1, 4),
+    num_coda=st.integers(0, 6),
+    share_attn_only=st.booleans(),
+    use_unique_norms=st.booleans(),
+    core_skips=st.sampled_from(["none", "all", "published"]),
+    ve_last_n=st.integers(0, 4),
+    eval_passes=st.integers(0, 6),
+)
 
 
-def test_unknown_role_has_no_group() -> None:
-    config = replace(tg.Config(), **SMALL)
-    model = tg.GPT(config.architecture(), 0.1)
-    model.tok_emb.role = "other"
-    with pytest.raises((KeyError, AssertionError)):
-        tg.make_optimizers(model, config)
+@settings(max_examples=150)
+@given(STACKS, st.integers(1, 7))
+def test_plan_at_any_number_of_passes(a: tg.Architecture, passes: int) -> None:
+    plan, full, n = tg.make_plan(a, passes), tg.make_plan(a), a.num_shared
+    pre, end = a.num_prelude, a.num_prelude + n * passes
+    assert tg.make_plan(a, a.num_loops) == full and len(plan) == pre + n * passes + a.num_coda
+    assert plan[:pre] == full[:pre], "prelude"
+    assert plan[end:] == full[len(full) - a.num_coda :], "coda"
+    for k in range(passes):  # a pass is that of the whole plan with its number, or the last one
+        known = min(k, a.num_loops - 1)
+        assert plan[pre + k * n : pre + k * n + n] == full[pre + known * n : pre + known * n + n]
+    core = plan[pre:end]
+    assert [x.core for x in plan] == [False] * pre + [True] * len(core) + [False] * a.num_coda
+    opens = [x.opens for x in core if x.opens >= 0]
+    closes = [x.closes for x in core if x.closes >= 0]
+    assert opens == closes == [min(k, a.num_loops - 1) for k in range(passes)]
+    assert not any(x.push or x.skip >= 0 or x.xsa for x in core)
+    assert [x.row for x in full] == list(range(len(full)))
+    layers = pre + n + a.num_coda
+    for x in plan:  # by index of the unshared network
+        nth = x.attn - (layers - a.ve_last_n)
+        assert x.value == (nth if nth >= 0 else -1)
 
 
-@pytest.mark.parametrize("preset", ["", "L", "naive"])
-def test_parts_cover_the_matrices(preset: str) -> None:
-    a = architecture(preset)
-    for p in tg.GPT(a, 0.1).parameters():
-        if p.role == "matrix":
-            assert sum(p.parts) == len(p)
-    assert tg.GPT(a, 0.1).attn[0].qkv.weight.parts == (32, 16, 16)
-
-
-# ---- Causality and attention
-
-
-@pytest.mark.parametrize("preset", ["T", "M", "Q", "naive"])
-def test_hidden_states_do_not_see_the_future(preset: str) -> None:
-    model, ids = random_model(architecture(preset, train_seq_len=200)), tokens(200)
-    with torch.no_grad():
-        before = model.hidden(ids, model.scoring)[0]
-        for place in (1, 127, 128, 199):
-            changed = ids.clone()
-            changed[:, place] = (changed[:, place] + 1) % 64
-            after = model.hidden(changed, model.scoring)[0]
-            torch.testing.assert_close(after[:, :place], before[:, :place], rtol=0, atol=1e-5)
-            assert not torch.allclose(after[:, place], before[:, place], atol=1e-3)
-            if place < 199:
-                assert not torch.allclose(after[:, -1], before[:, -1], atol=1e-6), (
-                    "no memory of the past"
-                )
-
-
-@pytest.mark.parametrize("preset", ["T", "M", "Q", "naive"])
-def test_shorter_input_is_a_prefix(preset: str) -> None:
-    model, ids = random_model(architecture(preset)), tokens()
-    with torch.no_grad():
-        short, whole = (model.hidden(x, model.scoring)[0] for x in (ids[:, :9], ids))
-    torch.testing.assert_close(short, whole[:, :9], rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("length", [1, 2, 127, 128, 129, 200, 256])
-@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (4, 1), (6, 2)])
-def test_attention_is_pytorchs(length: int, heads: int, kv_heads: int) -> None:
-    generator = torch.Generator().manual_seed(length)
-    q, k, v, out = (
-        torch.randn(2, n, length, 8, generator=generator, dtype=torch.float64, requires_grad=True)
-        for n in (heads, kv_heads, kv_heads, heads)
-    )
-    theirs = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    ours = tg.attend(q, k, v)
-    torch.testing.assert_close(ours, theirs)
-    for mine, other in zip(
-        torch.autograd.grad((ours * out).sum(), (q, k, v)),
-        torch.autograd.grad((theirs * out).sum(), (q, k, v)),
-    ):
-        torch.testing.assert_close(mine, other)
-
-
-# ---- The head
-
-
-def plain_loss(
-    h: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, cap: float
-) -> torch.Tensor:
-    logits = F.linear(h, head.to(h.dtype)).float()
-    return F.cross_entropy(cap * torch.tanh(logits / cap), targets)
-
-
-def head_case(
-    rows: int, ignored: str, dtype: torch.dtype = torch.float32, scale: float = 1.0
-) -> tuple:
-    generator = torch.Generator().manual_seed(rows)
-    h = (scale * torch.randn(rows, 16, generator=generator)).to(dtype).requires_grad_()
-    head = torch.randn(40, 16, generator=generator, requires_grad=True)
-    targets = torch.randint(40, (rows,), generator=generator)
-    targets[
-        {"none": slice(0), "tail": slice(rows - rows // 3, None), "most": slice(1, None)}[ignored]
-    ] = -100
-    return h, head, targets
-
-
-@pytest.mark.parametrize("rows", [1, 5, 511, 512, 513, 1100])
-@pytest.mark.parametrize("ignored", ["none", "tail", "most"])
-@pytest.mark.parametrize("cap", [2.0, 30.0])
-def test_chunked_head_loss(rows: int, ignored: str, cap: float) -> None:
-    h, head, targets = head_case(rows, ignored)
-    theirs, ours = plain_loss(h, head, targets, cap), tg.head_loss(h, head, targets, cap)
-    torch.testing.assert_close(ours, theirs)
-    grads = [torch.autograd.grad(3.0 * loss, (h, head)) for loss in (theirs, ours)]
-    for other, mine in zip(*grads):
-        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
-    assert not grads[1][0][targets < 0].any()
-    with torch.no_grad():
-        torch.testing.assert_close(tg.head_loss(h, head, targets, cap), theirs)
-
-
-def test_chunked_head_loss_in_bfloat16() -> None:
-    h, head, targets = head_case(700, "tail", torch.bfloat16)
-    theirs, ours = plain_loss(h, head, targets, 30.0), tg.head_loss(h, head, targets, 30.0)
-    assert ours.dtype == torch.float32
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    for other, mine in zip(*(torch.autograd.grad(loss, (h, head)) for loss in (theirs, ours))):
-        assert mine.dtype == other.dtype
-        assert (mine.float() - other.float()).norm() < 0.02 * other.float().norm()
-
-
-@pytest.mark.parametrize("cap", [0.5, 5.0, 30.0])
-def test_softcap_bounds_the_loss(cap: float) -> None:
-    h, head, targets = head_case(600, "none", scale=1e3)
-    for loss in (tg.head_loss(h, head, targets, cap), tg.head_loss(-h, head, targets, cap)):
-        assert math.log(40) - 2 * cap <= loss.item() <= math.log(40) + 2 * cap
-    assert F.cross_entropy(F.linear(h, head), targets) > math.log(40) + 60, (
-        "the cap had nothing to bound"
-    )
-
-
-def test_model_loss_leaves_out_ignored_targets() -> None:
-    model, ids, targets = random_model(architecture()), tokens(), tokens(seed=1)
-    h = model.hidden(ids, model.scoring)[0].flatten(0, 1)
-    targets[:, ::3] = -100
-    torch.testing.assert_close(
-        model(ids, targets), plain_loss(h, model.tok_emb, targets.flatten(), 30.0)
-    )
-
-
-# ---- Neutral is absent
-
-NEUTRAL = {
-    "gamma": ("K", dict(use_timestep_scale=False), "cond.gamma"),
-    "cap": ("K", dict(timestep_gamma_max=0.0), ""),
-    "beta": ("O", dict(use_timestep_bias=False), "cond.beta"),
-    "depth": ("R", dict(depth_embed="none"), "cond.depth"),
-    "gains": ("S", dict(use_unique_norms=False, unique_norms_input_norm=False), "cond.gain"),
-}
-
-
-@pytest.mark.parametrize("preset, off, table", NEUTRAL.values(), ids=NEUTRAL)
-def test_neutral_table_is_no_table(preset: str, off: dict, table: str) -> None:
-    """A table as initialised changes nothing, and a changed one does."""
-    a = architecture(preset, unique_norms_input_norm=False)
-    with_table, without = tg.GPT(a, 0.1), random_model(replace(a, **off))
-    missing = with_table.load_state_dict(without.state_dict(), strict=False).missing_keys
-    assert missing == ([table] if table else [])
-    ids, targets = tokens(), tokens(seed=1)
-    assert torch.equal(with_table(ids, targets), without(ids, targets))
-    with torch.no_grad():
-        with_table.get_parameter(table or "cond.gamma").add_(9.0)
-    assert not torch.allclose(with_table(ids, targets), without(ids, targets))
-
-
-@pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_gamma_is_capped(sign: float) -> None:
-    models = [random_model(architecture("K")) for _ in range(2)]
-    with torch.no_grad():
-        for model, value in zip(models, (4.0, 400.0)):
-            model.cond.gamma.fill_(sign * value)
-    assert torch.equal(*(model.hidden(tokens(), model.scoring)[0] for model in models))
-
-
-@pytest.mark.parametrize("preset", ["T", "M", "naive"])
-def test_layers_as_initialised_pass_the_embedding_on(preset: str) -> None:
-    """Output projections start at zero: without depth codes every layer is the identity on x0."""
-    model = tg.GPT(architecture(preset, depth_embed="none"), 0.1)
-    with torch.no_grad():
-        for skip in model.skip:
-            skip.zero_()
-    x0 = tg.rms_norm(F.embedding(tokens(), model.tok_emb))
-    torch.testing.assert_close(model.hidden(tokens(), model.scoring)[0], tg.rms_norm(x0))
-
-
-def test_birkhoff_mix_is_convex() -> None:
-    mix = random_model(architecture("T")).mix[0]
-    carried, anchor = mix.weights()
-    torch.testing.assert_close(carried + anchor, torch.ones(32))
-    assert (carried > 0).all() and (anchor > 0).all()
-    x, x0 = torch.randn(2, 2, 3, 32)
-    torch.testing.assert_close(mix(x, x0), carried * x + anchor * x0)
-
-
-def test_free_mix_is_the_weighted_sum() -> None:
-    mix = random_model(architecture("naive")).mix[0]
-    x, x0 = torch.randn(2, 2, 3, 32)
-    torch.testing.assert_close(mix(x, x0), mix.weight[0] * x + mix.weight[1] * x0)
-
-
-def test_flat_model_is_the_u_net_written_out() -> None:
-    a = architecture("naive", num_layers=5)
-    model, ids = random_model(a), tokens()
-    x0 = tg.rms_norm(F.embedding(ids, model.tok_emb))
-    x, outputs = x0, []
-    setting = tg.Setting(tg.Rounding(), model.rope.unbind())
-    neutral = tg.Mod(torch.ones(1), torch.ones(1), torch.zeros(1))
-    for v in range(5):
-        if v in (2, 3):
-            x = x + model.skip[v - 2] * outputs[3 - v]
-        x = model.attn[v](model.mix[v](x, x0), neutral, setting)
-        x = model.mlp[v](x, neutral, setting.rounding)
-        outputs.append(x)
-    torch.testing.assert_close(model.hidden(ids, model.scoring)[0], tg.rms_norm(x))
-
-
-# ---- Rotary embedding
-
-
-def rope_architecture(**values: object) -> tg.Architecture:
-    return tg.Architecture(**values | dict(model_dim=512, num_heads=8, train_seq_len=1024))
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.integers(0, 900), st.integers(0, 900), st.integers(0, 100))
-def test_rope_depends_on_the_distance_alone(i: int, j: int, shift: int) -> None:
-    cos, sin = (table.double() for table in tg.rope_tables(rope_architecture()))
-    q, k = torch.randn(2, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-
-    def product(m: int, n: int) -> torch.Tensor:
-        return (tg.rotate(q, cos[m, 0], sin[m, 0]) * tg.rotate(k, cos[n, 0], sin[n, 0])).sum()
-
-    torch.testing.assert_close(product(i + shift, j + shift), product(i, j), rtol=0, atol=5e-3)
-    torch.testing.assert_close(tg.rotate(q, cos[i, 0], sin[i, 0]).norm(), q.norm())
-    if abs(i - j) < 20 and i != j:
-        assert abs(product(i, j) - product(i, i)) > 1e-6
-
-
-@pytest.mark.parametrize("base", [10000.0, 500.0])
-def test_rope_tables_are_exact(base: float) -> None:
-    """Up to the rounding of an angle to float32: at position 1023 it has four decimals."""
-    angle = np.outer(np.arange(1024.0), base ** (-np.arange(32) / 32))
-    tables = tg.rope_tables(rope_architecture(rope_base=base))
-    for table, exact in zip(tables, (np.cos(angle), np.sin(angle))):
-        assert table.dtype == torch.float32 and table.shape == (1024, 1, 32)
-        assert (np.abs(table[:, 0].double().numpy() - exact) <= 1e-6 * np.maximum(angle, 1)).all()
-
-
-def distinct_rotations(a: tg.Architecture) -> int:
-    return len(torch.unique(torch.cat(tg.rope_tables(a), dim=-1)[:, 0], dim=0))
-
-
-def test_reference_bf16_collapses_positions() -> None:
-    assert distinct_rotations(rope_architecture()) == 1024
-    assert distinct_rotations(rope_architecture(reference_bf16=True)) == 513
-
-
-def test_sinusoidal_depth_codes_tell_the_layers_apart() -> None:
-    depth = tg.GPT(architecture("T")).cond.depth
-    exact = np.sin(np.arange(14)[:, None] / 10000 ** (np.arange(32) / 32))
-    np.testing.assert_allclose(depth.numpy(), exact, atol=1e-5)
-    assert len(torch.unique(depth, dim=0)) == 14
+@pytest.mark.parametrize("kind", ["all", "published"])
+@pytest.mark.parametrize("stem", range(7))
+@pytest.mark.parametrize("tail", range(7))
+def test_skips_are_those_of_the_popping_loop(kind: str, stem: int, tail: int) -> None:
+    a = tg.Architecture(**STACK | tg.layers(stem, 2, 2, tail) | dict(core_skips=kind))
+    kept, expected, taken = list(range(stem)), {}, {}
+    stack: list[int] = []
+    for t in range(tail):
+        if kept and (kind == "all" or t < len(kept)):
+            expected[stem + 2 + t] = t, kept.pop()
+    for x in tg.make_plan(a):
+        if x.skip >= 0:
+            taken[x.attn] = x.skip, stack.pop()
+        if x.push:
+            stack.append(x.attn)
+    assert taken == expected and not stack, "an output is kept that nobody takes"
+    with torch.device("meta"):
+        assert len(tg.GPT(a).skip) == len(expected)

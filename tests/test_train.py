@@ -1,18 +1,31 @@
-"""Whole runs: every preset trains, exports, reloads and scores; ranks, processes and compilers agree."""
+"""Whole runs: every preset trains, exports, reloads and scores; ranks agree; warm-up, averages."""
 
-import functools
-import json
+import hashlib
 import math
-import os
-import re
 import shutil
-import subprocess
-import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-import torch._dynamo.testing
+from helpers import (
+    GROWTH,
+    SCRIPT,
+    ManualTime,
+    flat,
+    fork_ranks,
+    log_of,
+    losses,
+    metrics,
+    real_trainer,
+    result_of,
+    run_here,
+    start,
+    train_only,
+)
+from torch import Tensor
 
 import train_gpt as tg
 
@@ -26,64 +39,38 @@ SMALL = dict(
     MAX_WALLCLOCK_SECONDS="0",
     WARMUP_STEPS="0",
 )
-CALM = dict(
-    MATRIX_LR="0.01", SCALAR_LR="0.01", TIED_EMBED_LR="0.02"
-)  # batches this small need lower rates
-CLEAN = {k: v for k, v in os.environ.items() if k.lower() not in tg.Config.__dataclass_fields__}
 
 
-def run(env: dict[str, str], folder: Path) -> dict:
-    """A run in this process; its result."""
-    config = tg.Config.from_env(env | {"LOG_DIR": str(folder), "RUN_ID": env.get("RUN_ID", "run")})
-    assert tg.run(config, tg.World({})) == 0
-    return json.loads((folder / config.run_id / "result.json").read_text())
-
-
-def start(env: dict[str, str], ranks: int = 1) -> subprocess.CompletedProcess:
-    """A run in processes of its own, as a user starts it."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command = [sys.executable, *(torchrun if ranks > 1 else []), str(Path(tg.__file__))]
-    return subprocess.run(command, env=CLEAN | env, capture_output=True, text=True, timeout=300)
-
-
-def launch(env: dict[str, str], ranks: int = 1) -> None:
-    done = start(env, ranks)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-
-
-def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(folder: Path) -> list[float]:
-    return [m["train_loss"] for m in metrics(folder) if "train_loss" in m]
+NARROW = dict(MODEL_DIM="32", NUM_HEADS="2", NUM_KV_HEADS="1")
+CALM = dict(MATRIX_LR="0.01", SCALAR_LR="0.01", TIED_EMBED_LR="0.02")  # for batches this small
 
 
 @pytest.mark.parametrize("system", tg.SYSTEMS)
 def test_every_preset_trains_exports_reloads_and_scores(
-    system: str, corpus: dict, tmp_path: Path
+    system: str, corpus: dict[str, str], tmp_path: Path
 ) -> None:
-    result = run(corpus | SMALL | {"PRESET": f"{system},tiny"}, tmp_path)
+    result = run_here(corpus | SMALL | NARROW | {"PRESET": f"{system},tiny"}, tmp_path)
     assert result["steps"] == 2 and result["fits"]
-    assert result["roundtrip"]["val_tokens"] == 5_000
-    assert abs(losses(tmp_path / "run")[0] - math.log(1024)) < 0.2, (
-        "an untrained model is near uniform"
-    )
-    assert result["roundtrip"]["val_loss"] == pytest.approx(
-        result["pre_quant"]["val_loss"], abs=0.05
-    )
+    score = result["roundtrip"]
+    assert score["val_tokens"] == 5_000
+    first = losses(tmp_path / "run")[0]
+    assert abs(first - math.log(1024)) < 0.2, "an untrained model is near uniform"
+    assert score["val_loss"] == pytest.approx(result["pre_quant"]["val_loss"], abs=0.05)
 
 
-def test_training_lowers_the_loss_and_health_is_true(corpus: dict, tmp_path: Path) -> None:
+def test_training_lowers_the_loss_and_health_is_true(
+    corpus: dict[str, str], tmp_path: Path
+) -> None:
     env = {
         "PRESET": "T,tiny",
         "MODEL_DIM": "64",
+        "DTYPE": "float32",
         "ITERATIONS": "25",
         "VAL_LOSS_EVERY": "25",
         "WARMDOWN_ITERS": "15",
         "TRAIN_BATCH_TOKENS": "2048",
     } | CALM
-    result = run(corpus | SMALL | env, tmp_path)
+    result = run_here(corpus | SMALL | env, tmp_path)
     rows = [m for m in metrics(tmp_path / "run") if "health" in m]
     assert [m["step"] for m in rows] == [0, 25]
     assert rows[1]["val_loss"] < rows[0]["val_loss"] - 1 and result["steps"] == 25
@@ -92,335 +79,275 @@ def test_training_lowers_the_loss_and_health_is_true(corpus: dict, tmp_path: Pat
     for row in start:  # the initial values, where everything is known
         assert row["mix"] == row["mix_x0"] == 0.5 and row["attn_shift"] == row["mlp_shift"] == 0
         assert row["attn_scale"] == row["mlp_scale"] == 1
-    log = (tmp_path / "run" / "train.log").read_text()
-    assert log.startswith(Path(tg.__file__).read_text()), "the log opens with the source"
-    for line in (
-        "step:25/25 train_loss:",
-        "Total submission size int8+zlib: ",
-        "final_int8_zlib_roundtrip_exact val_loss:",
-    ):
-        assert line in log
+    head, _, rest = (tmp_path / "run" / "train.log").read_bytes().partition(b"\n")
+    script, log = SCRIPT.read_bytes(), log_of(tmp_path / "run")
+    sha256 = hashlib.sha256(script).hexdigest()
+    assert head.decode() == f"script_bytes:{len(script)} script_sha256:{sha256}"
+    assert rest.startswith(script + b"\n"), "the log opens with the script"
+    assert "step:25/25 train_loss:" in log and "Total submission size int8+zlib: " in log
+    assert "final_int8_zlib_roundtrip_exact val_loss:" in log
     assert f"val_bpb:{result['roundtrip']['val_bpb']:.8f}" in log
 
 
-def test_health_measures_scales_and_growth() -> None:
-    """RMS of scale times clamped gamma, and RMS after over RMS before, checked by hand on one layer."""
-    config = tg.Config.from_env({"PRESET": "T,tiny", "DTYPE": "float32"})
-    model = tg.GPT(config.architecture(), 0.02)
-    with torch.no_grad():
-        model.cond.gamma[3, 0] = 9.0  # beyond the cap of 4
-        model.attn[3].scale.fill_(0.5)
-        model.cond.beta[:, 0] = 0.0
-        model.cond.beta[0, 1] = 2.0
-        model.mlp[0].scale.zero_()
-    rows = tg.recurrence_health(model, torch.arange(32)[None], model.scoring)
-    assert rows[3]["attn_scale"] == pytest.approx(2.0) and rows[0]["mlp_shift"] == pytest.approx(
-        2.0
-    )
-    x = (
-        tg.rms_norm(model.tok_emb[:32]) + 2.0
-    )  # in layer 0, mix, depth code and attention change nothing
-    assert rows[0]["growth"] == pytest.approx(x.square().mean().sqrt().item(), rel=1e-4)
-
-
-def test_one_rank_and_two_ranks_agree(corpus: dict, tmp_path: Path) -> None:
-    env = (
-        corpus
-        | SMALL
-        | CALM
-        | dict(
-            PRESET="T,tiny",
-            DTYPE="float32",
-            ITERATIONS="20",
-            OMP_NUM_THREADS="1",
-            LOG_DIR=str(tmp_path),
-            MICRO_BATCH_TOKENS="128",
-        )
-    )
-    for ranks in (1, 2):
-        launch(env | {"RUN_ID": f"ranks{ranks}"}, ranks)
-    one, two = losses(tmp_path / "ranks1"), losses(tmp_path / "ranks2")
-    assert len(one) == 20 and one == pytest.approx(two, abs=1e-4)
-    results = [json.loads((tmp_path / f"ranks{r}" / "result.json").read_text()) for r in (1, 2)]
-    assert [r["world_size"] for r in results] == [1, 2]
-    assert results[0]["roundtrip"]["val_bpb"] == pytest.approx(
-        results[1]["roundtrip"]["val_bpb"], abs=1e-4
-    )
-    artifact = str(tmp_path / "ranks1" / "model.ptz")
-    for ranks in (1, 2):  # a fresh process, told nothing about the model
-        keep = {k: v for k, v in env.items() if k.lower() in tg.EVAL_OPTIONS and k != "PRESET"}
-        launch(
-            keep | {"OMP_NUM_THREADS": "1", "EVAL_ONLY": artifact, "RUN_ID": f"eval{ranks}"}, ranks
-        )
-        scored = json.loads((tmp_path / f"eval{ranks}" / "result.json").read_text())
-        assert scored["roundtrip"]["val_bpb"] == pytest.approx(
-            results[0]["roundtrip"]["val_bpb"], abs=1e-6
-        )
+@pytest.mark.bits
+def test_one_rank_and_two_ranks_agree(corpus: dict[str, str], tmp_path: Path) -> None:
+    """Two ranks started by torchrun; the artifact scored by processes that are told no more."""
+    env = corpus | SMALL | CALM | NARROW | dict(PRESET="T,tiny", DTYPE="float32", ITERATIONS="10")
+    env |= dict(LOG_DIR=str(tmp_path), MICRO_BATCH_TOKENS="128")
+    assert fork_ranks(env | {"RUN_ID": "one"}, 1).codes == [0]
+    done = start(env | {"RUN_ID": "two"}, ranks=2)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == 10 and one == pytest.approx(two, abs=1e-4)
+    results = [result_of(tmp_path / name) for name in ("one", "two")]
+    assert [result["world_size"] for result in results] == [1, 2]
+    bpb = results[0]["roundtrip"]["val_bpb"]
+    assert results[1]["roundtrip"]["val_bpb"] == pytest.approx(bpb, abs=1e-4)
+    told = ("DATA_PATH", "TOKENIZER_PATH", "LOG_DIR", "VAL_BATCH_SIZE", "MICRO_BATCH_TOKENS")
+    again = {name: env[name] for name in told} | {"EVAL_ONLY": str(tmp_path / "one" / tg.ARTIFACT)}
+    done = start(again | {"RUN_ID": "eval_one"})
+    assert done.returncode == 0, done.stderr
+    assert fork_ranks(again | {"RUN_ID": "eval_two"}, 2).codes == [0, 0]
+    for name in ("eval_one", "eval_two"):
+        scored = result_of(tmp_path / name)
+        assert scored["roundtrip"]["val_bpb"] == pytest.approx(bpb, abs=1e-6)
         assert scored["artifact_sha256"] == results[0]["artifact_sha256"]
 
 
-def test_ranks_fail_together(corpus: dict, tmp_path: Path) -> None:
-    """Ranks that cannot share a batch; and a token id, in the middle of a run, that only the second meets."""
-    env = (
-        corpus
-        | SMALL
-        | dict(PRESET="T,tiny", LOG_DIR=str(tmp_path), OMP_NUM_THREADS="1", RUN_ID="run")
-    )
-    done = start(env | {"TRAIN_BATCH_TOKENS": "192"}, ranks=2)
-    assert done.returncode != 0 and not (tmp_path / "run").exists()
-    assert all(
-        f"[rank {i}] WORLD_SIZE=2 does not divide the 3 sequences" in done.stderr for i in (0, 1)
-    )
+@pytest.mark.bits
+def test_ranks_fail_together(corpus: dict[str, str], tmp_path: Path) -> None:
+    """Ranks that cannot share a batch; a token id, amid a run, that only the second one meets."""
+    env = corpus | SMALL | NARROW | dict(PRESET="T,tiny", LOG_DIR=str(tmp_path), RUN_ID="run")
+    ended = fork_ranks(env | {"TRAIN_BATCH_TOKENS": "192"}, 2)
+    assert ended.codes == [tg.EXIT_INPUT] * 2 and not (tmp_path / "run").exists()
+    for rank, text in enumerate(ended.texts):
+        assert f"[rank {rank}] WORLD_SIZE=2 does not divide the 3 sequences" in text
     folder = tmp_path / "bad"
     shutil.copytree(corpus["DATA_PATH"], folder)
     path = folder / "fineweb_train_000000.bin"
     data = bytearray(path.read_bytes())
-    data[1024 + 2 * 400 : 1024 + 2 * 401] = (2000).to_bytes(
-        2, "little"
-    )  # step 0, second half: rank 1's
+    at = 1024 + 2 * 2400  # step 5, second half: rank 1's; behind the sample that both look at
+    data[at : at + 2] = (2000).to_bytes(2, "little")
     path.write_bytes(data)
-    done = start(env | {"DATA_PATH": str(folder)}, ranks=2)
-    assert done.returncode != 0 and not (tmp_path / "run" / "model.ptz").exists()
-    assert (
-        f"[rank 1] {path} holds token 2000" in done.stderr and f"[rank 0] {path}" not in done.stderr
-    )
+    ended = fork_ranks(env | {"DATA_PATH": str(folder), "ITERATIONS": "6"}, 2)
+    assert all(ended.codes) and not (tmp_path / "run" / tg.ARTIFACT).exists()
+    assert f"[rank 1] {path} holds token 2000" in ended.texts[1]
+    assert str(path) not in ended.texts[0]
 
 
-def test_same_seed_same_losses_to_the_last_bit(corpus: dict, tmp_path: Path) -> None:
-    env = corpus | SMALL | {"PRESET": "T,tiny", "ITERATIONS": "4"}
+@pytest.mark.bits
+def test_same_seed_same_losses_to_the_last_bit(corpus: dict[str, str], tmp_path: Path) -> None:
+    env = corpus | SMALL | NARROW | {"PRESET": "T,tiny", "ITERATIONS": "4"}
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
-        run(env | {"RUN_ID": name, "SEED": seed}, tmp_path)
+        run_here(env | {"RUN_ID": name, "SEED": seed}, tmp_path)
     assert losses(tmp_path / "a") == losses(tmp_path / "b") != losses(tmp_path / "c")
 
 
-def test_gradient_accumulation_changes_nothing(corpus: dict, tmp_path: Path) -> None:
-    env = corpus | SMALL | {"PRESET": "T,tiny", "DTYPE": "float32", "ITERATIONS": "5"}
+def test_gradient_accumulation_changes_nothing(corpus: dict[str, str], tmp_path: Path) -> None:
+    env = corpus | SMALL | NARROW | {"PRESET": "T,tiny", "DTYPE": "float32", "ITERATIONS": "5"}
     for micro in ("512", "64"):
-        run(env | {"MICRO_BATCH_TOKENS": micro, "RUN_ID": micro}, tmp_path)
+        run_here(env | {"MICRO_BATCH_TOKENS": micro, "RUN_ID": micro}, tmp_path)
     assert losses(tmp_path / "512") == pytest.approx(losses(tmp_path / "64"), abs=1e-5)
 
 
-def test_warm_up_leaves_no_trace(corpus: dict, tmp_path: Path) -> None:
-    env = corpus | SMALL | {"PRESET": "Q,tiny", "ITERATIONS": "3"}
-    for steps in ("0", "2"):
-        run(env | {"WARMUP_STEPS": steps, "RUN_ID": steps}, tmp_path)
-    assert losses(tmp_path / "0") == losses(tmp_path / "2")
+def test_the_cap_ends_training_before_it_is_passed(
+    corpus: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of a quarter of a second under a cap of four: the 15th is the last, one is to spare."""
+    clock, train_step = ManualTime(), tg.Trainer.train_step
+
+    def timed(*args: Any) -> None:
+        train_step(*args)
+        clock.now += 0.25
+
+    monkeypatch.setattr(tg, "time", clock)
+    monkeypatch.setattr(tg.Trainer, "train_step", timed)
+    env = {"PRESET": "T,tiny", "ITERATIONS": "100000", "WARMDOWN_ITERS": "10"}
+    env |= {"MAX_WALLCLOCK_SECONDS": "4", "TRAIN_LOG_EVERY": "1000"}
+    result = run_here(corpus | SMALL | NARROW | env, tmp_path)
+    assert (result["steps"], result["train_seconds"]) == (15, pytest.approx(15 * 0.25))
+    assert "stopping_early: wallclock_cap" in log_of(tmp_path / "run")
 
 
-def test_warm_up_compiles_what_training_runs(corpus: dict) -> None:
-    """No graph is left to compile on the clock."""
-    config = tg.Config.from_env(corpus | SMALL | {"PRESET": "Bp,tiny", "WARMUP_STEPS": "1"})
-    world, counter = tg.World({}), torch._dynamo.testing.CompileCounter()
-    model = tg.GPT(config.architecture(), 0.005)
-    batches = tg.Batches(tg.Tokens(config, "train"), config, world)
-    trainer = tg.Trainer(config, world, model, batches)
-    trainer.forward = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
-    trainer.warm_up()
-    assert counter.frame_count == 1
+def test_reference_bf16_rounds_tables_and_embedding(corpus: dict[str, str]) -> None:
+    env = corpus | SMALL | NARROW | {"PRESET": "T,tiny", "REFERENCE_BF16": "1"}
+    trainer = real_trainer(env)
     for step in range(2):
-        trainer.train_step(step, 1.0, batches.micro(step))
-    assert counter.frame_count == 1
-
-
-def test_the_cap_ends_training_before_it_is_passed(corpus: dict, tmp_path: Path) -> None:
-    env = corpus | SMALL | {"PRESET": "T,tiny", "ITERATIONS": "100000", "WARMDOWN_ITERS": "10"}
-    result = run(env | {"MAX_WALLCLOCK_SECONDS": "4", "TRAIN_LOG_EVERY": "1000"}, tmp_path)
-    assert 2.5 < result["train_seconds"] <= 4.2 and 10 < result["steps"] < 100000
-    assert "stopping_early: wallclock_cap" in (tmp_path / "run" / "train.log").read_text()
-
-
-def test_learning_rate_schedule() -> None:
-    env = {"ITERATIONS": "100", "WARMDOWN_ITERS": "20", "MAX_WALLCLOCK_SECONDS": "1000"}
-    config = tg.Config.from_env(env)
-    assert [tg.lr_factor(config, s, 1.0 * s) for s in (0, 50, 80, 90, 100)] == [1, 1, 1, 0.5, 0]
-    slow = [
-        tg.lr_factor(config, s, 20.0 * s) for s in (1, 30, 40, 50)
-    ]  # the clock ends it at step 50
-    assert slow == pytest.approx([1, 1, 0.5, 0])
-    assert tg.muon_momentum(config, 0) == 0.85 and tg.muon_momentum(config, 500) == 0.95
-    assert tg.muon_momentum(config, 250) == pytest.approx(0.9)
-
-
-def test_reference_bf16_rounds_tables_and_embedding(corpus: dict, tmp_path: Path) -> None:
-    config = tg.Config.from_env(corpus | SMALL | {"PRESET": "T,tiny", "REFERENCE_BF16": "1"})
-    world = tg.World({})
-    model = tg.GPT(config.architecture(), 0.005)
-    batches = tg.Batches(tg.Tokens(config, "train"), config, world)
-    trainer = tg.Trainer(config, world, model, batches)
-    for step in range(2):
-        trainer.train_step(step, 1.0, batches.micro(step))
-    rounded = {name: torch.equal(p, p.bfloat16().float()) for name, p in model.named_parameters()}
+        trainer.train_step(step, 1.0, trainer.batches.micro(step))
+    named = trainer.model.named_parameters()
+    rounded = {name: torch.equal(p, p.bfloat16().float()) for name, p in named}
     assert rounded["tok_emb"] and rounded["cond.gamma"] and rounded["cond.beta"]
     assert not rounded["attn.0.qkv.weight"] and not rounded["mlp.0.scale"]
 
 
-@pytest.mark.parametrize("system", ["T", "M", "naive"])
-def test_one_graph_compiles_and_agrees(system: str) -> None:
-    """Run M with its 12 MLPs, too; the compiled path, whose head takes all rows at once, equals the other."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    config = tg.Config.from_env(
-        {"PRESET": f"{system},tiny", "DTYPE": "float32", "TRAIN_SEQ_LEN": "32"}
-    )
-    torch.manual_seed(0)
-    model = tg.GPT(config.architecture(), 0.02)
-    for p in model.parameters():
-        p.data += 0.05 * torch.randn_like(p)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
-    ids = torch.randint(1024, (2, 33))
-    gradients = {}
-    for f in (model, compiled, compiled):
-        model.zero_grad()
-        loss = f(ids[:, :-1], ids[:, 1:])
-        loss.backward()
-        gradients[f] = loss.item(), [p.grad.clone() for p in model.parameters()]
-    assert gradients[compiled][0] == pytest.approx(gradients[model][0], abs=1e-5)
-    for a, b in zip(gradients[compiled][1], gradients[model][1]):
-        assert (a - b).norm() <= 1e-3 * b.norm() + 1e-7
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+# ---- Warm-up
 
 
-def counting(monkeypatch: pytest.MonkeyPatch) -> torch._dynamo.testing.CompileCounter:
-    """Counts the graphs that torch.compile makes, and compiles nothing."""
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
-    return counter
+@pytest.mark.bits
+def test_warm_up_leaves_no_trace(corpus: dict[str, str], tmp_path: Path) -> None:
+    env = corpus | SMALL | NARROW | {"PRESET": "Q,tiny", "ITERATIONS": "3"}
+    for steps in ("0", "2"):
+        run_here(env | {"WARMUP_STEPS": steps, "RUN_ID": steps}, tmp_path)
+    assert losses(tmp_path / "0") == losses(tmp_path / "2")
 
 
-@pytest.mark.parametrize("system, loops", [("K", 2), ("K", 3), ("K", 6), ("M", 3)])
-def test_blocks_are_one_graph_at_any_depth(
-    system: str, loops: int, monkeypatch: pytest.MonkeyPatch
+def state(trainer: tg.Trainer) -> list[Tensor]:
+    """Copies of all that training changes, and of PyTorch's random state, which comes first."""
+    kept = [torch.get_rng_state(), *trainer.state()]
+    for optimizer in trainer.optimizers:
+        for group in optimizer.param_groups:
+            kept.append(torch.tensor([x for x in group.values() if isinstance(x, float)]))
+    return [t.detach().clone() for t in kept]
+
+
+def same(some: list[Tensor], others: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
+
+
+@pytest.mark.bits
+def test_warm_up_restores_every_state(corpus: dict[str, str]) -> None:
+    trainer = real_trainer(corpus | GROWTH | {"AVERAGE": "ema"})
+    draws, before = repr(np.random.get_state()), state(trainer)
+    trainer.warm_up()
+    assert same(before, state(trainer)) and repr(np.random.get_state()) == draws
+    assert trainer.average.count == 0 and trainer.last_good == "none"
+    assert same(trainer.average.weights, [p.data for p in trainer.params])
+    trainer.train_step(0, 0.0, trainer.batches.micro(0))
+    assert not same(before[1:], state(trainer)[1:])
+
+
+# ---- Rounding pays, averages are what is exported
+
+
+SMALL_T = dict(
+    PRESET="T,tiny",
+    NUM_SHARED="1",
+    NUM_LOOPS="2",
+    MODEL_DIM="64",
+    NUM_HEADS="2",
+    NUM_KV_HEADS="1",
+    DTYPE="float32",
+    TRAIN_SEQ_LEN="32",
+    TRAIN_BATCH_TOKENS="1024",
+    MICRO_BATCH_TOKENS="1024",
+    WARMUP_STEPS="0",
+    MAX_WALLCLOCK_SECONDS="0",
+    MATRIX_LR="0.02",
+    SCALAR_LR="0.01",
+    TIED_EMBED_LR="0.02",
+    MUON_MOMENTUM_WARMUP_STEPS="20",
+    SEED="1",
+)
+
+
+def test_training_on_rounded_matrices_shrinks_what_rounding_costs(
+    corpus: dict[str, str], tmp_path: Path
 ) -> None:
-    """One for all layers, of prelude, core and coda, one for the head; M has an MLP for every pass."""
-    counter = counting(monkeypatch)
-    config = tg.Config.from_env(
-        {
-            "PRESET": f"{system},tiny",
-            "DTYPE": "float32",
-            "TRAIN_SEQ_LEN": "32",
-            "COMPILE": "block",
-            "NUM_LOOPS": str(loops),
-        }
-    )
-    torch.manual_seed(0)
-    model = tg.GPT(config.architecture(), 0.02)
-    for p in model.parameters():
-        p.data += 0.05 * torch.randn_like(p)
-    forward, ids = tg.compiled(model, config, tg.World({})), torch.randint(1024, (2, 33))
-    found = []
-    for f in (model, forward, forward):
-        model.zero_grad()
-        loss = f(ids[:, :-1], ids[:, 1:])
-        loss.backward()
-        found.append((loss.item(), model.tok_emb.grad.norm().item()))
-    assert found[1] == found[2] == pytest.approx(found[0], rel=1e-4)
-    assert counter.frame_count == 2
+    """At 2 bits, where the cost exceeds the noise of runs this small; the score gains, too."""
+    env = corpus | SMALL_T | dict(ITERATIONS="80", WARMDOWN_ITERS="40", MATRIX_BITS="2")
+    off = run_here(env | {"RUN_ID": "off"}, tmp_path)
+    on = run_here(env | {"RUN_ID": "on", "QAT_FRACTION": "0.5"}, tmp_path)
+    cost, left = (r["roundtrip"]["val_loss"] - r["pre_quant"]["val_loss"] for r in (off, on))
+    assert cost > 0.2 and left < cost - 0.2
+    assert on["roundtrip"]["val_loss"] < off["roundtrip"]["val_loss"] - 0.1
 
 
-def test_rates_and_momentum_make_no_new_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    counter = counting(monkeypatch)
-    params = [tg.parameter("matrix", torch.randn(shape)) for shape in ((8, 8), (8, 16), (16, 8))]
-    muon = tg.Muon(params, 0.1, 0.9, 5)
-    muon.iterate = torch.compile(tg.newton_schulz, dynamic=False)
-    for step in range(4):
-        for p in params:
-            p.grad = torch.randn_like(p)
-        muon.param_groups[0].update(lr=0.1 / (step + 1), momentum=0.9 + 0.01 * step)
-        muon.step()
-    assert counter.frame_count == 2, "two shapes: wide and tall are one stack"
+def averaged(
+    env: Mapping[str, str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[tg.Trainer, list[np.ndarray]]:
+    """A trainer after a run, and the weights it had after every step."""
+    weights: list[np.ndarray] = []
+    update = tg.Average.update
+
+    def record(average: tg.Average, params: list[Any], step: int, factor: float) -> None:
+        weights.append(flat(params).double().numpy())
+        assert step == len(weights)
+        update(average, params, step, factor)
+
+    monkeypatch.setattr(tg.Average, "update", record)
+    trainer = real_trainer(env)
+    train_only(trainer, folder)
+    return trainer, weights
 
 
-@pytest.mark.parametrize("backend", ["math", "flash"])
-def test_attention_backends_agree(backend: str) -> None:
-    config = tg.Config.from_env({"PRESET": "T,tiny", "DTYPE": "float32", "ATTN_BACKEND": backend})
-    torch.manual_seed(0)
-    model, ids = tg.GPT(config.architecture(), 0.02), torch.randint(1024, (2, 257))
-    with torch.nn.attention.sdpa_kernel(tg.KERNELS[backend]), torch.no_grad():
-        found = tg.compiled(model, config, tg.World({}))(ids[:, :-1], ids[:, 1:])
-        assert found.item() == pytest.approx(model(ids[:, :-1], ids[:, 1:]).item(), abs=1e-5)
+AVERAGING = GROWTH | dict(
+    ITERATIONS="12", WARMDOWN_ITERS="10", PASSES_SCHEDULE="0:1", QAT_FRACTION="0", QAT_CORE_ONLY="0"
+)
 
 
-def test_a_compiled_graph_of_another_attention_is_not_taken_from_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_moving_average_is_its_recurrence(
+    corpus: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """PyTorch keeps compiled graphs on disk, by keys without the kernel that attention was given."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    counts = torch._dynamo.utils.counters["aot_autograd"]
-    counts.clear()
-    for backend, hits in (("math", 0), ("flash", 0), ("math", 1)):
-        torch._dynamo.reset()
-        config = tg.Config.from_env(
-            {
-                "PRESET": "naive,tiny",
-                "NUM_LAYERS": "1",
-                "TRAIN_SEQ_LEN": "16",
-                "DTYPE": "float32",
-                "ATTN_BACKEND": backend,
-                "COMPILE": "model",
-            }
-        )
-        torch.manual_seed(0)
-        model, ids = tg.GPT(config.architecture(), 0.02), torch.zeros(1, 16, dtype=torch.int64)
-        with (
-            torch.nn.attention.sdpa_kernel(tg.KERNELS[backend], set_priority=True),
-            torch.no_grad(),
-        ):
-            tg.compiled(model, config, tg.World({}))(ids, ids.clone())
-        assert counts["autograd_cache_hit"] == hits
+    env = corpus | AVERAGING | {"AVERAGE": "ema", "EMA_DECAY": "0.7"}
+    trainer, weights = averaged(env, tmp_path, monkeypatch)
+    expected = weights[0]
+    for w in weights[1:]:
+        expected = 0.7 * expected + 0.3 * w
+    found = flat(trainer.average.weights).numpy()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    assert trainer.average.count == 12 and np.abs(found - weights[-1]).max() > 1e-3
 
 
-# A rank whose compiler fails for whole models, on rank LAST for blocks, too; or, if that is "all", always.
-FALLING = """
-import os, sys, torch
-import train_gpt as tg
-build = torch.compile
-def broken(f=None, **options):
-    def fail(*_, **__):
-        raise RuntimeError("no compiler here")
-    whole, last = isinstance(f, torch.nn.Module), os.environ["LAST"]
-    fails = whole or last == "all" or last == os.environ.get("RANK", "0") and f is tg.block
-    return fail if fails else build(f, backend="eager", **options)
-torch.compile = broken
-sys.exit(tg.main())
-"""
-
-
-@pytest.mark.parametrize(("ranks", "last", "steps"), [(1, "none", 1), (2, "1", 1), (1, "all", 0)])
-def test_a_rung_that_fails_on_one_rank_is_left_by_all(
-    ranks: int, last: str, steps: int, corpus: dict, tmp_path: Path
+def test_stochastic_average_is_the_mean_of_what_it_collects(
+    corpus: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "rank.py").write_text(FALLING)
-    env = (
-        corpus
-        | SMALL
-        | dict(
-            PRESET="Bp,tiny",
-            LOG_DIR=str(tmp_path),
-            RUN_ID="run",
-            OMP_NUM_THREADS="1",
-            COMPILE="model",
-            WARMUP_STEPS=str(steps),
-            LAST=last,
-            MODEL_DIM="32",
-            PYTHONPATH=str(Path(tg.__file__).parent),
-        )
-    )
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command = [sys.executable, *(torchrun if ranks > 1 else []), str(tmp_path / "rank.py")]
-    done = subprocess.run(command, env=CLEAN | env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    log = (tmp_path / "run" / "train.log").read_text()
-    fallen = re.findall(r"^warning: COMPILE=(\w+) failed.*: Traceback", log, re.MULTILINE)
-    assert (
-        fallen == ["model", "block"][: 1 if last == "none" else 2]
-        and "no compiler here" in done.stdout
-    )
+    env = corpus | AVERAGING | {"AVERAGE": "swa", "SWA_EVERY": "3", "SWA_LR_FACTOR": "0.65"}
+    trainer, weights = averaged(env, tmp_path, monkeypatch)
+    late = [step for step in range(1, 13) if step % 3 == 0 and (12 - step) / 10 < 0.65]
+    assert late == [6, 9, 12] and trainer.average.count == 3
+    expected = np.mean([weights[step - 1] for step in late], axis=0)
+    found = flat(trainer.average.weights).numpy()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("system", ["T", "M"])
-def test_trains_compiled_on_a_gpu(system: str, corpus: dict, tmp_path: Path) -> None:
-    env = {"PRESET": f"{system},tiny", "COMPILE": "model", "ITERATIONS": "5"}
-    result = run(corpus | SMALL | env, tmp_path)
-    assert result["steps"] == 5 and math.isfinite(result["roundtrip"]["val_bpb"])
+# AVERAGE: its options, and how many weights are in it at the end.
+AVERAGES = {
+    "ema": (dict(AVERAGE="ema", EMA_DECAY="0.7"), 12),
+    "swa": (dict(AVERAGE="swa", SWA_EVERY="5", SWA_LR_FACTOR="0.9"), 2),
+    "swa too late": (dict(AVERAGE="swa", SWA_EVERY="13", SWA_LR_FACTOR="0.9"), 0),
+}
+
+
+@pytest.mark.bits
+@pytest.mark.parametrize("case", AVERAGES)
+def test_the_average_is_exported_and_its_score_logged(
+    case: str, corpus: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the last weights, and the log says so, where nothing was collected."""
+    packed: list[Tensor] = []
+    last: list[Tensor] = []
+    average: list[Tensor] = []
+    pack, train = tg.pack, tg.Trainer.train
+
+    def spy(model: tg.GPT, *rest: Any) -> bytes:
+        packed.extend(p.detach().clone() for p in model.parameters())
+        return pack(model, *rest)
+
+    def kept(trainer: tg.Trainer, *rest: Any) -> Any:
+        done = train(trainer, *rest)
+        last.extend(p.detach().clone() for p in trainer.params)
+        average.extend(trainer.average.weights)
+        return done
+
+    monkeypatch.setattr(tg, "pack", spy)
+    monkeypatch.setattr(tg.Trainer, "train", kept)
+    options, count = AVERAGES[case]
+    result = run_here(corpus | AVERAGING | options | {"WARMUP_STEPS": "0"}, tmp_path)
+    assert same(packed, average if count else last)
+    assert same(packed, last) == (count == 0)
+    before, after = (result[name]["val_loss"] for name in ("last_weights", "pre_quant"))
+    assert (before == after) == (count == 0)
+    kind = options["AVERAGE"]
+    assert f"\nAVERAGE={kind} of {count} weights; of none, the last are taken\n" in log_of(
+        tmp_path / "run"
+    )
+    rows = metrics(tmp_path / "run")
+    assert [row["weights"] for row in rows if "weights" in row] == ["last", kind]
+
+
+def test_nothing_is_averaged_unless_asked(
+    corpus: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env = corpus | AVERAGING | {"AVERAGE": "none", "ITERATIONS": "2"}
+    trainer, weights = averaged(env, tmp_path, monkeypatch)
+    assert len(weights) == 2 and not trainer.average.weights and trainer.average.count == 0

@@ -1,0 +1,191 @@
+"""The artifact: what is stored comes back; codecs, widths that fit, bombs."""
+
+import importlib
+import struct
+import sys
+import tracemalloc
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+import torch
+from helpers import GROWING, noisy_model, role_name, sealed
+
+import train_gpt as tg
+
+SMALL_T = dict(PRESET="T,tiny", MODEL_DIM="32", TRAIN_SEQ_LEN="32", DTYPE="float32")
+TINY = GROWING | dict(VOCAB_SIZE="64", QUANT_SCALE_FLOOR="0", QUANT_CLIP="percentile", CODEC="zlib")
+CODECS = get_args(get_type_hints(tg.Config)["codec"])
+
+
+def config_of(**env: str) -> tg.Config:
+    """Of a small model with a core and every side embedding."""
+    return tg.Config.from_env(TINY | env)
+
+
+@pytest.mark.parametrize("system", ["T", "M", "Q", "naive", "Ap"])
+def test_artifact_round_trip(system: str) -> None:
+    config = tg.Config.from_env(SMALL_T | {"PRESET": f"{system},tiny"})
+    model = noisy_model(config.architecture(), 0.1)
+    data = tg.pack(model, config)
+    loaded, architecture, kind = tg.load_model(data, "memory")
+    assert architecture == config.architecture() and kind == "int8+zlib"
+    for (name, p), q in zip(model.named_parameters(), loaded.parameters()):
+        error = (p - q).norm() / p.norm()
+        assert error <= (0.02 if tg.role_of(p).bits else 1e-3), name
+    assert tg.pack(loaded, config) == tg.pack(loaded, config), "packing is deterministic"
+
+
+def test_float16_only_where_it_loses_nothing() -> None:
+    config = tg.Config.from_env(SMALL_T)
+    fine, overflow = torch.linspace(0.5, 2, 64), torch.full((64,), 1e5)
+    tiny = torch.full((64,), 1e-9)  # below the smallest float16
+    kinds = [tg.store(tg.parameter("scalar", t), config, None)[0] for t in (fine, overflow, tiny)]
+    assert kinds == ["float16", "float32", "float32"]
+
+
+def test_scale_floor_costs_accuracy_and_saves_bytes() -> None:
+    """The reference's floor: rows below it share one coarse grid, which compresses better."""
+    config = tg.Config.from_env(SMALL_T | {"MODEL_DIM": "128"})
+    model = tg.GPT(config.architecture())
+    for p in model.parameters():
+        if role_name(p) == "matrix":
+            p.data = 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    results = []
+    for floor in (0.0, 1 / 127):
+        data = tg.pack(model, replace(config, quant_scale_floor=floor))
+        loaded = tg.load_model(data, "memory")[0]
+        pairs = zip(model.parameters(), loaded.parameters())
+        results.append((len(data), sum((p - q).square().sum().item() for p, q in pairs)))
+    (size, error), (size_with_floor, error_with_floor) = results
+    assert size > 1.3 * size_with_floor and error < 0.1 * error_with_floor
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("bits", [6, 4])
+def test_every_codec_round_trips(bits: int, codec: str) -> None:
+    check_round_trip(bits, codec)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_every_width_round_trips(bits: int) -> None:
+    check_round_trip(bits, "zlib")
+
+
+def check_round_trip(bits: int, codec: str) -> None:
+    """Exactly what was rounded comes back; the core has a width of its own."""
+    core_bits = 2 + (bits + 1) % 7
+    widths = dict(MATRIX_BITS=str(bits), CORE_BITS=str(core_bits), EMBED_BITS=str(bits))
+    config = config_of(CODEC=codec, **widths)
+    model = noisy_model(config.architecture(), 0.1)
+    data = tg.pack(model, config)
+    loaded, architecture, kind = tg.load_model(data, "memory")
+    assert architecture == config.architecture()
+    stored, _, packed = kind.partition("+")
+    assert set(stored.split("/")) == {f"int{bits}", f"int{core_bits}"} and packed == codec
+    for (name, p), near in zip(model.named_parameters(), loaded.parameters()):
+        if not tg.role_of(p).bits:
+            assert torch.equal(near, p.detach().half().float()), name
+            continue
+        width = core_bits if role_name(p) == "core matrix" else bits
+        levels = 2 ** (width - 1) - 1
+        exact = p.detach().abs().amax(1, keepdim=True) / levels
+        stored = exact.half().float()
+        bound = 0.501 * stored + levels * (stored - exact).abs()
+        assert ((near - p).abs() <= bound).all(), name
+        assert all(len(row.unique()) <= 2 * levels + 1 for row in near.detach()), name
+    assert tg.pack(loaded, config) == tg.pack(loaded, config)
+
+
+def test_fewer_bits_are_fewer_bytes() -> None:
+    model = noisy_model(config_of().architecture(), 0.1)
+    sizes = [len(tg.pack(model, config_of(MATRIX_BITS=str(bits)))) for bits in range(2, 9)]
+    assert sizes == sorted(set(sizes))
+
+
+def test_most_bits_that_fit() -> None:
+    """MATRIX_BITS=0: the core keeps its own width; the limit is on script and artifact together."""
+    free = config_of(MATRIX_BITS="0", CORE_BITS="3", QAT_LR_FACTOR="0", QAT_CORE_ONLY="0")
+    model, script = noisy_model(free.architecture(), 0.1), len(tg.source())
+    data = {bits: tg.pack(model, replace(free, matrix_bits=bits), {}) for bits in range(2, 9)}
+
+    def packed(limit: int, bits: int = 0) -> tuple[bytes, list[str]]:
+        """The artifact for which `limit` bytes are left by the script, and what was logged."""
+        lines: Any = []
+        config = replace(free, matrix_bits=bits, size_limit_bytes=script + limit)
+        return tg.pack_to_fit(model, config, {}, lines.append), lines
+
+    for bits in (8, 5):
+        just_below_the_next = len(data[bits + 1]) - 1 if bits < 8 else len(data[8]) + 1
+        for limit in (len(data[bits]), just_below_the_next):
+            found, lines = packed(limit)
+            assert found == data[bits] and len(lines) == 9 - bits
+            assert f"total:{script + len(found)} bytes" in lines[-1]
+    found, lines = packed(0)
+    assert found == data[2] and len(lines) == 7, "what does not fit at all is the smallest"
+    assert packed(0, bits=7)[0] == data[7], "a width that is given is kept"
+
+
+def artifact(codec: bytes, length: int, body: bytes) -> bytes:
+    """An artifact with this stream, which announces `length` bytes."""
+    return sealed(struct.pack("<8sQ", codec, length) + body)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("announced", [64, 1 << 20])
+def test_a_bomb_is_refused_before_it_goes_off(codec: str, announced: int) -> None:
+    """A small artifact that unpacks to 96 MiB where its header announces few bytes."""
+    fast: dict[str, Any] = dict(zlib=dict(level=1), lzma=dict(preset=0), brotli=dict(quality=1))
+    body = importlib.import_module(codec).compress(bytes(96 << 20), **fast[codec])
+    data = artifact(codec.encode(), announced, body)
+    assert len(data) < 1 << 20
+    tracemalloc.start()
+    before = resident("VmRSS", forget=True)
+    with pytest.raises(tg.InputError, match="memory is not a valid artifact"):
+        tg.load_model(data, "memory")
+    allocated, grown = tracemalloc.get_traced_memory()[1], resident("VmHWM") - before
+    tracemalloc.stop()
+    assert allocated < 24 << 20 and grown < 48 << 20
+    unpacked = len(tg.decompress(codec, body, announced))
+    assert unpacked <= 2 * announced + (1 << 17)  # brotli stops between blocks
+
+
+def resident(what: str, forget: bool = False) -> int:
+    """Bytes of this process in memory: VmRSS, now, or VmHWM, the most since a call with `forget`.
+
+    0 where the system does not tell.
+    """
+    try:
+        if forget:
+            Path("/proc/self/clear_refs").write_text("5")
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
+    line = next(line for line in status.splitlines() if line.startswith(what))
+    return int(line.split()[1]) << 10
+
+
+@pytest.mark.parametrize("codec", ["this", "os", "../zlib", "", "zlib\0x", "\xff"])
+def test_an_artifact_cannot_name_a_module(codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the codecs; nothing else is imported."""
+    sys.modules.pop("this", None)
+    monkeypatch.setattr(importlib, "import_module", lambda name: pytest.fail(f"imported {name}"))
+    with pytest.raises(tg.InputError, match="memory is not a valid artifact"):
+        tg.load_model(artifact(codec.encode("latin-1"), 64, zlib.compress(bytes(64))), "memory")
+    assert "this" not in sys.modules
+
+
+def test_another_codecs_body_is_refused() -> None:
+    for codec, body in (("lzma", zlib.compress(bytes(64))), ("zlib", b"\x00" * 20), ("zlib", b"")):
+        with pytest.raises(tg.InputError, match="memory is not a valid artifact"):
+            tg.load_model(artifact(codec.encode(), 64, body), "memory")
+
+
+def test_a_codec_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "brotli", None)
+    with pytest.raises(tg.InputError, match="brotli is not installed: pip install -U brotli"):
+        tg.compress("brotli", b"")
+    with pytest.raises(tg.InputError, match="brotli is not installed"):
+        tg.load_model(artifact(b"brotli", 64, b"x"), "memory")

@@ -1,0 +1,213 @@
+"""Muon and Adam: their steps written out, who trains what, initial values, clipping."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import DIMS, architecture, noise_of, role_name, small_config, stub_trainer
+from stack_written_out import EVERYTHING, STACK, documents
+from torch import Tensor
+
+import train_gpt as tg
+
+pytestmark = pytest.mark.quick
+GOLDEN = json.loads(Path(__file__).with_name("golden_int8_and_muon.json").read_text())["muon"]
+
+# ---- Muon
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", GOLDEN)
+def test_muon_agrees_with_reference(name: str, dtype: torch.dtype) -> None:
+    case = GOLDEN[name]
+    p = tg.parameter("matrix", noise_of(name, case["shape"]))
+    muon = tg.Muon([p], lr=0.04, momentum=0.95, steps=5)
+    muon.dtype = dtype
+    for i in range(3):
+        p.grad = noise_of(f"{name}.grad{i}", case["shape"])
+        muon.step()
+    assert p.norm().item() == pytest.approx(case["norm"], rel=1e-3)
+    assert p.flatten()[:8].tolist() == pytest.approx(case["first8"], abs=3e-3)
+
+
+def test_muon_orthogonalises_every_part_alone() -> None:
+    """q, k and v in one parameter move as three parameters would; updates are near-orthogonal."""
+    parts, start, grad = (32, 16, 16), torch.randn(64, 32), torch.randn(64, 32)
+    stacked = tg.parameter("matrix", start.clone(), parts)
+    single = [tg.parameter("matrix", piece.clone()) for piece in start.split(parts)]
+    stacked.grad = grad.clone()
+    for p, g in zip(single, grad.split(parts)):
+        p.grad = g.clone()
+    for params in ([stacked], single):
+        tg.Muon(params, lr=0.1, momentum=0.9, steps=5).step()
+    assert torch.allclose(stacked, torch.cat([p.data for p in single]), atol=1e-6)
+    for p, piece in zip(single, start.split(parts)):
+        singular = torch.linalg.svdvals((piece - p.detach()) / 0.1)
+        assert singular.min() > 0.6 and singular.max() < 1.25
+
+
+def test_muon_decay_is_decoupled() -> None:
+    """The same update, and besides it lr * decay of the weight as it was."""
+    start, moved = torch.randn(12, 8), {}
+    gradients = torch.randn(2, 12, 8)
+    for decay in (0.0, 0.3):
+        p = tg.parameter("matrix", start.clone(), (8, 4))
+        muon, steps = tg.Muon([p], 0.1, 0.9, 5, decay), []
+        for gradient in gradients:
+            before, p.grad = p.detach().clone(), gradient.clone()
+            muon.step()
+            steps.append(p.detach() - before * (1 - 0.1 * decay))
+        moved[decay] = torch.stack(steps)
+    torch.testing.assert_close(moved[0.3], moved[0.0])
+    assert (moved[0.0].norm(dim=(1, 2)) > 0.1).all()
+
+
+# ---- Groups of parameters
+
+
+@pytest.mark.parametrize("preset", ["", *tg.SYSTEMS])
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_parameter_is_in_one_group(preset: str, tied: bool) -> None:
+    config = replace(
+        tg.Config.from_env({"PRESET": preset}),
+        **DIMS,
+        rope_dims=0,
+        tie_embeddings=tied,
+        matrix_lr=0.01,
+        ttt_lr=0.0,
+        eval_stride=0,
+        scalar_lr=0.02,
+        tied_embed_lr=0.03,
+        embed_lr=0.04,
+        head_lr=0.05,
+    )
+    model = tg.GPT(config.architecture(), 0.1)
+    adam, muon = tg.make_optimizers(model, config)
+    groups = [(type(o), group) for o in (adam, muon) for group in o.param_groups]
+    listed = [id(p) for _, group in groups for p in group["params"]]
+    rate = {id(p): (kind, group["lr"]) for kind, group in groups for p in group["params"]}
+    assert sorted(listed) == sorted(id(p) for p in model.parameters())
+    for name, p in model.named_parameters():
+        assert role_name(p) in tg.ROLES and p.dtype == torch.float32
+        expected: tuple[type, float]
+        if name == "lm_head":
+            expected = torch.optim.AdamW, 0.05
+        elif name == "tok_emb":
+            expected = torch.optim.AdamW, 0.03 if tied else 0.04
+        elif name.endswith(("qkv.weight", "proj.weight", "fc.weight")):
+            expected = tg.Muon, 0.01
+        elif name.endswith("table"):
+            expected = torch.optim.AdamW, config.tied_embed_lr
+        else:
+            expected = torch.optim.AdamW, 0.02
+        assert rate[id(p)] == expected, name
+
+
+def test_unknown_role_has_no_group() -> None:
+    config = replace(tg.Config(), **DIMS)
+    model = tg.GPT(config.architecture(), 0.1)
+    p: Any = model.tok_emb
+    p.role = "other"
+    with pytest.raises(KeyError, match="other"):
+        tg.make_optimizers(model, config)
+
+
+@pytest.mark.parametrize("preset", ["", "L", "naive"])
+def test_parts_cover_the_matrices(preset: str) -> None:
+    a = architecture(preset)
+    for p in tg.GPT(a, 0.1).parameters():
+        if tg.role_of(p).optimizer == "muon":
+            assert torch.equal(torch.cat(tg.parts_of(p)), p)
+    attn: Any = tg.GPT(a, 0.1).attn[0]
+    assert attn.qkv.weight.parts == (32, 16, 16)
+
+
+@pytest.mark.parametrize("scalars", [False, True])
+def test_adam_decay_is_decoupled_and_by_role(scalars: bool) -> None:
+    """Three steps against AdamW (arXiv 1711.05101) in numpy, for every parameter that Adam has."""
+    config = small_config(
+        {"PRESET": "growing_live"},
+        rope_dims=4,
+        eval_stride=0,
+        ttt_lr=0.0,
+        num_prelude=1,
+        num_shared=1,
+        num_coda=2,
+        adam_wd=0.2,
+        decay_scalars=scalars,
+        use_timestep_scale=True,
+    )
+    model = tg.GPT(config.architecture(), 0.1)
+    adam = tg.make_optimizers(model, config)[0]
+    groups = [(p, group) for group in adam.param_groups for p in group["params"]]
+    rates = {id(p): (group["lr"], group["weight_decay"]) for p, group in groups}
+    adams = {id(p) for p, _ in groups}
+    named = {name: p for name, p in model.named_parameters() if id(p) in adams}
+    expected = {name: p.detach().double().numpy().copy() for name, p in named.items()}
+    moments = {name: [np.zeros_like(w), np.zeros_like(w)] for name, w in expected.items()}
+    for step in range(1, 4):
+        for name, p in named.items():
+            p.grad = torch.randn_like(p) * 10.0 ** (step - 2)
+            g, (lr, decay) = p.grad.double().numpy(), rates[id(p)]
+            m, v = moments[name]
+            decays = role_name(p) in ("tied embedding", "side embedding", "projection") or scalars
+            assert decay == (0.2 if decays else 0.0), name
+            m[:], v[:] = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
+            expected[name] -= lr * decay * expected[name]
+            expected[name] -= lr * m / (1 - 0.9**step) / (np.sqrt(v / (1 - 0.95**step)) + 1e-8)
+        adam.step()
+    assert {role_name(p) for p in named.values()} >= {
+        "scalar",
+        "table",
+        "projection",
+        "side embedding",
+    }
+    for name, p in named.items():
+        np.testing.assert_allclose(
+            p.detach().numpy(), expected[name], rtol=1e-4, atol=1e-6, err_msg=name
+        )
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_orthogonal_initial_values(kv_heads: int) -> None:
+    """Rows or columns of q, k, v and W1 are orthonormal, each alone; what begins at 0 stays 0."""
+    a = tg.Architecture(**STACK | EVERYTHING | dict(num_kv_heads=kv_heads))
+    parts = 0
+    model, plain = tg.GPT(a, 0.1, orthogonal=True), tg.GPT(a, 0.1)
+    for (name, p), other in zip(model.named_parameters(), plain.parameters()):
+        if "matrix" not in role_name(p):
+            continue
+        if name.endswith("proj.weight"):
+            assert not p.any()
+            continue
+        for part in tg.parts_of(p, like=p.detach()):
+            gram = part @ part.T if len(part) <= part.shape[1] else part.T @ part
+            torch.testing.assert_close(gram, torch.eye(len(gram)), rtol=0, atol=1e-5)
+            parts += 1
+        assert not torch.allclose(other @ other.T, p @ p.T, atol=1e-2)
+    assert parts == 7 * 4, "q, k, v and W1 of seven layers"
+
+
+def gradient_norm(config: tg.Config, micro: list[tuple[Tensor, Tensor]]) -> float:
+    """Norm of the gradient that a first step on these micro-batches ends with."""
+    trainer = stub_trainer(config)
+    trainer.batches.accumulation = len(micro)
+    trainer.train_step(0, 0.0, micro)
+    gradients = [p.grad.flatten() for p in trainer.params if p.grad is not None]
+    return torch.cat(gradients).norm().item()
+
+
+def test_clipping_is_of_the_averaged_gradient() -> None:
+    """Two micro-batches that point apart: each by itself would be clipped, their average is not."""
+    config = small_config({}, **tg.layers(1, 1, 2, 1), grad_clip_norm=1e9)
+    micro = [(documents(i), documents(i + 1)) for i in (0, 2)]
+    size = gradient_norm(config, micro)
+    alone = min(gradient_norm(config, [pair]) for pair in micro)
+    assert size < 0.98 * alone
+    for limit, clipped in (((size + alone) / 2, size), (size / 2, size / 2)):
+        found = gradient_norm(replace(config, grad_clip_norm=limit), micro)
+        assert found == pytest.approx(clipped, rel=1e-3)

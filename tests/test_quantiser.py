@@ -1,0 +1,207 @@
+"""Rounding of matrices: the reference's figures, clips, error bounds, GPTQ."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers import noise_of, noisy_model, one_rank, role_name
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stack_written_out import COMPONENTS, STACK, Written, exact_model
+from torch import Tensor
+
+import train_gpt as tg
+
+pytestmark = pytest.mark.quick
+GOLDEN = json.loads(Path(__file__).with_name("golden_int8_and_muon.json").read_text())
+DEFAULT = tg.Config()  # percentile clip, no floor
+
+# ---- Rounding to nearest
+
+
+def int8(w: Tensor, percentile: float, floor: float) -> tuple[Tensor, Tensor]:
+    config = replace(DEFAULT, quant_clip_percentile=percentile)
+    return tg.quantize_rows(w, tg.row_clip(w, 8, config), 8, floor)
+
+
+@pytest.mark.parametrize("name", GOLDEN["int8"])
+def test_int8_agrees_with_reference(name: str) -> None:
+    case = GOLDEN["int8"][name]
+    w = noise_of(name, case["shape"]) * case["scale"]
+    if name.startswith("spiky"):
+        w[::7, 3] *= 30
+    q, step = int8(w, 99.99984, 1 / 127)
+    assert q.dtype == torch.int8 and step.dtype == torch.float16
+    assert int(q.int().abs().sum()) == case["sum_abs_q"]
+    assert int((q != 0).sum()) == case["nonzero"]
+    assert step.float().sum().item() == pytest.approx(case["scale_sum"], rel=1e-6)
+    error = (tg.dequantize_rows(q, step) - w).square().mean().sqrt().item()
+    assert error == pytest.approx(case["rms_error"], rel=1e-6)
+
+
+@settings(max_examples=50)
+@given(
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.sampled_from([0.0, 1 / 127]),
+    st.floats(1e-6, 100),
+    st.integers(0, 10**6),
+)
+def test_int8_error_is_half_a_step(
+    rows: int, columns: int, floor: float, size: float, seed: int
+) -> None:
+    w = size * torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    q, step = int8(w, 100.0, floor)
+    error = (tg.dequantize_rows(q, step) - w).abs()
+    exact = (w.abs().amax(1) / 127).clamp_min(max(floor, 2**-24))
+    slack = 127 * (step.float() - exact).abs()  # the step itself is rounded to float16
+    assert (error <= (exact / 2 * 1.001 + slack)[:, None]).all()
+
+
+def test_rows_of_zeros_and_clipping() -> None:
+    w = torch.zeros(2, 1000)
+    w[1] = torch.linspace(-1, 1, 1000)
+    w[1, 0] = 50.0
+    q, step = int8(w, 99.0, 0.0)
+    assert (tg.dequantize_rows(q, step)[0] == 0).all()
+    assert q[1, 0] == 127 and step[1] < 0.01, "what lies beyond the percentile saturates"
+
+
+@pytest.mark.parametrize("name", GOLDEN["int6"])
+def test_int6_agrees_with_reference(name: str) -> None:
+    """The published search of the clip, one for the whole matrix."""
+    case = GOLDEN["int6"][name]
+    w = noise_of(name, case["shape"]) * case["scale"]
+    config = replace(DEFAULT, quant_clip="matrix", quant_scale_floor=1 / 127, matrix_bits=6)
+    q, step = tg.quantize_rows(w, tg.row_clip(w, 6, config), 6, config.quant_scale_floor)
+    assert q.dtype == torch.int8 and step.dtype == torch.float16 and q.abs().max() <= 31
+    assert int(q.int().abs().sum()) == case["sum_abs_q"]
+    assert step.float().sum().item() == pytest.approx(case["scale_sum"], rel=1e-6)
+    error = (tg.dequantize_rows(q, step) - w).square().mean().sqrt().item()
+    assert error == pytest.approx(case["rms_error"], rel=1e-6)
+
+
+# ---- Where a row saturates
+
+
+def row_errors(w: Tensor, bits: int, config: tg.Config) -> Tensor:
+    """Squared error of every row."""
+    q, step = tg.quantize_rows(w, tg.row_clip(w, bits, config), bits, config.quant_scale_floor)
+    return (tg.dequantize_rows(q, step) - w).double().square().sum(1)
+
+
+@settings(max_examples=60)
+@given(
+    st.integers(2, 8),
+    st.integers(1, 9),
+    st.integers(1, 70),
+    st.sampled_from([0.0, 1 / 127]),
+    st.sampled_from([0.02, 1.0, 30.0]),
+    st.integers(0, 10**6),
+)
+def test_clip_of_rows_is_never_worse_than_none(
+    bits: int, rows: int, columns: int, floor: float, size: float, seed: int
+) -> None:
+    """For every row by itself, against the row's maximum, which is one of those it tries."""
+    w = size * torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    by_row = replace(DEFAULT, quant_clip="row", quant_scale_floor=floor)
+    largest = replace(by_row, quant_clip="percentile", quant_clip_percentile=100.0)
+    assert (row_errors(w, bits, by_row) <= row_errors(w, bits, largest) * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6])
+def test_clip_of_rows_beats_that_of_the_matrix_and_none(bits: int) -> None:
+    """Rows of unlike tails: what clips one row best is not what clips another."""
+    draw = torch.Generator().manual_seed(0)
+    w = torch.randn(64, 256, generator=draw)
+    w[::2] = w[::2].sign() * w[::2].abs() ** 2.5
+    error = {
+        clip: row_errors(w, bits, replace(DEFAULT, quant_clip=clip)).sum().item()
+        for clip in ("row", "matrix", "percentile")
+    }
+    assert error["row"] < 0.99 * error["matrix"] <= 0.99 * error["percentile"]
+
+
+# ---- GPTQ
+
+
+@pytest.mark.parametrize("bits", [3, 4, 6])
+def test_gptq_moves_errors_to_where_they_cancel(bits: int) -> None:
+    """For inputs that go together the output is nearer than with rounding to nearest."""
+    draw = torch.Generator().manual_seed(bits)
+    mixed = torch.randn(48, 48, generator=draw) @ torch.diag(torch.logspace(0, -2, 48))
+    x, w = mixed @ torch.randn(48, 500, generator=draw), torch.randn(20, 48, generator=draw)
+    q, step = tg.quantize_rows(w, tg.row_clip(w, bits, DEFAULT), bits, 0.0)
+    moved = tg.gptq_rows(w, step.float(), bits, x @ x.T)
+    assert moved.dtype == torch.int8 and moved.abs().max() <= 2 ** (bits - 1) - 1
+    nearest, better = (tg.dequantize_rows(n, step) - w for n in (q, moved))
+    assert (better @ x).norm() < 0.6 * (nearest @ x).norm()
+    assert nearest.norm() < better.norm(), "nothing is nearer to w itself than rounding"
+
+
+@settings(max_examples=30)
+@given(st.integers(2, 8), st.integers(1, 6), st.integers(1, 12), st.integers(0, 10**6))
+def test_gptq_is_rounding_where_inputs_are_independent(
+    bits: int, rows: int, columns: int, seed: int
+) -> None:
+    """A diagonal sum of x x^T, some of it 0 (an input that is never active)."""
+    draw = torch.Generator().manual_seed(seed)
+    w, diagonal = torch.randn(rows, columns, generator=draw), torch.rand(columns, generator=draw)
+    diagonal[diagonal < 0.2] = 0.0
+    step = (w.abs().amax(1) / (2 ** (bits - 1) - 1)).half().float().clamp_min(2**-24)
+    levels = 2 ** (bits - 1) - 1
+    nearest = torch.round(w / step[:, None]).clamp(-levels, levels)
+    assert torch.equal(tg.gptq_rows(w, step, bits, diagonal.diag()).float(), nearest)
+
+
+def calibrating(count: int, model: tg.GPT, micro: Any) -> Any:
+    """A trainer after step 7, of which nothing is there but what calibrates GPTQ."""
+    config, batches = replace(DEFAULT, gptq_batches=count), SimpleNamespace(micro=micro)
+    return SimpleNamespace(config=config, world=one_rank(), model=model, batches=batches, step=7)
+
+
+@pytest.mark.parametrize("name", ["everything", "everything on T", "LN scale, Output-LN"])
+def test_calibration_sums_over_passes_and_micro_batches(name: str) -> None:
+    """Every matrix's sum of x x^T against the inputs it has in the stack written out in float64."""
+    a = tg.Architecture(**STACK | COMPONENTS[name] | dict(eval_passes=3))
+    exact, model = exact_model(a), tg.GPT(a)
+    model.load_state_dict(exact.state_dict())
+    draw = torch.Generator().manual_seed(0)
+    batches = torch.randint(2, 64, (5, 2, 24), generator=draw)
+    asked: list[int] = []
+
+    def micro(step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Two micro-batches a step, from step 7 on."""
+        asked.append(step)
+        for ids in batches[2 * (step - 7) : 2 * (step - 7) + 2]:
+            yield ids, ids
+
+    lines: Any = []
+    sums, _ = tg.calibrate(calibrating(3, model, micro), lines.append)
+    assert asked == [7, 8] and lines[0].startswith("gptq_calibration batches:3 ")
+    reference = Written(exact, a, tg.Mode(3))
+    for row in batches[:3].flatten(0, 1).tolist():
+        reference.hidden(row)
+    matrices = {key for key, p in model.named_parameters() if "matrix" in role_name(p)}
+    assert set(sums) == set(reference.fed) == matrices
+    for key in matrices:
+        inputs = torch.cat(reference.fed[key])
+        written = inputs.T @ inputs
+        assert (sums[key] - written).norm() <= 1e-3 * written.norm(), key
+    counts = {key: sum(map(len, inputs)) for key, inputs in reference.fed.items()}
+    assert counts["attn.2.qkv.weight"] == 3 * counts["attn.0.qkv.weight"] == 3 * 3 * 48
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_no_calibration_unless_asked() -> None:
+    def micro(step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        pytest.fail("a batch was asked for")
+
+    lines: Any = []
+    trainer = calibrating(0, noisy_model(tg.Architecture(**STACK)), micro)
+    assert tg.calibrate(trainer, lines.append) == ({}, 0.0) and not lines

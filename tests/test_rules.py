@@ -1,0 +1,127 @@
+"""The rules of conftest.py, tried on tests of their own: threads, signal handlers, Ctrl-C."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import HANG, ROOT, clean_environment
+
+HANDLERS = """
+import os
+import signal
+
+import torch
+
+import train_gpt
+
+
+def test_one_number_of_threads():
+    assert torch.get_num_threads() == 3
+    assert os.environ["MKL_NUM_THREADS"] == "3" and os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    torch.set_num_threads(1)
+
+
+def test_that_replaces_handlers():
+    assert torch.get_num_threads() == 3
+    train_gpt.World({}, device="cpu").handle_signals()
+    assert signal.getsignal(signal.SIGINT) != signal.default_int_handler
+
+
+def test_handlers_are_back():
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+"""
+# A run in the test process, or one on forked ranks, that lasts until it is interrupted.
+ENDLESS = """
+import time
+from pathlib import Path
+
+import helpers
+import pytest
+
+import train_gpt
+
+HERE = Path(__file__).parent
+
+
+def last(*_):
+    (HERE / "begun").touch()
+    time.sleep(10 * helpers.HANG)
+
+
+def test_a_run_here(main_here, monkeypatch):
+    monkeypatch.setattr(train_gpt, "run", last)
+    main_here({})
+
+
+def test_ranks():
+    helpers.fork_ranks({"LOG_DIR": str(HERE)}, 2, last)
+
+
+def test_that_must_not_begin():
+    (HERE / "too far").touch()
+"""
+
+
+def begin(folder: Path, text: str, *words: str, threads: str = "1") -> subprocess.Popen[str]:
+    """Runs a file of tests under our rules, in a process group as a terminal would make it."""
+    (folder / "test_child.py").write_text(text)
+    env = clean_environment() | {"OMP_NUM_THREADS": threads}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "conftest", "-p", "no:cacheprovider"]
+    return subprocess.Popen(
+        [*command, *words, "test_child.py"],
+        cwd=folder,
+        env=env,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(path: Path) -> None:
+    end = time.monotonic() + HANG
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} did not come"
+        time.sleep(0.05)
+
+
+def alive(group: int) -> list[str]:
+    """Processes of a group that have not ended; one that nobody waits for is a zombie, Z."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            name, _, rest = path.read_text().rpartition(")")
+            state, _, process_group = rest.split()[:3]
+            if int(process_group) == group and state != "Z":
+                found.append(name)
+    return found
+
+
+def test_threads_and_handlers(tmp_path: Path) -> None:
+    child = begin(tmp_path, HANDLERS, threads="3")
+    said, _ = child.communicate(timeout=HANG)
+    assert child.returncode == 0 and "3 passed" in said, said
+
+
+@pytest.mark.bits
+@pytest.mark.parametrize(
+    "words", [("-k", "run_here or begin"), ("-k", "ranks or begin"), ("-n", "1")], ids="".join
+)
+def test_ctrl_c_ends_the_tests(tmp_path: Path, words: tuple[str, ...]) -> None:
+    """Amid a run in the test process, on forked ranks, in a process of xdist's; nobody is left."""
+    child = begin(tmp_path, ENDLESS, *words)
+    wait_for(tmp_path / "begun")
+    os.killpg(child.pid, signal.SIGINT)
+    said, _ = child.communicate(timeout=HANG)
+    assert child.returncode == pytest.ExitCode.INTERRUPTED and "KeyboardInterrupt" in said, said
+    assert not (tmp_path / "too far").exists()
+    end = time.monotonic() + HANG
+    while left := alive(child.pid):
+        assert time.monotonic() < end, f"these outlive the tests: {left}"
+        time.sleep(0.05)
