@@ -31,6 +31,7 @@ SMALL = dict(
     TRAIN_LOG_EVERY="1",
     MAX_WALLCLOCK_SECONDS="0",
     VAL_LOSS_EVERY="1",
+    DEVICE="cpu",
 )
 CLEAN = {name: value for name, value in os.environ.items() if name not in common.OPTIONS}
 PUBLISHED = json.loads((common.ROOT / "records" / "reference_runs.json").read_text())["runs"]
