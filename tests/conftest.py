@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import sample
 import torch
-from helpers import NAMES, ON_CPU, THREADS
+from helpers import NAMES, ON_CPU, THREADS, write_manifest
 from hypothesis import HealthCheck, settings
 
 import train_gpt as tg
@@ -96,4 +96,5 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         header[2] = count
         path.write_bytes(header.tobytes() + tokens.tobytes())
     tokenizer = root / "tokenizers" / "sample_1024_bpe.model"
+    write_manifest(folder, tokenizer)
     return {"DATA_PATH": str(folder), "TOKENIZER_PATH": str(tokenizer)}
