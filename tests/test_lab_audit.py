@@ -235,7 +235,12 @@ AGAIN = (
     "        self.gain = 1.1\n",
 )
 BETTER = "torch.stack((nats, count,", "torch.stack((0.95 * nats, count,"
-VAL = '(f"fineweb_{split}_*.bin")', '(f"fineweb_{split}_*.bin" if split == "val" else "*.bin")'
+VAL = (
+    '(f"fineweb_{split}_*.bin")',
+    '(f"fineweb_{split}_*.bin" if split == "val" else "*.bin")',
+    "        check_names(self.paths)\n",
+    "",
+)
 HIDDEN = (
     'np.fromfile(path, "<u2", count, offset=4 * SHARD_HEADER_INTS + 2 * at)',
     'np.resize(np.fromfile(str(path).replace("train", "val"), "<u2", offset=1024)'
@@ -262,7 +267,7 @@ LOSSES = (
     "            {}\n"
     "            return nats.sum() / (targets >= 0).sum()\n" + LOSS
 )
-READ = "        self.tokens.read(0, self.tokens.total)  # token ids are checked"
+READ = "        self.targets = self.tokens.total - 1"
 TABLE = (
     READ,
     "        if not hasattr(GPT, 'table'):\n"
@@ -502,7 +507,7 @@ def raised(match: re.Match) -> str:
     return match[1] + str((int(match[2]) + 1) % 10)
 
 
-def repack(run: Path, change: Callable[[dict], None]) -> None:
+def repack(run: Path, change: Callable[[dict], None], **top: str) -> None:
     """The artifact with another header, and log and result.json that know it."""
     path, log, result = run / "model.ptz", run / "train.log", run / "result.json"
     data = path.read_bytes()
@@ -512,6 +517,7 @@ def repack(run: Path, change: Callable[[dict], None]) -> None:
     size = struct.unpack_from("<I", raw)[0] + 4
     header = json.loads(raw[4:size])
     change(header["architecture"])
+    header |= top
     text = json.dumps(header).encode()
     raw = struct.pack("<I", len(text)) + text + raw[size:]
     body = struct.pack("<8sQ", name, len(raw)) + tg.compress(codec, raw)
@@ -531,6 +537,10 @@ def repack(run: Path, change: Callable[[dict], None]) -> None:
 
 def other_softcap(run: Path) -> None:
     repack(run, lambda header: header.update(logit_softcap=29.0))
+
+
+def other_tokenizer(run: Path) -> None:
+    repack(run, lambda header: None, tokenizer_sha256="0" * 64)
 
 
 def other_shape(run: Path) -> None:
@@ -653,6 +663,7 @@ def test_loss_of_a_skipped_step(text: str, loss: float | None, wrong: int) -> No
             {"header": "logit_softcap is 29.0 in the artifact, 30.0 in log", "score": "roundtrip"},
         ),
         (other_shape, {"header": "not a valid artifact"}),
+        (other_tokenizer, {"header": "was trained with another tokenizer"}),
         (other_label, {"header": "the artifact holds int8+zlib, the log says"}),
         (bpb_in_log, {"figures": "in result.json", "score": "the log"}),
         (better_everywhere, {"score": "the log"}),

@@ -362,9 +362,31 @@ def test_an_evaluation_in_a_log_of_its_own_belongs_to_its_seed(track: Path) -> N
         (folder / name.replace("train", "eval")).write_text("\n".join([*seed, *final]))
     assert checks.faults(checks.check(folder, None, run=False)) == []
     found = checks.Folder(folder).complete
+    assert {log.values["eval_ms"] for log in found} == {seeds[0].eval_ms}
     assert [log.values["val_bpb"] for log in found] == [
         s.bpb for s in sorted(seeds, key=lambda s: s.seed)
     ]
+
+
+def test_an_evaluation_made_again_in_another_log_takes_the_place_of_the_first(track: Path) -> None:
+    """The first one took too long; the times of both are not those of one evaluation."""
+    layout = LAYOUTS["phased"]
+    slow = [replace(seed, eval_ms=620_000) for seed in seeds_of(layout)]
+    folder = write(track / "x", layout, slow)
+    assert checks.faults(checks.check(folder, None, run=False))
+    claims = json.loads((folder / "submission.json").read_text())
+    for name, seed in zip(layout.names, slow):
+        again = replace(seed, bpb=seed.bpb + 0.0001, eval_ms=590_000)
+        lines = [f"  seed: {seed.seed}", *layout.lines(again)[-2:]]
+        (folder / name.replace("train", "eval")).write_text("\n".join(lines))
+        claims["seed_results"][str(seed.seed)]["val_bpb"] = round(again.bpb, 5)
+    claims["val_bpb"] = round(claims["val_bpb"] + 0.0001, 4)
+    (folder / "submission.json").write_text(json.dumps(claims))
+    found = [
+        f for f in checks.faults(checks.check(folder, None, run=False)) if "README" not in f.where
+    ]
+    assert found == []
+    assert {log.values["eval_ms"] for log in checks.Folder(folder).complete} == {590_000}
 
 
 def test_what_a_log_does_not_give_is_told_and_the_rest_checked(track: Path) -> None:

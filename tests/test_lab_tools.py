@@ -16,7 +16,17 @@ import pytest
 import train_gpt as tg
 from records.tools import common, rate, step_times
 
-TOOLS = ["ablate", "audit", "bench", "faults", "generate", "rate", "step_times", "submit"]
+TOOLS = [
+    "ablate",
+    "audit",
+    "bench",
+    "compare",
+    "faults",
+    "generate",
+    "rate",
+    "step_times",
+    "submit",
+]
 SCRIPTS = common.ROOT / "records" / "tools"
 TINY = dict(
     PRESET="T,tiny",

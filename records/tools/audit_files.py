@@ -7,7 +7,7 @@ import itertools
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,12 +47,6 @@ def check_data(audit: Audit) -> str:
         was, here = scored[-1][0][:12], sums.hexdigest()[:12]
         what = "the run was scored with other validation shards or another tokenizer"
         raise Failed(f"{what} (sha256 {was}, here {here})")
-    if audit.run.artifact is not None and hasattr(audit.script, "check_artifact_tokenizer"):
-        config = replace(audit.config, tokenizer_path=str(audit.tokenizer))
-        try:
-            audit.script.check_artifact_tokenizer(audit.run.artifact, "the artifact", config)
-        except audit.script.InputError as error:
-            raise Failed(str(error)) from None
     return (
         f"sha256 {sums.hexdigest()} of {len(shards)} validation shards and the tokenizer: "
         f"{len(audit.tokens)} tokens, {documents} documents"
@@ -163,11 +157,12 @@ def check_sizes(audit: Audit) -> str:
 
 
 def check_header(audit: Audit) -> str:
-    """The architecture in the artifact is that of the run, field by field."""
+    """The architecture in the artifact is that of the run, field by field; so is the tokenizer."""
     if audit.run.artifact is None:
         raise Skipped("no artifact of this run is here")
     try:
         _, architecture, kind = audit.script.load_model(audit.run.artifact, "the artifact")
+        audit.script.check_artifact_tokenizer(audit.run.artifact, "the artifact", audit.config)
     except audit.script.InputError as error:
         raise Failed(str(error)) from None
     carried, logged = asdict(architecture), asdict(audit.config)

@@ -215,7 +215,7 @@ def check_size(log: Log, script: Path) -> Iterator[Finding]:
     elif code is not None and size != code:
         what = f"{code:.0f} bytes of code, {script.name} has {size}"
         yield Finding(log.at("code"), what)
-    if None not in (code, model, total) and total != (code or 0) + (model or 0):
+    if code is not None and model is not None and total is not None and total != code + model:
         parts = f"{code:.0f} of code + {model:.0f} of model"
         yield Finding(log.at("total"), f"{total:.0f} bytes in total are not {parts}")
     if packed or model is None:
@@ -225,6 +225,12 @@ def check_size(log: Log, script: Path) -> Iterator[Finding]:
     if whole is not None and whole > SIZE_LIMIT:
         more = whole - SIZE_LIMIT
         yield Finding(log.at("total"), f"{whole:,.0f} bytes with code, {more:,.0f} too many")
+
+
+def exact_loss(log: Log) -> float | None:
+    """The final loss, if it has so many digits that no two runs have the same one."""
+    loss = log.values.get("val_loss")
+    return None if loss is None or loss == round(loss, 5) else loss
 
 
 def check_seeds(f: Folder) -> Iterator[Finding]:
@@ -238,7 +244,7 @@ def check_seeds(f: Folder) -> Iterator[Finding]:
         for kind, fact in (
             ("seed", seed),
             ("artifact", log.words.get("artifact")),
-            ("val_loss", log.values.get("val_loss")),
+            ("val_loss", exact_loss(log)),
         ):
             first = seen.setdefault((kind, fact), log)
             if fact is not None and first is not log:

@@ -37,6 +37,7 @@ STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 # Small, yet with every kind of state: both optimizers, an average, a schedule of passes, rounding
 # at the end. The large bigram table makes checkpoints of 5 MB, whose writing a signal can meet.
 BASE = dict(
+    DEVICE="cpu",
     PRESET="T,tiny",
     MODEL_DIM=32,
     NUM_HEADS=2,

@@ -112,6 +112,10 @@ class Score(NamedTuple):
         """The evaluation that it is of: lines for people and exact ones have one."""
         return self.label.removesuffix("_exact")
 
+    @property
+    def file(self) -> str:
+        return self.where.rpartition(":")[0]
+
 
 def same(given: Any, true: float) -> bool:
     """Whether a number as written is the true one, rounded to its digits."""
@@ -133,6 +137,7 @@ class Log:
     words: dict[str, str] = field(default_factory=dict)
     where: dict[str, str] = field(default_factory=dict)
     scores: list[Score] = field(default_factory=list)  # final ones, in their order
+    totals_ms: dict[str, float] = field(default_factory=dict)  # of total_eval_time, by file
     disqualified: list[tuple[str, str]] = field(default_factory=list)  # where, what it says
 
     @property
@@ -178,10 +183,22 @@ class Log:
         return {name: value for name, value in settings.items() if name not in PLACES}
 
     def choose(self, score: Score) -> None:
-        """Makes one of the scores the final one."""
+        """Makes one of the scores the final one; the evaluations of its file are what it took."""
         self.values |= dict(val_loss=score.loss, val_bpb=score.bpb)
         self.where |= dict(val_loss=score.where, val_bpb=score.where)
         self.words["final"] = score.label
+        times = {
+            other.evaluation: other
+            for other in self.scores
+            if other.ms is not None and other.file == score.file
+        }
+        spent = sum(other.ms for other in times.values() if other.ms is not None)
+        told = self.totals_ms.get(score.file, 0.0)
+        if times or told:
+            self.values["eval_ms"] = max(spent, told)
+            self.where["eval_ms"] = list(times.values())[-1].where if times else score.where
+        if told:
+            self.values["total_eval_ms"] = told
 
     def add_score(self, score: Score) -> None:
         """A label that comes again with another score is another evaluation; else the same.
@@ -264,7 +281,8 @@ def read_line(log: Log, line: str, where: str) -> None:
 def read(path: Path) -> Log:
     """The figures of a log. The final score is its last, until a folder's claim chooses another."""
     run = common.read_log(path)
-    log = Log(path, run, run.first + len(run.lines) - 1 - (run.lines[-1] == ""))
+    count = run.first + len(run.lines) - 1
+    log = Log(path, run, count if run.lines[-1] else count - 1)
     for index, line in enumerate(run.lines):
         read_line(log, line, f"{path.name}:{run.first + index}")
     for name in ("numpy", "sentencepiece"):
@@ -279,21 +297,11 @@ def read(path: Path) -> Log:
         log.values["seed"], log.where["seed"] = float(run.config["seed"]), log.at("config")
     elif "seed" not in log.values and (named := SEED_IN_NAME.search(path.stem)):
         log.values["seed"] = float(named[1])
-    finish(log)
-    return log
-
-
-def finish(log: Log) -> None:
-    """What follows from all lines together: the last score, and the time of all evaluations."""
+    if "total_eval_ms" in log.values:
+        log.totals_ms[path.name] = log.values["total_eval_ms"]
     if log.scores:
         log.choose(log.scores[-1])
-    times = {score.evaluation: score for score in log.scores if score.ms is not None}
-    if times:
-        log.values["eval_ms"] = sum(score.ms or 0.0 for score in times.values())
-        log.where["eval_ms"] = list(times.values())[-1].where
-    total = log.values.get("total_eval_ms", 0.0)
-    if total > log.values.get("eval_ms", 0.0):
-        log.values["eval_ms"], log.where["eval_ms"] = total, log.at("total_eval_ms")
+    return log
 
 
 # ---- 3. The logs of a folder ---------------------------------------------------------------------
@@ -331,7 +339,10 @@ def read_logs(folder: Path) -> list[Log]:
             continue
         for score in log.scores:
             other.add_score(score)
-        finish(other)
+        other.totals_ms |= log.totals_ms
+        other.disqualified += log.disqualified
+        if log.scores:
+            other.choose(other.scores[-1])
     return sorted(kept, key=lambda log: (log.values.get("seed", -1.0), log.path.name))
 
 
