@@ -3347,6 +3347,7 @@ class Log:
         self.folder, self.metrics, self.is_main = folder, folder / "metrics.jsonl", is_main
         self.tracker = Tracker(tracker, folder) if tracker != "none" and is_main else None
         self.watched = is_main and sys.stderr is not None and sys.stderr.isatty()
+        self.objections: list[str] = []  # why this run is not a submission
 
     def size(self) -> int:
         """Bytes of metrics.jsonl."""
@@ -3364,6 +3365,11 @@ class Log:
             append_line(self.folder / name, line)
         except OSError as error:  # a full disk is no reason to end training
             say(sys.stderr, f"warning: not logged: {error}: {line[:200]}")
+
+    def object(self, reason: str) -> None:
+        """Says why the run is not a submission, as result.json will."""
+        self.objections.append(reason)
+        self(f"not a submission: {reason}")
 
     def __call__(self, text: str) -> None:
         self.progress("")
@@ -4016,9 +4022,7 @@ def round_trip(scorer: Scorer, artifact: Artifact, compiler: Compiler, log: Log)
     scores = score_artifact(scorer, artifact, compiler, log)
     spent = sum(score.eval_seconds for score in scores.values())
     if spent > config.eval_limit_seconds:
-        log(
-            f"not a submission: {spent:.1f} s exceed EVAL_LIMIT_SECONDS={config.eval_limit_seconds}"
-        )
+        log.object(f"{spent:.1f} s exceed EVAL_LIMIT_SECONDS={config.eval_limit_seconds}")
     read = [*scorer.tokens.paths, find_file(config.tokenizer_path)]
     text = b"".join(path.read_bytes() for path in read)
     hashes = dict(
@@ -4031,7 +4035,7 @@ def round_trip(scorer: Scorer, artifact: Artifact, compiler: Compiler, log: Log)
     over = total - config.size_limit_bytes
     if over > 0:
         limit = config.size_limit_bytes
-        log(f"not a submission: {total} bytes exceed SIZE_LIMIT_BYTES={limit} by {over}")
+        log.object(f"{total} bytes exceed SIZE_LIMIT_BYTES={limit} by {over}")
     sizes = dict(bytes_code=script, bytes_model=len(data), bytes_total=total, fits=over <= 0)
     return {name: score._asdict() for name, score in scores.items()} | hashes | sizes
 
@@ -4206,7 +4210,7 @@ def export(trainer: Trainer, trained: Trained, validation: Validation, log: Log)
             log(f"AVERAGE={config.average} of {average.count} weights; of none, the last are taken")
             score = validation(trainer, seconds, trainer.model.scoring, weights=config.average)
         if 0 < config.max_wallclock_seconds < seconds:
-            log(f"not a submission: training and calibration took {seconds:.1f} s")
+            log.object(f"training and calibration took {seconds:.1f} s")
         world.enter("export")
         # By a thread: signals wait until a codec returns, with brotli for half a minute.
         with ThreadPoolExecutor(1) as thread:
@@ -4298,6 +4302,7 @@ def do_run(config: Config, world: World) -> int:
     world.enter("scoring of the artifact")
     result |= round_trip(scorer, artifact, compiler, log)
     result |= dict(config=asdict(artifact.config), versions=versions(world), world_size=world.size)
+    result["not_a_submission"] = log.objections
     text = json.dumps(result, indent=1).encode()
     world.on_main(lambda: write_atomically(log.folder / "result.json", text))
     log(f"finished:{log.folder}")
