@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -36,7 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--script", type=Path, default=ROOT / "train_gpt.py")
-    parser.add_argument("--preset", default="T")
+    parser.add_argument("--preset", default="T", help="all: each of them, in a process of its own")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="options of it")
     parser.add_argument(
         "--mode", type=int, help="only this one of its training modes; -1: the last"
@@ -49,6 +50,24 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="where the reports go as well")
     parser.add_argument("--exec", nargs=argparse.REMAINDER, help="a Python's arguments: run that")
     return parser.parse_args()
+
+
+def read_settings(options: argparse.Namespace) -> dict[str, str]:
+    """The script's options that were given."""
+    settings = dict(setting.split("=", 1) for setting in options.set)
+    if options.micro_batch:
+        settings["MICRO_BATCH_TOKENS"] = str(options.micro_batch)
+    return settings
+
+
+def title_of(preset: str, settings: dict[str, str], step: bool, validation: bool = False) -> str:
+    """The name of a case, by which an estimate and a measurement find each other."""
+    words = [preset, *(f"{name}={value}" for name, value in sorted(settings.items()))]
+    if step:
+        words.append("step")
+    if validation:
+        words.append("validation")
+    return " ".join(words)
 
 
 def describe(report: ModeReport) -> str:
@@ -83,8 +102,9 @@ def describe_kernels(table: list[roofline.Line], top: int) -> str:
     return "\n".join(lines)
 
 
-def write_json(path: Path, preset: str, reports: Iterable[ModeReport]) -> None:
-    entries: list[dict[str, Any]] = []
+def write_json(path: Path, title: str, reports: Iterable[ModeReport]) -> None:
+    """Adds the reports of a case to a file of cases, or replaces them there."""
+    modes: list[dict[str, Any]] = []
     for report in reports:
         groups = roofline.by_group(report.table).values()
         kernels = [
@@ -92,17 +112,28 @@ def write_json(path: Path, preset: str, reports: Iterable[ModeReport]) -> None:
         ]
         entry = report._asdict() | dict(kernels=kernels)
         del entry["table"]
-        entries.append(entry)
-    path.write_text(json.dumps(dict(preset=preset, modes=entries), indent=1) + "\n")
+        modes.append(entry)
+    cases = json.loads(path.read_text()) if path.exists() else {}
+    cases[title] = modes
+    path.write_text(json.dumps(cases, indent=1) + "\n")
+
+
+def run_all(options: argparse.Namespace) -> int:
+    """The same command for every preset; how many failed."""
+    import train_gpt
+
+    failed = 0
+    for preset in train_gpt.SYSTEMS:
+        command = [preset if word == "all" else word for word in sys.argv]
+        failed += subprocess.run([sys.executable, *command]).returncode != 0
+    return failed
 
 
 def run(options: argparse.Namespace) -> None:
     # Imports torch, which only sees the pretended GPU in the process that was entered.
     from records.tools.dryrun import session
 
-    settings = dict(setting.split("=", 1) for setting in options.set)
-    if options.micro_batch:
-        settings["MICRO_BATCH_TOKENS"] = str(options.micro_batch)
+    settings = read_settings(options)
     case = session.Case(
         options.script.resolve(),
         options.preset,
@@ -118,14 +149,15 @@ def run(options: argparse.Namespace) -> None:
     if options.mode is not None:
         modes = [modes[options.mode]]
     reports = []
+    title = title_of(options.preset, settings, options.step, options.eval)
     with running.attention():
         for mode in modes:
             reports.append(running.run(mode))
-            print(f"{options.preset}, {describe(reports[-1])}", flush=True)
+            print(f"{title}, {describe(reports[-1])}", flush=True)
             if options.top:
                 print(describe_kernels(reports[-1].table, options.top), flush=True)
     if options.json:
-        write_json(options.json, options.preset, reports)
+        write_json(options.json, title, reports)
     trace.path.unlink()
 
 
@@ -134,6 +166,8 @@ def main() -> int:
     try:
         if options.exec:
             standins.enter(options.exec)
+        if options.preset == "all":
+            return run_all(options)
         if not standins.inside():
             standins.enter(sys.argv)
     except standins.NoCudaBuild as error:
