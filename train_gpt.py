@@ -15,7 +15,7 @@ bytes, 8 training, 9 compiling, averages, reports and checkpoints, 10 ranks, log
 
 Shapes: B sequences, T tokens, D model width, H query heads, K key/value heads, E head width,
 V vocabulary, R effective layers. Parameters, tables and optimizer states are float32; matmul
-operands and the residual stream are DTYPE.
+operands and the residual stream are DTYPE. "PR n" is pull request n of openai/parameter-golf.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import difflib
 import errno
 import fcntl
 import functools
+import gc
 import hashlib
 import importlib
 import itertools
@@ -39,6 +40,7 @@ import re
 import shlex
 import signal
 import struct
+import subprocess
 import sys
 import textwrap
 import time
@@ -82,11 +84,14 @@ def option(
 ) -> Any:
     """A field of `Config`: its default, what it means, its bounds.
 
-    `needs` lists what must hold for the option to act, as in "num_shared !tie_embeddings
-    num_loops>1 average=ema". `neutral` is the value that switches a technique off, where that is
-    not the default. `group` opens a group of options in `--help`.
+    Numbers are at least 0 unless `low` says otherwise. `needs` lists what must hold for the option
+    to act, as in "num_shared !tie_embeddings num_loops>1 average=ema". `neutral` is the value that
+    switches a technique off, where that is not the default. `group` opens a group of `--help`.
     """
-    return field(default=default, metadata=dict(locals()))
+    return field(
+        default=default,
+        metadata=dict(help=help, low=low, high=high, needs=needs, neutral=neutral, group=group),
+    )
 
 
 def parse(name: str, text: str, kind: Any) -> Any:
@@ -118,22 +123,34 @@ class Architecture:
     """
 
     vocab_size: int = option(
-        1024, "Pieces of the tokenizer (V); shards hold uint16 ids.", 2, 65536, group="Model"
+        1024,
+        "Pieces of the tokenizer (V); shards hold uint16 ids.",
+        low=2,
+        high=65536,
+        group="Model",
     )
-    model_dim: int = option(512, "Width of the residual stream (D).", 2, 65536)
-    num_heads: int = option(8, "Query heads (H).", 1, 1024)
-    num_kv_heads: int = option(4, "Key/value heads (K), each shared by H/K query heads.", 1, 1024)
-    mlp_mult: float = option(2.0, "Hidden width of an MLP as a multiple of MODEL_DIM.", 0.01, 64)
-    num_layers: int = option(9, "Layers of the flat U-Net.", 1, 256, needs="!num_shared")
-    num_prelude: int = option(1, "Layers before the core.", 0, 256, needs="num_shared")
-    num_shared: int = option(4, "Layers of the shared core; 0 makes a flat U-Net.", 0, 256)
+    model_dim: int = option(512, "Width of the residual stream (D).", low=2, high=65536)
+    num_heads: int = option(8, "Query heads (H).", low=1, high=1024)
+    num_kv_heads: int = option(
+        4, "Key/value heads (K), each shared by H/K query heads.", low=1, high=1024
+    )
+    mlp_mult: float = option(
+        2.0, "Hidden width of an MLP as a multiple of MODEL_DIM.", low=0.01, high=64
+    )
+    num_layers: int = option(9, "Layers of the flat U-Net.", low=1, high=256, needs="!num_shared")
+    num_prelude: int = option(1, "Layers before the core.", low=0, high=256, needs="num_shared")
+    num_shared: int = option(4, "Layers of the shared core; 0 makes a flat U-Net.", low=0, high=256)
     num_loops: int = option(
-        3, "Passes over the core in training, at most.", 1, 256, needs="num_shared"
+        3, "Passes over the core in training, at most.", low=1, high=256, needs="num_shared"
     )
     eval_passes: int = option(
-        0, "Passes over the core in scoring; 0 means NUM_LOOPS.", 0, 256, needs="num_shared"
+        0,
+        "Passes over the core in scoring; 0 means NUM_LOOPS.",
+        low=0,
+        high=256,
+        needs="num_shared",
     )
-    num_coda: int = option(1, "Layers after the core.", 0, 256, needs="num_shared")
+    num_coda: int = option(1, "Layers after the core.", low=0, high=256, needs="num_shared")
     core_skips: Literal["none", "all", "published"] = option(
         "none",
         "U-Net skips from the prelude to the coda; PR 1230 published half of them.",
@@ -145,15 +162,15 @@ class Architecture:
     pass_scale_init: float = option(
         1.0,
         "Start of alpha in x + alpha (core(x) - x), learned per further pass; 1 leaves it out.",
-        -4,
-        4,
+        low=-4,
+        high=4,
         needs="num_loops>1",
     )
     feedback_rank: int = option(
         0,
         "Rank r of the error feedback x + d * (x V) U^T before a further pass; 0 leaves it out.",
-        0,
-        4096,
+        low=0,
+        high=4096,
         needs="num_loops>1",
     )
     interpass_norm: bool = option(
@@ -161,12 +178,12 @@ class Architecture:
     )
     use_peri_norm: bool = option(
         True,
-        "Output-LN: normalise the MLP branch at its output instead of its input.",
+        "Output-LN (peri norm): normalise the MLP branch at its output instead of its input.",
         neutral=False,
     )
     use_birkhoff_mix: bool = option(
         True,
-        "Convex mix a x + (1-a) x0 with learned a in (0, 1) per channel; off: two free weights.",
+        "Convex (Birkhoff) mix a x + (1-a) x0, a in (0, 1) per channel; off: two free weights.",
         neutral=False,
     )
     use_timestep_scale: bool = option(
@@ -176,7 +193,9 @@ class Architecture:
         4.0, "Cap on |gamma|; 0 means none.", needs="use_timestep_scale", neutral=0.0
     )
     use_timestep_bias: bool = option(
-        True, "FiLM: shift both branches of an effective layer by a learned beta.", neutral=False
+        True,
+        "Shift both branches of an effective layer by a learned beta (FiLM bias).",
+        neutral=False,
     )
     use_unique_norms: bool = option(
         False,
@@ -185,47 +204,53 @@ class Architecture:
     )
     unique_norms_input_norm: bool = option(
         False,
-        "Keep the input norm beside unique norms under Output-LN, as PR 855 did by accident.",
+        "Keep the input norm beside unique norms under Output-LN, as PR 855 unknowingly did.",
         needs="use_unique_norms use_peri_norm",
     )
     depth_embed: Literal["none", "sinusoidal", "learned"] = option(
         "sinusoidal", "Depth code added to the stream before every effective layer.", neutral="none"
     )
     leaky_relu_slope: float = option(
-        0.5, "Slope of W2 leaky_relu(W1 x)^2 below zero; 0 is relu^2.", 0, 1
+        0.5, "Slope of W2 leaky_relu(W1 x)^2 below zero; 0 is relu^2.", low=0, high=1
     )
-    logit_softcap: float = option(30.0, "Bound c of the logits in c tanh(logit / c).", 1e-3)
-    rope_base: float = option(10000.0, "Base of the rotary frequencies.", 1)
-    rope_dims: int = option(0, "Channels of a head that are rotated; 0 means all.", 0, 65536)
+    logit_softcap: float = option(30.0, "Bound c of the logits in c tanh(logit / c).", low=1e-3)
+    rope_base: float = option(10000.0, "Base of the rotary frequencies.", low=1)
+    rope_dims: int = option(
+        0, "Channels of a head that are rotated; 0 means all.", low=0, high=65536
+    )
     ln_scale: bool = option(False, "Scale the norms of layer i, counted from 0, by (i + 1)^-0.5.")
     xsa_last_n: int = option(
-        0, "Exclusive self-attention in this many last layers outside the core.", 0, 256
+        0, "Exclusive self-attention in this many last layers outside the core.", low=0, high=256
     )
     smear_gate: Literal["none", "document", "published"] = option(
         "none",
         "Blend the previous token into each embedding; `published` does so across documents.",
     )
     bigram_vocab_size: int = option(
-        0, "Buckets of the hashed bigram embedding; 0 leaves it out.", 0, 1 << 20
+        0, "Buckets of the hashed bigram embedding; 0 leaves it out.", low=0, high=1 << 20
     )
     bigram_dim: int = option(
-        64, "Width of the bigram embedding.", 1, 65536, needs="bigram_vocab_size"
+        64, "Width of the bigram embedding.", low=1, high=65536, needs="bigram_vocab_size"
     )
     ve_last_n: int = option(
-        0, "This many last layers add the shared value embedding to v; 0 leaves it out.", 0, 256
+        0,
+        "This many last layers add the shared value embedding to v; 0 leaves it out.",
+        low=0,
+        high=256,
     )
-    ve_dim: int = option(128, "Width of the value embedding.", 1, 65536, needs="ve_last_n")
+    ve_dim: int = option(128, "Width of the value embedding.", low=1, high=65536, needs="ve_last_n")
     qk_gain_init: float = option(1.5, "Initial gain of the normalised queries, per head.")
     tie_embeddings: bool = option(True, "Use the token embedding as output projection.")
     train_seq_len: int = option(
-        1024, "Tokens of a sequence (T), in training and in scoring.", 2, 1 << 17
+        1024, "Tokens of a sequence (T), in training and in scoring.", low=2, high=1 << 17
     )
     dtype: Literal["bfloat16", "float32"] = option(
         "bfloat16", "Type of matmul operands and of the residual stream."
     )
     reference_bf16: bool = option(
         False,
-        "Keep RoPE positions, tables and embedding in bfloat16, as PR 855 did by accident.",
+        "Round RoPE positions, and in training tables and embedding, to bfloat16, as PR 855's "
+        "module-wide cast unknowingly did.",
     )
 
     def __post_init__(self) -> None:
@@ -279,7 +304,7 @@ def check_range(f: Field, value: Any) -> None:
 
 
 def neutral_values(kind: type[Architecture]) -> dict[str, Any]:
-    """The values that switch every technique off, of the options whose default does not."""
+    """The values that switch techniques off, of those options that are on by default."""
     found = {f.name: f.metadata["neutral"] for f in fields(kind)}
     return {name: value for name, value in found.items() if value is not None}
 
@@ -310,7 +335,7 @@ class Config(Architecture):
     tracker: Literal["none", "tensorboard", "wandb"] = option(
         "none", "Where metrics go as well, if it is installed."
     )
-    seed: int = option(1337, "Seed of the initial weights.", 0, 2**64 - 1)
+    seed: int = option(1337, "Seed of the initial weights.", low=0, high=2**64 - 1)
     device: Literal["auto", "cuda", "cpu"] = option(
         "auto",
         "Where to train; auto takes CUDA if there is a GPU, and the CPU for a single process only.",
@@ -326,12 +351,17 @@ class Config(Architecture):
     deterministic: bool = option(
         False, "Make CUDA repeat a run to the last bit, or name what cannot; slower."
     )
-    save_every: int = option(0, "Steps between checkpoints; 0: only when a run is interrupted.")
+    save_every: int = option(
+        -1,
+        "Steps between checkpoints; 0: only when a run is interrupted, as a lost GPU rank cannot "
+        "save; -1: 500 on CUDA, 0 on CPUs.",
+        low=-1,
+    )
     resume: str = option(
         "", "Path of a checkpoint to go on from, or auto: the last one of RUN_ID, if any."
     )
     rank_timeout_seconds: float = option(
-        60.0, "Seconds to wait for a missing rank before every rank stops.", 5
+        60.0, "Seconds to wait for a missing rank before every rank stops.", low=5
     )
     max_skipped_steps: int = option(
         10, "Steps with a loss or gradient that is not finite, skipped before the run ends."
@@ -361,11 +391,11 @@ class Config(Architecture):
     warmdown_iters: int = option(
         1200, "Steps (or their time) over which the learning rate falls to 0 at the end."
     )
-    train_batch_tokens: int = option(524288, "Tokens of a step, all ranks together.", 1)
-    micro_batch_tokens: int = option(65536, "Tokens of a rank's forward pass, at most.", 1)
-    val_batch_size: int = option(524288, "Tokens of a validation batch, all ranks together.", 1)
+    train_batch_tokens: int = option(524288, "Tokens of a step, all ranks together.", low=1)
+    micro_batch_tokens: int = option(65536, "Tokens of a rank's forward pass, at most.", low=1)
+    val_batch_size: int = option(524288, "Tokens of a validation batch, all ranks together.", low=1)
     val_loss_every: int = option(1000, "Steps between validations; 0: only at the end.")
-    train_log_every: int = option(200, "Steps between log lines, after the first ten.", 1)
+    train_log_every: int = option(200, "Steps between log lines, after the first ten.", low=1)
 
     embed_lr: float = option(
         0.6,
@@ -394,66 +424,75 @@ class Config(Architecture):
     matrix_init: Literal["uniform", "orthogonal"] = option(
         "uniform", "Initial matrices, of those that do not start at zero."
     )
-    muon_momentum: float = option(0.95, "Muon's Nesterov momentum, after its warm-up.", 0, 1)
+    muon_momentum: float = option(
+        0.95, "Muon's Nesterov momentum, after its warm-up.", low=0, high=1
+    )
     muon_momentum_warmup_start: float = option(
-        0.85, "Muon's momentum at step 0.", 0, 1, needs="muon_momentum_warmup_steps"
+        0.85, "Muon's momentum at step 0.", low=0, high=1, needs="muon_momentum_warmup_steps"
     )
     muon_momentum_warmup_steps: int = option(500, "Steps until Muon's momentum has risen.")
-    muon_backend_steps: int = option(5, "Newton-Schulz iterations.", 1)
-    beta1: float = option(0.9, "Adam's decay of the first moment.", 0, 1 - 1e-9)
-    beta2: float = option(0.95, "Adam's decay of the second moment.", 0, 1 - 1e-9)
+    muon_backend_steps: int = option(5, "Newton-Schulz iterations.", low=1)
+    beta1: float = option(0.9, "Adam's decay of the first moment.", low=0, high=1 - 1e-9)
+    beta2: float = option(0.95, "Adam's decay of the second moment.", low=0, high=1 - 1e-9)
     adam_eps: float = option(1e-8, "Added to the root of Adam's second moment.")
     grad_clip_norm: float = option(0.0, "Largest L2 norm of the averaged gradient; 0: no clipping.")
     average: Literal["none", "ema", "swa"] = option(
         "none", "Average of the weights over steps; it is what is exported."
     )
     ema_decay: float = option(
-        0.997, "Decay a step of AVERAGE=ema.", 0, 1 - 1e-9, needs="average=ema"
+        0.997, "Decay a step of AVERAGE=ema.", low=0, high=1 - 1e-9, needs="average=ema"
     )
     swa_every: int = option(
-        50, "Steps between the weights that AVERAGE=swa takes.", 1, needs="average=swa"
+        50, "Steps between the weights that AVERAGE=swa takes.", low=1, needs="average=swa"
     )
     swa_lr_factor: float = option(
         0.2,
         "AVERAGE=swa takes weights once the learning rate is below this fraction.",
-        0,
-        1,
+        low=0,
+        high=1,
         needs="average=swa",
     )
 
     qat_fraction: float = option(
         0.0,
         "Last fraction of the run that trains on rounded matrices (QAT).",
-        0,
-        1,
+        low=0,
+        high=1,
         group="Rounding and artifact",
     )
     qat_lr_factor: float = option(
         0.0,
         "Train on rounded matrices once the learning rate is below this fraction.",
-        0,
-        1,
+        low=0,
+        high=1,
         needs="warmdown_iters",
     )
     qat_core_only: bool = option(
         False, "Round only the core's matrices in QAT.", needs="num_shared"
     )
     matrix_bits: int = option(
-        8, "Bits of a stored matrix element; 0: the most with which the artifact fits.", 0, 8
+        8,
+        "Bits of a stored matrix element; 0: the most with which the artifact fits.",
+        low=0,
+        high=8,
     )
     core_bits: int = option(
-        0, "Bits of the core's matrix elements; 0 means MATRIX_BITS.", 0, 8, needs="num_shared"
+        0,
+        "Bits of the core's matrix elements; 0 means MATRIX_BITS.",
+        low=0,
+        high=8,
+        needs="num_shared",
     )
-    embed_bits: int = option(8, "Bits of a stored embedding element.", 2, 8)
+    embed_bits: int = option(8, "Bits of a stored embedding element.", low=2, high=8)
     quant_clip: Literal["percentile", "matrix", "row"] = option(
         "percentile",
         "Where rows saturate: a percentile, or the least squared error of the matrix or row.",
     )
     quant_clip_percentile: float = option(
-        99.99984, "Percentile of |w| in a row beyond which weights saturate.", 50, 100
+        99.99984, "Percentile of |w| in a row beyond which weights saturate.", low=50, high=100
     )
     quant_scale_floor: float = option(
-        0.0, "Smallest step of int8 rounding; PR 855 has 1/127 = 0.00787.", 0, 1
+        0.0, "Smallest step of int8 rounding; PR 855 has 1/127 = 0.00787.", low=0, high=1
     )
     gptq_batches: int = option(
         0,
@@ -480,11 +519,13 @@ class Config(Architecture):
         600.0, "Seconds of all evaluations together; a slower run is no submission."
     )
     ttt_lr: float = option(0.0, "SGD's learning rate of score-first test-time training; 0: none.")
-    ttt_epochs: int = option(3, "Passes over a chunk after it was scored.", 1, needs="ttt_lr")
+    ttt_epochs: int = option(3, "Passes over a chunk after it was scored.", low=1, needs="ttt_lr")
     ttt_chunk_tokens: int = option(
-        32768, "Tokens that are scored before they are trained on.", 1, needs="ttt_lr"
+        32768, "Tokens that are scored before they are trained on.", low=1, needs="ttt_lr"
     )
-    ttt_momentum: float = option(0.9, "SGD's momentum in test-time training.", 0, 1, needs="ttt_lr")
+    ttt_momentum: float = option(
+        0.9, "SGD's momentum in test-time training.", low=0, high=1, needs="ttt_lr"
+    )
     ttt_grad_clip: float = option(
         1.0,
         "Largest L2 norm of the gradient in test-time training; 0: no clipping.",
@@ -623,15 +664,15 @@ NONE = -1  # an index that points at nothing
 class Layer(NamedTuple):
     """One effective layer. Sharing is a repeated index: equal `attn` or `mlp` share weights."""
 
-    row: int  # its depth: row of the scale, shift and depth-code tables
-    attn: int  # attention and the mix before it; numbered as in the network without repetition
-    mlp: int
+    row: int  # of the tables that condition effective layers: scale, shift, depth code
+    attn: int  # index of the stored attention, and of the mix before it
+    mlp: int  # index of the stored MLP
     gain: int = NONE  # row of the unique norm gains
-    core: bool = False  # its weights are used in every pass
-    opens: int = NONE  # the pass over the core that begins here, counted from 0
-    closes: int = NONE  # the pass over the core that ends here
+    core: bool = False  # part of the core, so its weights are used in every pass
+    opens: int = NONE  # number of the pass over the core that begins here, 0 to NUM_LOOPS - 1
+    closes: int = NONE  # number of the pass over the core that ends here
     push: bool = False  # U-Net: its output is kept for a later layer
-    skip: int = NONE  # U-Net: weight with which the output kept last is added to its input
+    skip: int = NONE  # U-Net: index of the weight of the kept output that is added to its input
     value: int = NONE  # row of the value embedding's scales
     xsa: bool = False  # exclusive self-attention
 
@@ -650,15 +691,16 @@ def make_plan(a: Architecture, passes: int = 0) -> tuple[Layer, ...]:
     skips = num_skips(a, prelude, coda)
     last = a.num_loops - 1
 
-    def outside(index: int, row: int, **skip: Any) -> Layer:
+    def outer_layer(index: int, row: int, push: bool = False, skip: int = NONE) -> Layer:
         mlp = row if a.share_attn_only else index
         xsa = index >= stored - a.xsa_last_n
-        return Layer(row, index, mlp, value=value_row(index), xsa=xsa, **skip)
+        return Layer(row, index, mlp, push=push, skip=skip, value=value_row(index), xsa=xsa)
 
     def value_row(index: int) -> int:
-        return max(index - (stored - a.ve_last_n), NONE)
+        first = stored - a.ve_last_n
+        return index - first if index >= first else NONE
 
-    layers = [outside(i, i, push=i >= prelude - skips) for i in range(prelude)]
+    layers = [outer_layer(i, i, push=i >= prelude - skips) for i in range(prelude)]
     for number in range((passes or a.num_loops) if core else 0):
         visit = min(number, last)
         for i in range(prelude, prelude + core):
@@ -677,7 +719,7 @@ def make_plan(a: Architecture, passes: int = 0) -> tuple[Layer, ...]:
             )
     for t in range(coda):
         i = prelude + core + t
-        layers.append(outside(i, i + core * last, skip=t if t < skips else NONE))
+        layers.append(outer_layer(i, i + core * last, skip=t if t < skips else NONE))
     return tuple(layers)
 
 
@@ -690,8 +732,8 @@ def num_skips(a: Architecture, prelude: int, coda: int) -> int:
 
 
 # ---- 3. Model ----------------------------------------------------------------------------------
-# A gain before a matrix scales its columns and a scale behind it its rows: a pass over a weight is
-# cheaper than one over the data.
+# A gain on a matrix's input multiplies the columns of the matrix, a scale on its output the rows:
+# W (g x) = (W g) x, and a weight is smaller than the data.
 
 
 class Role(NamedTuple):
@@ -717,7 +759,7 @@ ROLES = {
 
 
 def parameter(role: str, value: Tensor, parts: tuple[int, ...] = ()) -> nn.Parameter:
-    """A float32 parameter with its role; `parts` are the rows of matrices in it (q, k, v)."""
+    """A float32 parameter with its role; `parts` are the row counts of matrices stacked in it."""
     p = nn.Parameter(value)
     p.role = role  # type: ignore[attr-defined]
     p.parts = parts or (len(value),)  # type: ignore[attr-defined]
@@ -794,9 +836,23 @@ class Matrix(nn.Module):
         return F.linear(x, (w * factor).to(x.dtype))
 
 
+NORM_EPS = 1.1920929e-07  # PyTorch's default for float32, whatever the type that is normalised
+
+
 def rms_norm(x: Tensor) -> Tensor:
-    """RMSNorm without a gain; eps is PyTorch's default for float32, whatever the type of x."""
-    return F.rms_norm(x, x.shape[-1:], eps=1.1920929e-07)
+    """RMSNorm without a gain."""
+    return F.rms_norm(x, x.shape[-1:], eps=NORM_EPS)
+
+
+def normalise_heads(x: Tensor, gain: Tensor) -> Tensor:
+    """RMSNorm of each head of x [B, T, heads, E], times its gain [heads].
+
+    The gain multiplies the norm's statistic in float32: it costs no pass over the data, and
+    nothing of the normalised heads is kept for the backward pass.
+    """
+    wide = x.float()
+    statistic = torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPS)
+    return (wide * (statistic * gain[:, None])).to(x.dtype)
 
 
 def rope_tables(a: Architecture) -> tuple[Tensor, Tensor]:
@@ -863,7 +919,7 @@ class Modulation(NamedTuple):
     beta: Tensor  # added to its output, DTYPE
 
 
-class Conditioned(NamedTuple):
+class LayerConditioning(NamedTuple):
     """What conditions one effective layer."""
 
     attn: Modulation
@@ -876,13 +932,16 @@ class Context(NamedTuple):
 
     rounding: Rounding
     rope: tuple[Tensor, Tensor]  # cos and sin
-    attention: Callable[..., Tensor] = attention
+    attention: Callable[..., Tensor]  # of q, k, v
     value: Tensor | None = None  # value embedding [B, T, K E] that is added to v
     xsa: bool = False
 
 
 class Mix(nn.Module):
-    """x and x0 with two weights a channel, or "Birkhoff": sigmoid of w and of -w (PR 855)."""
+    """Adds x and x0 with two free weights a channel, or with a and 1 - a, a = sigmoid(w).
+
+    The second is PR 855's "Birkhoff" mix: a doubly stochastic 2 x 2 matrix is a and 1 - a.
+    """
 
     def __init__(self, a: Architecture) -> None:
         super().__init__()
@@ -925,8 +984,9 @@ class Attention(nn.Module):
         qk, v = qkv.split((H + K, K), dim=2)
         if context.value is not None:
             v = v + context.value.view(v.shape)
-        gain = F.pad(self.q_gain, (0, K), value=1.0).to(x.dtype)
-        qk = rotate(rms_norm(qk), *context.rope) * gain[:, None]
+        gain = F.pad(self.q_gain, (0, K), value=1.0)  # keys have a gain of 1
+        qk = normalise_heads(qk, gain)
+        qk = rotate(qk, *context.rope)
         q, k = qk.transpose(1, 2).split((H, K), dim=1)
         y = context.attention(q, k, v.transpose(1, 2)).transpose(1, 2)
         if context.xsa:
@@ -940,11 +1000,8 @@ class MLP(nn.Module):
 
     def __init__(self, a: Architecture, core: bool, input_norm: bool) -> None:
         super().__init__()
-        self.slope, self.input_norm, self.output_norm = (
-            a.leaky_relu_slope,
-            input_norm,
-            a.use_peri_norm,
-        )
+        self.slope = a.leaky_relu_slope
+        self.input_norm, self.output_norm = input_norm, a.use_peri_norm
         hidden = round(a.mlp_mult * a.model_dim)
         self.fc = Matrix(uniform(hidden, a.model_dim), core)
         self.proj = Matrix(torch.zeros(a.model_dim, hidden), core)
@@ -955,24 +1012,28 @@ class MLP(nn.Module):
         h = F.leaky_relu(h, self.slope).square()
         scale = self.scale * mod.gamma
         if self.output_norm:
+            # Where W2 is 0, as at the start, the norm's gradient is 1 / sqrt(eps) = 2,900: only the
+            # direction of a gradient matters to Muon.
             out = rms_norm(self.proj(h, 1.0, rounding))
-            return torch.addcmul(x + mod.beta, out, scale.to(x.dtype))
+            return torch.addcmul(x + mod.beta, out, scale.to(x.dtype))  # x + beta + scale * out
         return x + self.proj(h, scale[:, None], rounding) + mod.beta
 
 
-class Weights(NamedTuple):
-    """The modules of one effective layer."""
+class LayerModules(NamedTuple):
+    """The stored modules that one effective layer uses."""
 
     mix: nn.Module
     attn: nn.Module
     mlp: nn.Module
 
 
-def block(w: Weights, x: Tensor, x0: Tensor, cond: Conditioned, context: Context) -> Tensor:
+def block(
+    layer: LayerModules, x: Tensor, x0: Tensor, cond: LayerConditioning, context: Context
+) -> Tensor:
     """One effective layer, [B, T, D] -> [B, T, D]; COMPILE=block compiles it once for all alike."""
-    x = w.mix(x, x0) + cond.depth
-    x = w.attn(x, cond.attn, context)
-    return w.mlp(x, cond.mlp, context.rounding)
+    x = layer.mix(x, x0) + cond.depth
+    x = layer.attn(x, cond.attn, context)
+    return layer.mlp(x, cond.mlp, context.rounding)
 
 
 def head_loss(h: Tensor, head: Tensor, targets: Tensor, softcap: float) -> Tensor:
@@ -981,8 +1042,8 @@ def head_loss(h: Tensor, head: Tensor, targets: Tensor, softcap: float) -> Tenso
     h [N, D], head [V, D], targets [N] of which those below 0 are left out.
     """
     weight = head.to(h.dtype)
-    whole = h.is_cuda or torch.compiler.is_compiling()
-    rows = len(h) if whole else 512  # as many logits as stay in a CPU's cache
+    # A GPU and a compiler take all rows at once; a CPU so many that their logits stay in its cache.
+    rows = len(h) if h.is_cuda or torch.compiler.is_compiling() else 512
     total = torch.zeros((), device=h.device)
     for x, y in zip(h.split(rows), targets.split(rows)):
         logits = softcap * torch.tanh(F.linear(x, weight).float() / softcap)
@@ -1011,7 +1072,8 @@ class SideEmbedding(nn.Module):
         self.scale = parameter("scalar", torch.full((1,), scale))
 
     def forward(self, index: Tensor) -> Tensor:
-        return F.linear(F.embedding(index, self.table), self.proj * self.scale)
+        # The table is projected, not what is looked up: it has fewer rows than a batch has tokens.
+        return F.embedding(index, F.linear(self.table, self.proj * self.scale))
 
 
 def bigram_index(ids: Tensor, buckets: int) -> Tensor:
@@ -1053,7 +1115,7 @@ class PassBoundary(nn.Module):
         return x
 
     def leave(self, start: Tensor, x: Tensor, number: int) -> Tensor:
-        """The state behind pass `number`, which took `start` to x."""
+        """The state after pass `number`, which took `start` to x."""
         if number == 0 or not self.scaled:
             return x
         return torch.lerp(start, x, self.scale[number - 1].to(x.dtype))
@@ -1072,14 +1134,15 @@ def growth_penalty(before: Tensor, after: Tensor) -> Tensor:
 class Conditioning(nn.Module):
     """Tables by effective layer: gamma and beta, depth code, norm gains.
 
-    arXiv 2410.01405 has the scale by timestep, 1709.07871 has FiLM.
+    Sources: "On expressive power of looped transformers" (arXiv 2410.01405) for a scale by
+    timestep, FiLM (arXiv 1709.07871) for the shift.
     """
 
     gamma: Tensor  # [R, 2, D], for attention and MLP, like beta
     beta: Tensor
     gain: Tensor  # [rows of the core, 2, D]
     no_gain: Tensor
-    gain_row: Tensor  # [R], which row of gain; NONE is the neutral one behind it
+    gain_row: Tensor  # [R], rows of no_gain and gain, one above the other
     depth: Tensor  # [R, D]
     scale_in: Tensor  # [R, 2, 1]
     scale_out: Tensor
@@ -1093,16 +1156,17 @@ class Conditioning(nn.Module):
         self.add("beta", a.use_timestep_bias, torch.zeros(R, 2, D if a.use_timestep_bias else 1))
         self.add("gain", gains > 0, torch.ones(gains, 2, D if gains else 1))
         self.add("no_gain", False, torch.ones(1, *self.gain.shape[1:]))
-        self.add("gain_row", False, torch.tensor([layer.gain for layer in plan]))
+        self.add("gain_row", False, torch.tensor([layer.gain + 1 for layer in plan]))
         self.add("depth", a.depth_embed == "learned", depth_code(a.depth_embed, R, D))
-        scale = torch.ones(R)
+        # LN_SCALE multiplies norms: of the inputs, and under Output-LN of the MLP's output.
+        scale_in, scale_out = torch.ones(R, 2, 1), torch.ones(R, 2, 1)
         if a.ln_scale:
-            scale = torch.tensor([layer.attn + 1.0 for layer in plan]) ** -0.5
-        at_output = torch.tensor(
-            [False, a.use_peri_norm]
-        )  # of attention and MLP: where the norm is
-        self.add("scale_in", False, torch.where(at_output, 1.0, scale[:, None])[..., None])
-        self.add("scale_out", False, torch.where(at_output, scale[:, None], 1.0)[..., None])
+            scale = torch.tensor([layer.attn + 1.0 for layer in plan])[:, None] ** -0.5
+            scale_in[:, 0] = scale
+            mlp = scale_out if a.use_peri_norm else scale_in
+            mlp[:, 1] = scale
+        self.add("scale_in", False, scale_in)
+        self.add("scale_out", False, scale_out)
 
     def add(self, name: str, learned: bool, value: Tensor) -> None:
         """A table that is learned, or a constant that no artifact carries."""
@@ -1111,24 +1175,27 @@ class Conditioning(nn.Module):
         else:
             self.register_buffer(name, value, persistent=False)
 
-    def rows(self, plan: tuple[Layer, ...], dtype: torch.dtype) -> list[Conditioned]:
+    def rows(self, plan: tuple[Layer, ...], dtype: torch.dtype) -> list[LayerConditioning]:
         """For every effective layer of `plan`, what conditions it."""
-        gain = (torch.cat((self.gain, self.no_gain))[self.gain_row] * self.scale_in).unbind()
+        gain = (torch.cat((self.no_gain, self.gain))[self.gain_row] * self.scale_in).unbind()
         gamma = (self.gamma.clamp(-self.cap, self.cap) * self.scale_out).unbind()
         beta = self.beta.to(dtype).unbind()
         depth = self.depth.to(dtype).unbind()
 
-        def row(i: int) -> Conditioned:
+        def row(i: int) -> LayerConditioning:
             attn, mlp = (
                 Modulation(gain[i][branch], gamma[i][branch], beta[i][branch]) for branch in (0, 1)
             )
-            return Conditioned(attn, mlp, depth[i])
+            return LayerConditioning(attn, mlp, depth[i])
 
         return [row(layer.row) for layer in plan]
 
 
 def depth_code(kind: str, rows: int, width: int) -> Tensor:
-    """Codes added to the stream [R, D]: none, sin(row / 10000^(i/D)), or zeros to be learned."""
+    """Codes added to the stream [R, D]: none, sin(row / 10000^(i/D)), or zeros to be learned.
+
+    PR 855 has sines only, so the first row is 0.
+    """
     if kind == "none":
         return torch.zeros(rows, 1)
     if kind == "learned":
@@ -1174,7 +1241,7 @@ class GPT(nn.Module):
         self.attn = modules(Attention(a, layer.core) for layer in attns.values())
         self.mlp = modules(MLP(a, x.core, has_input_norm(a, x)) for x in mlps.values())
         self.cond = Conditioning(a, trained)
-        self.core = PassBoundary(a)
+        self.core = PassBoundary(a)  # its parameters are named core.* in artifacts
         self.skip = nn.ParameterList(
             parameter("scalar", torch.ones(D)) for layer in trained if layer.push
         )
@@ -1199,10 +1266,12 @@ class GPT(nn.Module):
 
     def embed(self, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Of ids [B, T]: x0 [B, T, D], and the value embeddings [B, T, K E], one for each row."""
-        x = F.embedding(ids, self.tok_emb)
         if self.buckets:
-            x = x + self.bigram(bigram_index(ids, self.buckets))
-        x = rms_norm(x).to(self.dtype)
+            bigram = self.bigram(bigram_index(ids, self.buckets))
+            x = rms_norm(F.embedding(ids, self.tok_emb) + bigram)
+        else:  # the same for less work: a table has fewer rows than a batch has tokens
+            x = F.embedding(ids, rms_norm(self.tok_emb))
+        x = x.to(self.dtype)
         if self.smear != "none":
             share = torch.sigmoid(self.smear_gate).to(x.dtype)
             if (
@@ -1224,7 +1293,7 @@ class GPT(nn.Module):
         conditions = self.cond.rows(plan, self.dtype)
         cos, sin = self.rope[:, : ids.shape[1]].to(self.dtype).unbind()
         x0, values = self.embed(ids)
-        x = x0.clone()  # one tensor as two arguments would be another graph
+        x = x0.clone()  # a compiled block with one tensor as x and x0 would be another graph
         kept: list[Tensor] = []  # for U-Net skips
         starts: list[Tensor] = []  # of passes over the core
         ends: list[Tensor] = []
@@ -1234,7 +1303,7 @@ class GPT(nn.Module):
             if layer.opens != NONE:
                 x = self.core.enter(x, layer.opens)
                 starts.append(x)
-            weights = Weights(self.mix[layer.attn], self.attn[layer.attn], self.mlp[layer.mlp])
+            stored = LayerModules(self.mix[layer.attn], self.attn[layer.attn], self.mlp[layer.mlp])
             context = Context(
                 rounding=mode.core if layer.core else mode.outside,
                 rope=(cos, sin),
@@ -1242,7 +1311,7 @@ class GPT(nn.Module):
                 value=values[layer.value] if layer.value != NONE else None,
                 xsa=layer.xsa,
             )
-            x = ops.block(weights, x, x0, cond, context)
+            x = ops.block(stored, x, x0, cond, context)
             if layer.closes != NONE:
                 x = self.core.leave(starts[-1], x, layer.closes)
                 ends.append(x)
@@ -1262,7 +1331,7 @@ class GPT(nn.Module):
     def forward(self, ids: Tensor, targets: Tensor, mode: Mode, ops: Ops = PLAIN_OPS) -> Tensor:
         """Mean cross-entropy in nats of targets [B, T] given ids [B, T]; -100 is left out."""
         x, penalty = self.hidden(ids, mode, ops)
-        head = self.tok_emb if self.tied else self.lm_head
+        head = self.tok_emb if self.tied else self.lm_head  # the table as it is, not normalised
         return ops.loss(x.flatten(0, 1), head, targets.flatten(), self.softcap) + penalty
 
 
@@ -1498,6 +1567,7 @@ def pack(model: GPT, config: Config, hessians: Mapping[str, Tensor] | None = Non
     held = {name: store(p, config, hessians.get(name)) for name, p in model.named_parameters()}
     header = dict(
         architecture=asdict(config.architecture()),
+        tokenizer_sha256=file_hash(find_file(config.tokenizer_path)),
         tensors=[(name, stored.kind) for name, stored in held.items()],
     )
     values = (t.cpu().numpy().tobytes() for stored in held.values() for t in stored.tensors)
@@ -1577,6 +1647,20 @@ def load_model(data: bytes, origin: str, eval_passes: int = 0) -> tuple[GPT, Arc
     return model, architecture, kind
 
 
+def check_artifact_tokenizer(data: bytes, origin: str, config: Config) -> None:
+    """InputError if an artifact names another tokenizer than the one it is to be scored with."""
+    theirs = unseal(
+        "artifact", data, origin, ARTIFACT_LIMIT, lambda header, *_: header.get("tokenizer_sha256")
+    )
+    path = find_file(config.tokenizer_path)
+    ours = file_hash(path)
+    require(
+        not theirs or not ours or ours == theirs,
+        f"{origin} was trained with another tokenizer than TOKENIZER_PATH={path}: SHA-256 "
+        f"{str(theirs)[:12]}..., not {ours[:12]}...",
+    )
+
+
 # ---- 6. Scoring --------------------------------------------------------------------------------
 
 
@@ -1618,13 +1702,14 @@ class Learner:
             self.gradients.clip(config.ttt_grad_clip or math.inf)
             self.sgd.step()
 
-    def compile(self, tokens: Tensor) -> None:
-        """Runs a step's forward and backward pass, so that its graph is there."""
-        mine = slice(self.world.rank, None, self.world.size)
-        ids = tokens[:-1].view(-1, self.config.train_seq_len)[mine]
-        targets = tokens[1:].view(-1, self.config.train_seq_len)[mine]
-        if len(ids):
-            self.forward(ids, targets).backward()
+    def warm_up(self) -> None:
+        """Runs the forward and backward pass of a step, which `learn` forgets again."""
+        length = self.config.train_seq_len
+        sequences = self.config.ttt_chunk_tokens // length
+        mine = len(range(self.world.rank, sequences, self.world.size))
+        ids = torch.zeros((mine, length), dtype=torch.int64, device=self.world.device)
+        if mine:
+            self.forward(ids, ids.clone()).backward()
 
 
 class Scorer:
@@ -1638,7 +1723,10 @@ class Scorer:
         counter = ByteCounter.from_sentencepiece(path, config.vocab_size)
         self.counter = counter.to(world.device)
         self.world, self.tokens, self.length = world, Tokens(config, "val"), config.train_seq_len
-        self.tokens.read(0, self.tokens.total)  # token ids are checked before anything else starts
+        used = torch.bincount(self.tokens.read(0, self.tokens.total), minlength=config.vocab_size)
+        spelled = (used * (counter.size + counter.space)).sum()
+        require(spelled, f"{self.tokens.paths[0]} has no text to score, only control tokens")
+        self.tokenizer = check_tokenizer(path, self.tokens)
         self.targets = self.tokens.total - 1
         T, chunk = self.length, config.ttt_chunk_tokens
         require(
@@ -1699,12 +1787,11 @@ class Scorer:
 
     def warm_up(self, model: Scored, learner: Learner | None = None) -> None:
         """Runs what scoring runs once, so that nothing is compiled while it is timed."""
-        ids, targets = next(self.windows(range(1), self.length))
-        self.totals(model, ids, targets)
+        shape = (self.batch, self.length)
+        nothing = torch.zeros(shape, dtype=torch.int64, device=self.world.device)
+        self.totals(model, nothing, nothing.clone())
         if learner:
-            size = learner.config.ttt_chunk_tokens
-            tokens = self.tokens.read(0, size + 1).to(self.world.device).long()
-            learner.compile(tokens)
+            learner.warm_up()
 
     @torch.no_grad()
     def totals(self, model: Scored, ids: Tensor, targets: Tensor) -> Tensor:
@@ -1723,7 +1810,7 @@ def rms(x: Tensor) -> float:
 @torch.no_grad()
 def recurrence_health(model: GPT, ids: Tensor, mode: Mode) -> list[dict[str, float]]:
     """Per effective layer: mix weights, RMS of scales and shifts, alpha, growth of the stream."""
-    sizes = [1.0]  # RMS of the stream before the first layer and behind each; x0 is normalised
+    sizes = [1.0]  # RMS of the stream before the first layer and after each; x0 is normalised
 
     def measure(_: nn.Module, inputs: Any, out: Tensor) -> None:
         sizes.append(rms(out))
@@ -1756,6 +1843,12 @@ def recurrence_health(model: GPT, ids: Tensor, mode: Mode) -> list[dict[str, flo
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 
 
+ADVICE = (
+    "for the sample corpus run `python data/sample.py` and set PRESET=tiny, for FineWeb run "
+    "`python data/fineweb.py` (data/README.md)"
+)
+
+
 def find_file(name: str) -> Path:
     """A file or folder that is named relative to the working directory or to this script."""
     here = Path(name)
@@ -1781,20 +1874,66 @@ def open_shard(path: Path) -> np.ndarray:
     return np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER_INTS, shape=(count,))
 
 
+def check_names(paths: list[Path]) -> None:
+    """InputError names a shard that is none, such as the copy "fineweb_val_000000 (1).bin"."""
+    numbers: list[str] = []
+    for path in paths:
+        good = re.fullmatch(r"fineweb_[a-z]+_\d+\.bin", path.name)
+        require(good, f"{path} is not named like a shard, fineweb_val_NNNNNN.bin: remove it")
+        numbers.append(path.stem.rpartition("_")[2])
+    for last, number, path in zip(numbers, numbers[1:], paths[1:]):
+        require(
+            len(number) == len(last) and int(number) == int(last) + 1,
+            f"{path} does not follow {last}: a split's shards have contiguous numbers of one width",
+        )
+
+
+class Manifest(NamedTuple):
+    """What manifest.json in a folder of shards says of them (data/README.md); empty without one."""
+
+    tokenizer_sha256: str
+    tokens: dict[str, dict[str, int]]  # of every shard, by split and name
+
+    @classmethod
+    def of(cls, folder: Path) -> Manifest:
+        path = folder / "manifest.json"
+        if not path.exists():
+            return cls("", {})
+        try:
+            read = json.loads(path.read_bytes())
+            sizes = {
+                split: {name: int(file["tokens"]) for name, file in entry["files"].items()}
+                for split, entry in read.get("splits", {}).items()
+                if "files" in entry
+            }
+            return cls(str(read.get("tokenizer", {}).get("sha256", "")), sizes)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path} is not a manifest of shards: {error!r:.200}") from None
+
+    def check_sizes(self, split: str, sizes: dict[str, int]) -> None:
+        """InputError if shards have other sizes, or if the validation split has other shards."""
+        said = self.tokens.get(split, {})
+        for name, size in sizes.items():
+            told = said.get(name, size)
+            require(told == size, f"{name} has {size} tokens, manifest.json says {told}")
+        differ = sorted(said.keys() ^ sizes.keys()) if said and split == "val" else []
+        require(not differ, f"manifest.json and the folder differ in {', '.join(differ)}")
+
+
 class Tokens:
     """The shards of one split as one sequence of token ids that starts again at its end."""
 
     def __init__(self, config: Config, split: Literal["train", "val"]) -> None:
         folder, T = find_file(config.data_path), config.train_seq_len
-        self.vocab_size = config.vocab_size
+        self.vocab_size, self.split = config.vocab_size, split
         self.paths = sorted(folder.glob(f"fineweb_{split}_*.bin"))
-        require(
-            self.paths,
-            "for the sample corpus, run `python data/sample.py` and set PRESET=tiny; for FineWeb, "
-            f"see data/README.md: DATA_PATH={folder} holds no fineweb_{split}_*.bin",
-        )
-        self.starts = np.cumsum([0, *(len(open_shard(path)) for path in self.paths)])
+        require(self.paths, f"{ADVICE}: DATA_PATH={folder} holds no fineweb_{split}_*.bin")
+        check_names(self.paths)
+        sizes = [len(open_shard(path)) for path in self.paths]
+        self.starts = np.cumsum([0, *sizes])
         self.total = int(self.starts[-1])
+        self.manifest = Manifest.of(folder)
+        self.manifest.check_sizes(split, dict(zip((path.name for path in self.paths), sizes)))
         require(
             self.total > T,
             f"TRAIN_SEQ_LEN={T}: {split} in {folder} has only {self.total} tokens",
@@ -1863,6 +2002,42 @@ class Batches:
 SPACE = "\u2581"  # how SentencePiece writes a space
 
 
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file; "" if there is none."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
+
+
+def check_tokenizer(path: Path, tokens: Tokens) -> str:
+    """How it is known that the shards are of the tokenizer at `path`; InputError if they are not.
+
+    Without a manifest a sample decides. Decoded and encoded again it must come out nearly the same:
+    over 0.99 of it does with its own tokenizer, 0.95 and less with another of 1,024 pieces.
+    """
+    ours, theirs = file_hash(path), tokens.manifest.tokenizer_sha256
+    if theirs:
+        require(
+            ours == theirs,
+            f"TOKENIZER_PATH={path} is not the tokenizer of {tokens.paths[0].parent}: its SHA-256 "
+            f"is {ours[:12]}..., manifest.json says {theirs[:12]}...",
+        )
+        return "manifest"
+    sp = spm.SentencePieceProcessor(model_file=str(path))
+    sample: list[int] = []
+    again: list[int] = []
+    for is_bos, group in itertools.groupby(tokens.read(0, 2000).tolist(), lambda id: id == BOS):
+        if not is_bos:  # a document or what is left of one
+            ids = list(group)
+            sample += ids
+            again += sp.encode(sp.decode(ids))
+    alike = difflib.SequenceMatcher(None, sample, again, autojunk=False).ratio()
+    require(
+        alike > 0.97,
+        f"TOKENIZER_PATH={path} does not fit {tokens.paths[0]}: what it makes of the first tokens "
+        f"is written otherwise ({alike:.2f} of it alike). Are the shards of another tokenizer?",
+    )
+    return f"not verified, no manifest names it; a sample fits ({alike:.3f})"
+
+
 @dataclass(frozen=True)
 class ByteCounter:
     """UTF-8 bytes of the text that tokens stand for, from tables [V].
@@ -1876,7 +2051,8 @@ class ByteCounter:
 
     @classmethod
     def from_sentencepiece(cls, path: Path, vocab_size: int) -> ByteCounter:
-        """A byte piece is one byte; a control piece none, nor is the space of one behind it."""
+        """A byte piece is one byte; a control piece none, nor is the space that follows one."""
+        require(path.exists(), f"{ADVICE}: TOKENIZER_PATH={path} is not there")
         try:
             sp = spm.SentencePieceProcessor(model_file=str(path))
             require(len(sp) == vocab_size, f"it has {len(sp)} pieces, VOCAB_SIZE={vocab_size}")
@@ -2023,7 +2199,7 @@ class Clock:
             mine = (time.perf_counter() - self.started, self.world.signal)
             seen = self.world.gather(lambda: mine)
             seconds = seen[0][0]
-            self.per_step = (seconds - self.seconds) / (step - self.step)
+            self.per_step = max(seconds - self.seconds, 1e-9) / (step - self.step)
             self.step, self.seconds = step, seconds
             # The next reading comes in half of what is left, or after 5 s or ten steps.
             ahead = min(self.cap - seconds, 10.0) / 2 / self.per_step
@@ -2087,7 +2263,7 @@ class Trainer:
         self.average = Average(self.params, config)
         self.skipped = SkippedSteps(self.world.device)
         self.clock = Clock(self.world, config.training_seconds)
-        self.step = 0  # steps made
+        self.step, self.lr_factor = 0, 0.0  # steps made; the last one's fraction of learning rates
         self.grad_norm: Tensor | None = None  # of the last step, before clipping
         self.last_good = "none"
 
@@ -2113,7 +2289,8 @@ class Trainer:
         self.skipped.mask(gradients, step)
         if config.grad_clip_norm:
             self.grad_norm = gradients.clip(config.grad_clip_norm)
-        self.set_rates(lr_factor(config, step, seconds), muon_momentum(config, step))
+        self.lr_factor = lr_factor(config, step, seconds)
+        self.set_rates(self.lr_factor, muon_momentum(config, step))
         for optimizer in self.optimizers:
             optimizer.step()
         if config.reference_bf16:
@@ -2187,7 +2364,7 @@ class Trainer:
         return loss
 
     def why_to_stop(self, seconds: float) -> str:
-        """ "" while there is a step to make. At the end a step is to spare for the cap."""
+        """Why training ends now; empty while there is a step to make, with one to spare."""
         clock = self.clock
         if self.step == self.config.iterations:
             return "iterations"
@@ -2218,8 +2395,7 @@ class Trainer:
             self.next_step(reporter)
             if clock.signal:
                 raise Ended(EXIT_STOPPED, f"step {self.step}: stopped by {clock.signal}")
-            saves = config.save_every and self.step % config.save_every == 0
-            if saves and self.step < config.iterations:
+            if checkpoints.due(self.step) and self.step < config.iterations:
                 checkpoints.save(self, patience=config.rank_timeout_seconds / 4)
 
     def next_step(self, reporter: Reporter) -> None:
@@ -2393,7 +2569,7 @@ class Reporter:
                 train_seconds=seconds,
                 tokens_per_second=speed,
                 step_ms=1e3 * trainer.clock.per_step,
-                lr_factor=lr_factor(self.config, step - 1, seconds),
+                lr_factor=trainer.lr_factor,
                 grad_norm=norm.item() if norm.isfinite() else None,
             )
         self.log.progress(self.progress(trainer, loss, seconds, speed))
@@ -2463,11 +2639,40 @@ class Checkpoint(NamedTuple):
     values: np.ndarray | None = None  # float32, of `Trainer.state` one after the other; on rank 0
 
 
+class HostCopier:
+    """Copies tensors to the host beside training: on a stream of its own, into pinned memory."""
+
+    def __init__(self, world: World) -> None:
+        self.stream = torch.cuda.Stream() if world.on_cuda else None
+
+    def start(self, tensors: list[Tensor]) -> Callable[[], np.ndarray]:
+        """Begins a copy of what the tensors hold now; what is returned waits for it."""
+        flat = torch.cat([t.flatten() for t in tensors])
+        if self.stream is None:
+            return flat.numpy
+        host = torch.empty(flat.shape, pin_memory=True)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            host.copy_(flat, non_blocking=True)
+            copied = self.stream.record_event()
+        flat.record_stream(self.stream)  # its memory is not given to others before
+
+        def wait_for_copy() -> np.ndarray:
+            copied.synchronize()
+            return host.numpy()
+
+        return wait_for_copy
+
+
 class Checkpoints:
     """Writes a run's checkpoints beside training and keeps two."""
 
     def __init__(self, config: Config, world: World, tokens: int, log: Log) -> None:
         self.config, self.world, self.tokens, self.log = config, world, tokens, log
+        self.every = config.save_every
+        if config.save_every < 0:
+            self.every = 500 if world.on_cuda else 0  # half a minute of eight H100s
+        self.copier = HostCopier(world)
         self.writer = ThreadPoolExecutor(1)
         self.pending: list[Future] = []
         self.metrics_bytes = 0  # when training ended; a run that goes on from there scores again
@@ -2475,8 +2680,11 @@ class Checkpoints:
     def end(self, trainer: Trainer) -> None:
         """Of a training that is complete."""
         self.metrics_bytes = self.log.size()
-        if self.config.save_every:
+        if self.every:
             self.save(trainer)
+
+    def due(self, step: int) -> bool:
+        return self.every > 0 and step % self.every == 0
 
     def save(self, trainer: Trainer, patience: float | None = None) -> None:
         """Copies the state now and has a thread write it, unless it still writes the last one."""
@@ -2486,7 +2694,7 @@ class Checkpoints:
             return
         if not self.world.is_main:
             return
-        values = torch.cat([t.flatten() for t in trainer.state()]).cpu().numpy()
+        values = self.copier.start(trainer.state())
         header = dict(
             config=asdict(self.config),
             tokens=self.tokens,
@@ -2496,10 +2704,10 @@ class Checkpoints:
         )
         self.pending = [self.writer.submit(self.write, step, header, values)]
 
-    def write(self, step: int, header: dict[str, Any], values: np.ndarray) -> None:
+    def write(self, step: int, header: dict[str, Any], values: Callable[[], np.ndarray]) -> None:
         path = self.log.folder / f"step_{step:08d}.ckpt"
         try:
-            write_atomically(path, seal("checkpoint", "none", header, [values.tobytes()]))
+            write_atomically(path, seal("checkpoint", "none", header, [values().tobytes()]))
             for old in sorted(self.log.folder.glob("step_*.ckpt"))[:-2]:
                 old.unlink()
         except OSError as error:
@@ -2518,6 +2726,9 @@ class Checkpoints:
             diverged = isinstance(end, Ended) and end.code == EXIT_NON_FINITE
             if whole and not diverged:
                 self.save(trainer)
+                wait(self.pending)
+                self.log(f"to go on: {command_to_go_on(self.config, self.world, self.log.folder)}")
+            self.log.to_file(f"ended: {end}")
             raise
         finally:
             self.writer.shutdown()
@@ -2658,6 +2869,7 @@ def choose_cuda(device: str, size: int) -> bool:
     if torch.cuda.is_available():
         return True
     driver = Path("/proc/driver/nvidia/version")
+    has_gpu = driver.exists() or Path("/dev/nvidiactl").exists()
     found = ""
     if driver.exists():
         line = driver.read_text().splitlines()[0]
@@ -2672,7 +2884,7 @@ def choose_cuda(device: str, size: int) -> bool:
         "work). DEVICE=cpu trains on the CPU"
     )
     require(device != "cuda", f"DEVICE=cuda: {advice}")
-    require(not driver.exists(), advice)
+    require(not has_gpu, advice)
     require(size == 1, f"WORLD_SIZE={size} ranks without a GPU: {advice}")
     return False
 
@@ -2685,6 +2897,7 @@ class World:
         self.is_main = self.rank == 0
         self.on_cuda = choose_cuda(device, self.size)
         self.place, self.training, self.signal = "start", False, ""
+        self.lock: TextIO | None = None  # of the run's folder
         self.device = torch.device("cpu")
         if self.on_cuda:
             self.device = torch.device(f"cuda:{env.get('LOCAL_RANK', 0)}")
@@ -2873,14 +3086,13 @@ class Log:
         self.folder, self.metrics, self.is_main = folder, folder / "metrics.jsonl", is_main
         self.tracker = Tracker(tracker, folder) if tracker != "none" and is_main else None
         self.watched = is_main and sys.stderr is not None and sys.stderr.isatty()
-        self.lock: TextIO | None = None  # of the folder, while the run lives
 
     def size(self) -> int:
         """Bytes of metrics.jsonl."""
         return self.metrics.stat().st_size if self.metrics.exists() else 0
 
     def cut_metrics(self, size: int) -> None:
-        """Drops the metrics behind `size` bytes."""
+        """Drops the metrics after the first `size` bytes."""
         if self.is_main and self.metrics.exists():
             os.truncate(self.metrics, min(size, self.size()))
 
@@ -3033,8 +3245,8 @@ REPORT = dict(leaky_relu_slope=0.0, max_wallclock_seconds=180.0)  # "baseline wi
 AT_640 = REPORT | dict(model_dim=640)
 AT_768 = REPORT | dict(model_dim=768, num_heads=12)
 AT_1024 = REPORT | dict(model_dim=1024, num_heads=16)
-MIX = dict(use_peri_norm=True, use_birkhoff_mix=True)
-SCALE = MIX | dict(use_timestep_scale=True)
+NORM_AND_MIX = dict(use_peri_norm=True, use_birkhoff_mix=True)
+SCALE = NORM_AND_MIX | dict(use_timestep_scale=True)
 CAPPED = SCALE | dict(timestep_gamma_max=4.0)
 OWN_MLPS = CAPPED | dict(share_attn_only=True)
 FILM = CAPPED | dict(use_timestep_bias=True)
@@ -3057,6 +3269,7 @@ GROWING = (
         smear_gate="published",
         train_seq_len=2048,
         train_batch_tokens=786432,
+        micro_batch_tokens=98304,  # a rank's part of a batch on 8 GPUs: no accumulation
         matrix_init="orthogonal",
         warmdown_iters=3500,
         matrix_lr=0.025,
@@ -3087,42 +3300,75 @@ class Preset(NamedTuple):
 
     values: dict[str, Any]
     what: str
-    published: str = ""  # val_bpb of the system's own log, after rounding
+    bpb: float | None = None  # val_bpb after rounding, as published with the system
+    step_ms: float | None = (
+        None  # milliseconds a step, likewise: series 1 on one H100, else on eight
+    )
 
 
 SYSTEMS: dict[str, Preset] = {
-    "Ap": Preset(SCREEN | dict(num_layers=8), "series 1, A': 8 flat layers"),
-    "Bp": Preset(SCREEN | layers(0, 4, 2, 0), "series 1, B': 4 layers twice, nothing else"),
-    "C": Preset(SCREEN | MIX | layers(0, 4, 2, 0), "series 1: B' + Output-LN + convex mix"),
-    "Cp": Preset(
-        SCREEN | dict(use_birkhoff_mix=True) | layers(0, 4, 2, 0), "series 1, C': B' + convex mix"
+    "Ap": Preset(SCREEN | dict(num_layers=8), "series 1, A': 8 flat layers", 1.305, 357.88),
+    "Bp": Preset(
+        SCREEN | layers(0, 4, 2, 0), "series 1, B': 4 layers twice, nothing else", 1.3637, 363.37
     ),
-    "D": Preset(SCREEN | SCALE | layers(0, 4, 2, 0), "series 1: C + uncapped timestep scale"),
-    "E": Preset(SCREEN | SCALE | layers(1, 3, 2, 1), "series 1: D as 1+3x2+1"),
-    "F": Preset(SCREEN | SCALE | layers(1, 2, 3, 1), "series 1: D as 1+2x3+1"),
-    "G": Preset(MIX | layers(1, 3, 2, 1), "series 2: 1+3x2+1, Output-LN + convex mix"),
-    "H": Preset(MIX | layers(1, 4, 2, 1), "series 2: G as 1+4x2+1"),
-    "I": Preset(CAPPED | layers(1, 4, 2, 1), "series 2: H + capped timestep scale"),
-    "J": Preset(MIX | layers(1, 4, 3, 1), "series 2: G as 1+4x3+1"),
-    "K": Preset(CAPPED | layers(1, 4, 3, 1), "series 2: J + capped timestep scale"),
-    "L": Preset(OWN_MLPS | layers(1, 4, 2, 1), "series 3: I, an MLP of its own for every pass"),
+    "C": Preset(
+        SCREEN | NORM_AND_MIX | layers(0, 4, 2, 0),
+        "series 1: B' + Output-LN + convex mix",
+        1.3587,
+        352.85,
+    ),
+    "Cp": Preset(
+        SCREEN | dict(use_birkhoff_mix=True) | layers(0, 4, 2, 0),
+        "series 1, C': B' + convex mix",
+        1.366,
+        346.95,
+    ),
+    "D": Preset(
+        SCREEN | SCALE | layers(0, 4, 2, 0), "series 1: C + uncapped timestep scale", 1.3584, 356.74
+    ),
+    "E": Preset(SCREEN | SCALE | layers(1, 3, 2, 1), "series 1: D as 1+3x2+1", 1.3428, 357.83),
+    "F": Preset(SCREEN | SCALE | layers(1, 2, 3, 1), "series 1: D as 1+2x3+1", 1.3622, 360.24),
+    "G": Preset(
+        NORM_AND_MIX | layers(1, 3, 2, 1),
+        "series 2: 1+3x2+1, Output-LN + convex mix",
+        1.2856,
+        34.59,
+    ),
+    "H": Preset(NORM_AND_MIX | layers(1, 4, 2, 1), "series 2: G as 1+4x2+1", 1.2704, 41.92),
+    "I": Preset(CAPPED | layers(1, 4, 2, 1), "series 2: H + capped timestep scale", 1.2668, 41.92),
+    "J": Preset(NORM_AND_MIX | layers(1, 4, 3, 1), "series 2: G as 1+4x3+1", 1.267, 57.36),
+    "K": Preset(CAPPED | layers(1, 4, 3, 1), "series 2: J + capped timestep scale", 1.2659, 59.28),
+    "L": Preset(
+        OWN_MLPS | layers(1, 4, 2, 1), "series 3: I, an MLP of its own for every pass", 1.2406, 42.6
+    ),
     "M": Preset(OWN_MLPS | layers(1, 4, 3, 1), "series 3: K, an MLP of its own for every pass"),
-    "N": Preset(FILM | layers(1, 4, 2, 1), "series 3: I + FiLM bias"),
-    "O": Preset(FILM | layers(1, 4, 3, 1), "series 3: K + FiLM bias"),
+    "N": Preset(FILM | layers(1, 4, 2, 1), "series 3: I + FiLM bias", 1.2641, 42.48),
+    "O": Preset(FILM | layers(1, 4, 3, 1), "series 3: K + FiLM bias", 1.2625, 58.18),
     "P": Preset(
-        UNIQUE | LEARNED | layers(1, 4, 2, 1), "series 4: N + unique norms + learned depth code"
+        UNIQUE | LEARNED | layers(1, 4, 2, 1),
+        "series 4: N + unique norms + learned depth code",
+        1.2663,
+        48.54,
     ),
     "Q": Preset(
-        UNIQUE | LEARNED | layers(1, 4, 3, 1), "series 4: O + unique norms + learned depth code"
+        UNIQUE | LEARNED | layers(1, 4, 3, 1),
+        "series 4: O + unique norms + learned depth code",
+        1.2643,
+        66.96,
     ),
-    "R": Preset(LEARNED | layers(1, 4, 3, 1), "series 4: O + learned depth code"),
-    "S": Preset(UNIQUE | layers(1, 4, 3, 1), "series 4: O + unique norms"),
+    "R": Preset(LEARNED | layers(1, 4, 3, 1), "series 4: O + learned depth code", 1.2639, 62.56),
+    "S": Preset(UNIQUE | layers(1, 4, 3, 1), "series 4: O + unique norms", 1.2629, 61.87),
     "T": Preset(
         FILM | dict(depth_embed="sinusoidal") | layers(1, 4, 3, 1),
         "series 5: O + sinusoidal depth code; the default",
+        1.2624,
+        58.86,
     ),
     "naive": Preset(
-        dict(num_layers=9, leaky_relu_slope=0.0), "the contest's baseline: 9 flat layers, relu^2"
+        dict(num_layers=9, leaky_relu_slope=0.0),
+        "the contest's baseline: 9 flat layers, relu^2",
+        1.2244,
+        43.54,
     ),
     "flat_9x1_512": Preset(REPORT | dict(num_layers=9), '"baseline wins": 9 flat layers, D 512'),
     "recur_3x3_640": Preset(AT_640 | layers(0, 3, 3, 0), '"baseline wins": 3x3, D 640'),
@@ -3131,7 +3377,7 @@ SYSTEMS: dict[str, Preset] = {
     "recur_3x3_1024": Preset(AT_1024 | layers(0, 3, 3, 0), '"baseline wins": 3x3, D 1024'),
     "recur_2x6_1024": Preset(AT_1024 | layers(0, 2, 6, 0), '"baseline wins": 2x6, D 1024'),
     "growing": Preset(
-        GROWING, "growing recurrence (PR 1230): 4 + 3x(1, 2, 3) + 4, less its dead parts"
+        GROWING, "growing recurrence (PR 1230): 4 + 3x(1, 2, 3) + 4, less its dead parts", 1.1163
     ),
     "growing_live": Preset(
         GROWING
@@ -3284,9 +3530,9 @@ def questionable_names(env: Mapping[str, str]) -> tuple[list[str], list[str]]:
         alike = difflib.get_close_matches(name, ours, 1, 0.8)
         problem = ""
         if name in INSTEAD:
-            problem = f"{name} is of other scripts of the contest; here it is {INSTEAD[name]}"
+            problem = f"{name} is read by other scripts of the contest; set {INSTEAD[name]} instead"
         elif name in UNSUPPORTED:
-            problem = f"{name} is of other scripts of the contest; there is no such thing here"
+            problem = f"{name} is read by other scripts of the contest and has no counterpart here"
         elif alike:
             problem = f"{name} is not an option; did you mean {alike[0]}?"
         if problem and name in ORDINARY:
@@ -3315,10 +3561,16 @@ def help_text(width: int = 80) -> str:
     ):
         lines = [title]
         for name, preset in presets.items():
-            score = f" ({preset.published})" if preset.published else ""
+            score = f" [{preset.bpb:.4f}]" if preset.bpb else ""
             lines.append(hanging(f"  {name:<15}", preset.what + score, width))
         text.append("\n".join(lines))
-    text.append("Figures in brackets are val_bpb that the systems' own logs have, after rounding.")
+    text.append(
+        textwrap.fill(
+            "Figures in brackets are the val_bpb published with a system, after rounding; that of "
+            "growing is after test-time training.",
+            width,
+        )
+    )
     for f in fields(Config):
         group = f.metadata["group"]
         text.append((f"{group}\n" if group else "") + option_text(f, width))
@@ -3423,7 +3675,7 @@ def open_log(config: Config, world: World) -> Log:
     def make() -> bool:
         known = folder.exists()
         if known:
-            log.lock = lock_folder(folder)
+            world.lock = lock_folder(folder)
         require(
             not known or config.resume == "auto",
             f"{folder} exists and would be overwritten: choose another RUN_ID, or RESUME=auto",
@@ -3431,7 +3683,7 @@ def open_log(config: Config, world: World) -> Log:
         require(not (folder / "result.json").exists(), f"{folder} holds a finished run")
         if not known:
             folder.mkdir(parents=True)
-            log.lock = lock_folder(folder)
+            world.lock = lock_folder(folder)
         return known
 
     known = world.on_main(make)
@@ -3486,6 +3738,7 @@ class Artifact(NamedTuple):
 
 def read_artifact(path: Path, config: Config, world: World) -> Artifact:
     data = world.on_main(path.read_bytes)
+    check_artifact_tokenizer(data, str(path), config)
     model, architecture, kind = load_model(data, str(path), config.eval_passes)
     return Artifact(replace(config, **asdict(architecture)), data, model.to(world.device), kind)
 
@@ -3563,19 +3816,84 @@ def make_trainer(config: Config, world: World) -> Trainer:
     return Trainer(config, world, model.to(world.device), data)
 
 
+def attention_kernel(config: Config, world: World) -> str:
+    """The kernel that attention takes for the shapes of training."""
+    if config.attn_backend == "auto" and not world.on_cuda:
+        return "blocks"
+    width = config.model_dim // config.num_heads
+    dtype = getattr(torch, config.dtype)
+    q, k = (
+        torch.empty(1, heads, config.train_seq_len, width, device=world.device, dtype=dtype)
+        for heads in (config.num_heads, config.num_kv_heads)
+    )
+    choice = torch._fused_sdp_choice(q, k, k, is_causal=True, enable_gqa=True)
+    return BACKEND(choice).name.lower()
+
+
+def gpu_state(world: World) -> str:
+    """Driver, clocks, power and temperature of this rank's GPU, as nvidia-smi says."""
+    asked = "driver_version,clocks.sm,clocks.max.sm,power.draw,power.limit,temperature.gpu"
+    index = torch.cuda.get_device_properties(world.device).uuid
+    command = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader", f"--id=GPU-{index}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"nvidia-smi does not say: {error}"
+    values = done.stdout.strip().split(", ")
+    return " ".join(f"{name}:{value}" for name, value in zip(asked.split(","), values))
+
+
+# Dense bfloat16 FLOP/s by NVIDIA's data sheets.
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+
+
+def flops_per_token(model: GPT, length: int, passes: int) -> float:
+    """Of a training step: 6 for each matrix element used, the head's too, and causal attention.
+
+    Attention multiplies (T + 1) / 2 keys and values on average; a backward pass costs two forward.
+    """
+    width, used = model.tok_emb.shape[1], model.tok_emb.numel()
+    plan = model.plans[passes]
+    for layer in plan:
+        attn, mlp = model.attn[layer.attn], model.mlp[layer.mlp]
+        matrices = (attn.qkv, attn.proj, mlp.fc, mlp.proj)
+        used += sum(matrix.weight.numel() for matrix in matrices)
+    return 6.0 * used + len(plan) * 12.0 * width * (length + 1) / 2
+
+
+def speed(trainer: Trainer) -> str:
+    """Tokens/s at the end of training, beside those published with the preset, and MFU."""
+    config, world = trainer.config, trainer.world
+    rate = config.train_batch_tokens / max(trainer.clock.per_step, 1e-9)
+    passes = training_mode(config, trainer.step, trainer.clock.seconds).passes
+    flops = flops_per_token(trainer.model, config.train_seq_len, passes)
+    text = f"speed:{rate:,.0f} tokens/s flops_per_token:{flops / 1e6:.1f}M"
+    name = torch.cuda.get_device_name() if world.on_cuda else ""
+    peak = next((peak for chip, peak in PEAK_FLOPS.items() if chip in name), 0.0)
+    if peak:
+        text += f" mfu:{rate * flops / peak / world.size:.3f}"
+    for system in config.preset.split(","):
+        step_ms = SYSTEMS[system].step_ms if system in SYSTEMS else None
+        if step_ms and world.on_cuda:
+            published = 524288e3 / step_ms
+            text += f" published:{published:,.0f} tokens/s (its own hardware: see README)"
+    return text
+
+
 def log_setup(trainer: Trainer, log: Log) -> None:
     config, world, model = trainer.config, trainer.world, trainer.model
     batches = trainer.batches
     parameters = sum(p.numel() for p in trainer.params)
     log(f"model_params:{parameters} effective_layers:{len(model.plans[config.num_loops])}")
-    kernels = ">".join(kernel.name for kernel in KERNELS[config.attn_backend])
-    if config.attn_backend == "auto" and not world.on_cuda:
-        kernels = "blocks"
     log(
         f"world_size:{world.size} grad_accum_steps:{batches.accumulation} "
-        f"compile:{trainer.compiler.level} attention:{kernels}"
+        f"compile:{trainer.compiler.level} attention:{attention_kernel(config, world)}"
     )
+    if world.on_cuda:
+        log(f"gpu:{gpu_state(world)}")
     log(f"train_loader:shards:{len(batches.tokens.paths)} tokens:{batches.tokens.total}")
+    train = check_tokenizer(find_file(config.tokenizer_path), batches.tokens)
+    log(f"tokenizer of the train shards: {train}")
 
 
 class Validation:
@@ -3647,6 +3965,17 @@ def export(trainer: Trainer, trained: Trained, validation: Validation, log: Log)
     )
 
 
+@contextlib.contextmanager
+def frozen_garbage() -> Iterator[None]:
+    """Python's collector leaves out what exists already: its pauses would count as training."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def train_and_export(
     config: Config, world: World, scorer: Scorer
 ) -> tuple[Trainer, Log, dict[str, Any]]:
@@ -3667,7 +3996,9 @@ def train_and_export(
         restore(trainer, checkpoint, log)
     checkpoints = Checkpoints(config, world, trainer.batches.tokens.total, log)
     with checkpoints.kept(trainer):
-        trained = trainer.train(reporter, checkpoints, validation)
+        with frozen_garbage():
+            trained = trainer.train(reporter, checkpoints, validation)
+        log(speed(trainer))
         peak = torch.cuda.max_memory_allocated() >> 20 if world.on_cuda else 0
         log(f"peak memory allocated: {peak} MiB")
         last = training_mode(config, trainer.step, trained.seconds)
@@ -3677,7 +4008,16 @@ def train_and_export(
 
 
 def run(config: Config, world: World) -> int:
-    """One run as configured; result.json ends it. The exit code."""
+    """One run as configured. The exit code."""
+    try:
+        return do_run(config, world)
+    finally:
+        if world.lock:
+            world.lock.close()
+
+
+def do_run(config: Config, world: World) -> int:
+    """Trains or reads an artifact, scores it, and ends with result.json."""
     artifact = None
     result: dict[str, Any] = {}
     if config.eval_only:

@@ -1,7 +1,8 @@
-"""A stand-in for the Hugging Face hub: one dataset repository over HTTP on loopback, with faults on demand.
+"""A stand-in for the Hugging Face hub: one dataset repository over HTTP on loopback, with faults.
 
-It speaks what huggingface_hub asks for when it fetches files: the repository's commit, its tree in pages, and
-files by HEAD and GET, large ones behind a redirect to a second address, with byte ranges.
+It speaks what huggingface_hub asks for when it fetches files: the repository's commit, its tree in
+pages, and files by HEAD and GET, large ones behind a redirect to a second address, with byte
+ranges.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -27,9 +27,11 @@ def etag(path: str, content: bytes) -> str:
 class HubServer(ThreadingHTTPServer):
     """Serves `files` (path -> content) as dataset `repo`; use as a context manager.
 
-    faults: for a part of "METHOD /path", what happens to the next requests that have it, in order: "503",
-    "cut" (the connection ends in the middle), "flip" (one bit is wrong), "size" (the header says more than
-    there is), "" (nothing). listed_sizes: sizes that the tree claims instead of the true ones.
+    faults: for a part of "METHOD /path", what happens to the next requests that have it, in order:
+    "503" or "429 Retry-After=7" (a status and headers), "200 {}" (that body), "cut" (the connection
+    ends in the middle), "flip" (one bit is wrong), "size" (the header says more than there is),
+    "hang" (no answer until the server ends), "" (nothing). listed_sizes: sizes that the tree claims
+    instead of the true ones.
     """
 
     daemon_threads = True
@@ -37,13 +39,19 @@ class HubServer(ThreadingHTTPServer):
     def __init__(self, files: dict[str, bytes], repo: str = "someone/export") -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.files, self.repo, self.lock = files, repo, threading.Lock()
+        self.ended = threading.Event()
         self.faults: dict[str, list[str]] = {}
         self.listed_sizes: dict[str, int] = {}
-        self.pause = 0.0  # seconds after every 2 KiB of a file
+        self.halt_after = (
+            0  # bytes of content after which the server stops and sets `halted`; 0: never
+        )
+        self.halted = threading.Event()
         self.sent: dict[str, int] = {}  # bytes of content by path
+        self.slept: list[float] = []  # seconds that clients in this process wanted to wait
         self.ranges: list[str] = []
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.large = f"http://localhost:{self.server_port}/large/"  # another host, as far as clients can tell
+        # Another host, as far as clients can tell.
+        self.large = f"http://localhost:{self.server_port}/large/"
 
     @property
     def commit(self) -> str:
@@ -64,8 +72,17 @@ class HubServer(ThreadingHTTPServer):
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.ended.set()
         self.shutdown()
         self.server_close()
+
+    def count(self, size: int) -> None:
+        """Goes on once so much was sent, unless that is where the server is to stop."""
+        with self.lock:
+            left, self.halt_after = self.halt_after, max(self.halt_after - size, 0)
+        if left and not self.halt_after:
+            self.halted.set()
+            self.ended.wait()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that was killed is no news."""
@@ -85,8 +102,13 @@ class Handler(BaseHTTPRequestHandler):
         hub, url = self.server, urlsplit(self.path)
         path, fault = unquote(url.path), hub.fault(f"{self.command} {unquote(url.path)}")
         api, resolve = f"/api/datasets/{hub.repo}", f"/datasets/{hub.repo}/resolve/"
-        if fault == "503":
-            self.answer(503, b"try later")
+        status, _, rest = fault.partition(" ")
+        if status == "200":
+            self.answer(200, rest.encode())
+        elif status.isdigit():
+            self.answer(int(status), b"", dict(pair.split("=", 1) for pair in rest.split()))
+        elif fault == "hang":
+            hub.ended.wait()
         elif path.startswith(f"{api}/tree/"):
             self.tree(path, api, int(parse_qs(url.query).get("cursor", ["0"])[0]))
         elif path in (api, f"{api}/revision/main", f"{api}/revision/{hub.commit}"):
@@ -172,7 +194,8 @@ class Handler(BaseHTTPRequestHandler):
             hub.ranges += [wanted] if wanted else []
             hub.sent[path] = hub.sent.get(path, 0) + len(sent)
         for start in range(0, len(sent), 1 << 11):
-            self.wfile.write(sent[start : start + (1 << 11)])
-            time.sleep(hub.pause)
+            piece = sent[start : start + (1 << 11)]
+            self.wfile.write(piece)
+            hub.count(len(piece))
         if fault == "cut":
             self.close_connection = True

@@ -82,15 +82,16 @@ DAMAGED = """{"step": 1, "train_seconds": 0.5}
 {"step": "3", "train_seconds": 1}
 
 {"step": 4, "train_seconds": 2}
-{"step": 5, "tra"""
+{"step": 5, "tra{"step": 6, "train_seconds": 3}
+{"step": 7, "tra"""
 
 
 def test_damaged_lines_are_named_and_left_out(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     told: list[str] = []
     path.write_text(DAMAGED)
-    assert [row["step"] for row in common.read_metrics(path, told.append)] == [1, 4]
-    assert told == [f"{path}:{n}: a damaged line is left out" for n in (2, 3, 4, 7)]
+    assert [row["step"] for row in common.read_metrics(path, told.append)] == [1, 4, 6]
+    assert told == [f"{path}:{n}: a damaged line is left out" for n in (2, 3, 4, 7, 8)]
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"\xff\xfe{}", b'{"a": 1'])

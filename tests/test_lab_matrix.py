@@ -1,4 +1,4 @@
-"""records/tools/ablate.py: the table, what a run is given, and a matrix that is stopped, fails and goes on."""
+"""records/tools/ablate.py: the table, what a run is given, a matrix that is stopped and goes on."""
 
 import fcntl
 import json
@@ -7,15 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
 import train_gpt as tg
-from records.tools import ablate
+from records.tools import ablate, common
 
-TABLE = ablate.read_table(ablate.ROOT / "records" / "runs.toml")
+TABLE = ablate.read_table(common.ROOT / "records" / "runs.toml")
 SMALL = dict(
     MODEL_DIM="32",
     NUM_HEADS="4",
@@ -30,14 +32,15 @@ SMALL = dict(
     MAX_WALLCLOCK_SECONDS="0",
     VAL_LOSS_EVERY="1",
 )
-CLEAN = {name: value for name, value in os.environ.items() if name not in ablate.OPTIONS}
-PUBLISHED = json.loads((ablate.ROOT / "records" / "reference_runs.json").read_text())["runs"]
+CLEAN = {name: value for name, value in os.environ.items() if name not in common.OPTIONS}
+PUBLISHED = json.loads((common.ROOT / "records" / "reference_runs.json").read_text())["runs"]
 # Stands for train_gpt.py where only the matrix is tested: writes a result, or fails for preset D.
 FAKE = """
 import json, os, pathlib, sys
 config, env = json.loads(sys.argv[1]), dict(os.environ)
 folder = pathlib.Path(env["LOG_DIR"]) / env["RUN_ID"]
 folder.mkdir(parents=True)
+(folder / "metrics.jsonl").write_text('{"step": 1, "train_seconds": 1}\\n')
 if env["PRESET"] == "D":
     sys.exit("[rank 0] out of luck")
 (folder / "result.json").write_text(json.dumps(
@@ -45,11 +48,11 @@ if env["PRESET"] == "D":
 """
 
 
-def command(out: Path, *words: str, given: dict[str, str] = {}) -> list[str]:
+def command(out: Path, *words: str, given: Mapping[str, str] = MappingProxyType({})) -> list[str]:
     pairs = [f"{name}={value}" for name, value in given.items()]
     return [
         sys.executable,
-        str(ablate.ROOT / "records" / "tools" / "ablate.py"),
+        str(common.ROOT / "records" / "tools" / "ablate.py"),
         "run",
         *words,
         "--out",
@@ -58,7 +61,9 @@ def command(out: Path, *words: str, given: dict[str, str] = {}) -> list[str]:
     ]
 
 
-def ablate_run(out: Path, *words: str, given: dict[str, str] = {}) -> subprocess.CompletedProcess:
+def ablate_run(
+    out: Path, *words: str, given: Mapping[str, str] = MappingProxyType({})
+) -> subprocess.CompletedProcess:
     return subprocess.run(
         command(out, *words, given=given), env=CLEAN, capture_output=True, text=True, timeout=200
     )
@@ -91,7 +96,7 @@ def test_every_published_run_has_a_row_that_the_script_takes() -> None:
     assert [row.series for row in TABLE.rows.values()].count("wins") == 7
     for row in TABLE.rows.values():
         assert row.what and row.hypothesis, row.name
-        if row.set.keys() <= ablate.OPTIONS:
+        if row.set.keys() <= common.OPTIONS:
             for scale in ("", "tiny", "micro"):
                 tg.Config.from_env(ablate.variables(row, TABLE.scales.get(scale), scale, {}))
     assert TABLE.rows["recur_3x3_768_qat"].set["QAT_FRACTION"] == "0.15"
@@ -163,7 +168,7 @@ def test_failures_are_told_and_the_rest_goes_on(
 ) -> None:
     monkeypatch.setenv("MODEL_DIM", "6")  # must not reach a run
     words = ["run", "Ap", "D", "recur_3x3_768_qat", "E", "--out", str(tmp_path)]
-    unknown = "QAT_FRACTION" not in ablate.OPTIONS
+    unknown = "QAT_FRACTION" not in common.OPTIONS
     assert call(monkeypatch, *words) == 1
     told = capsys.readouterr().out
     assert "D seed 1337: FAILED, exit code 1: [rank 0] out of luck" in told
@@ -222,10 +227,161 @@ def test_time_left_comes_from_finished_runs_of_the_row(tmp_path: Path) -> None:
     assert board.seconds_left() == 25 + 10 + 40 + 25, "C from all, A and B from their own"
 
 
+def half_a_result(folder: Path) -> str:
+    path = folder / "result.json"
+    path.write_bytes(path.read_bytes()[:20])
+    return "result.json is damaged"
+
+
+def half_a_metric(folder: Path) -> str:
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "tra')
+    return "metrics.jsonl:2: a damaged line"
+
+
+def no_metrics(folder: Path) -> str:
+    (folder / "metrics.jsonl").unlink()
+    return "metrics.jsonl is gone"
+
+
+def no_object(folder: Path) -> str:
+    (folder / "result.json").write_text("[]")
+    return "result.json is damaged: it holds no JSON object"
+
+
+@pytest.mark.parametrize("spoil", [half_a_result, half_a_metric, no_metrics, no_object])
+def test_a_run_whose_files_are_damaged_is_made_again(
+    spoil: Callable[[Path], str],
+    fake: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert call(monkeypatch, "run", "C", "--out", str(tmp_path)) == 0
+    folder = tmp_path / "full" / "C" / "seed1337"
+    told = spoil(folder)
+    (folder / "run.json").write_text("{")
+    assert call(monkeypatch, "run", "C", "--out", str(tmp_path)) == 0
+    out = capsys.readouterr().out
+    assert told in out and "it is set aside and made again" in out
+    assert "1 runs: 1 made, 0 there already" in out.splitlines()[-1]
+    assert folder.with_name("seed1337.unfinished1").is_dir() and ablate.damage(folder) == ""
+    assert call(monkeypatch, "run", "C", "--out", str(tmp_path)) == 0
+    assert "0 made, 1 there already" in capsys.readouterr().out
+
+
+def test_a_live_run_started_by_hand_is_left_alone(
+    fake: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "full" / "C" / "seed1337"
+    folder.mkdir(parents=True)
+    with open(folder / "run.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert call(monkeypatch, "run", "C", "--out", str(tmp_path)) == 1
+    assert "another process is making this run" in capsys.readouterr().out
+    assert folder.is_dir() and not folder.with_name("seed1337.unfinished1").exists()
+
+
+STARTED = """
+import sys
+from records.tools import ablate
+from tests_fake import command
+ablate.Run.command = command
+sys.exit(ablate.main())
+"""
+FAKE_COMMAND = """
+import json, sys
+from dataclasses import asdict
+FAKE = {fake!r}
+def command(run):
+    return [sys.executable, "-c", FAKE, json.dumps(asdict(run.config()))]
+"""
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["full disk", "closed pipe"])
+def test_runs_go_on_when_nobody_reads_the_output(full: bool, tmp_path: Path) -> None:
+    (tmp_path / "tests_fake.py").write_text(FAKE_COMMAND.format(fake=FAKE))
+    if full:
+        out = os.open("/dev/full", os.O_WRONLY)
+    else:
+        read, out = os.pipe()
+        os.close(read)
+    words = ["run", "D", "C", "E", "--out", str(tmp_path)]
+    path = f"{tmp_path}:{common.ROOT}"
+    done = subprocess.run(
+        [sys.executable, "-c", STARTED, *words],
+        env=CLEAN | {"PYTHONPATH": path},
+        stdout=out,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=100,
+    )
+    os.close(out)
+    assert (done.returncode, done.stderr) == (1, ""), "D fails, the others are made"
+    made = sorted(path.parent.parent.name for path in tmp_path.glob("full/*/*/run.json"))
+    assert made == ["C", "E"]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_ends_the_run_with_its_launcher(name: str, tmp_path: Path) -> None:
+    slow = FAKE.replace("if env", "import time\ntime.sleep(100)\nif env")
+    (tmp_path / "tests_fake.py").write_text(FAKE_COMMAND.format(fake=slow))
+    process = subprocess.Popen(
+        [sys.executable, "-c", STARTED, "run", "C", "--out", str(tmp_path)],
+        env=CLEAN | {"PYTHONPATH": f"{tmp_path}:{common.ROOT}"},
+    )
+    wait_for(lambda: (tmp_path / "full" / "C" / "seed1337" / "metrics.jsonl").exists())
+    process.send_signal(signal.Signals[name])
+    assert process.wait(20) == 128 + signal.Signals[name]
+    with ablate.locked(tmp_path / "full" / "C" / "seed1337.lock"):
+        pass  # which the run would still hold
+
+
+def test_progress_is_that_of_steps_or_of_time(tmp_path: Path) -> None:
+    folder = tmp_path / "C" / "seed1"
+    given = dict(PRESET="C,tiny", ITERATIONS="100", MAX_WALLCLOCK_SECONDS="50")
+    run = ablate.Run("C", 1, "full", given, folder, 1)
+    assert ablate.progress(run) is None
+    folder.mkdir(parents=True)
+    path = folder / "metrics.jsonl"
+    path.write_text('{"step": 0, "train_seconds": 0.0}\n')
+    assert ablate.progress(run) is None, "before the first step there is nothing to say"
+    path.write_text(
+        '{"step": 20, "train_seconds": 5.0, "health": "' + "x" * 100_000 + '"}\n'
+        '{"step": 20, "train_seconds": 5.0}\n{"step": 30, "tra'
+    )
+    assert str(ablate.progress(run)) == "step 20 of 100 (20%)"
+    path.write_text('{"step": 20, "train_seconds": 40.0}\n')
+    assert str(ablate.progress(run)) == "step 20 of 100 (80%)"
+
+
+def test_a_board_tells_progress_and_time_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = dict(PRESET="C,tiny", ITERATIONS="100", MAX_WALLCLOCK_SECONDS="0")
+    runs = [
+        ablate.Run("C", seed, "full", given, tmp_path / "C" / f"seed{seed}", 1) for seed in (1, 2)
+    ]
+    board = ablate.Board(runs)
+    runs[0].folder.mkdir(parents=True)
+    (runs[0].folder / "metrics.jsonl").write_text('{"step": 25, "train_seconds": 60}\n')
+    for seconds in (1.0, 59.0, 61.0, 90.0, 120.0, 150.0):
+        board.tick(runs[0], seconds)
+    told = capsys.readouterr().out.splitlines()
+    assert told == [
+        "[1/2] C seed 1: 1 min, step 25 of 100 (25%), 3 min left of it",
+        "[1/2] C seed 1: 2 min, step 25 of 100 (25%), 8 min left of it",
+    ], "a line a minute"
+    (runs[0].folder / "run.json").write_text('{"wall_seconds": 240}')
+    board.left.remove(runs[0])
+    board.tick(runs[1], 60.0)
+    assert capsys.readouterr().out == "[2/2] C seed 2: 1 min, 3 min left of all\n"
+
+
 # ---- The matrix, with the script
 
 
-def wait_for(condition: object, seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "nothing came"

@@ -1,38 +1,41 @@
 """data/make_shards.py: no document lost or in both splits, no tokenizer that lies about bytes."""
 
-import argparse
+import errno
 import gzip
 import json
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import sysconfig
-import time
 import tracemalloc
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import sentencepiece as spm
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import train_gpt as tg
-
 pytest.importorskip("tqdm", reason="data/requirements.txt is not installed")
-pq = pytest.importorskip("pyarrow.parquet", reason="data/requirements.txt is not installed")
+pytest.importorskip("pyarrow", reason="data/requirements.txt is not installed")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
 import make_shards as ms
+import pyarrow as pa
+import pyarrow.parquet as pq
+import sample
+import shards
+from shards import InputError
 
+Capture = pytest.CaptureFixture[str]
 SCRIPT = Path(ms.__file__)
 STDLIB = [path.read_text() for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))]
 SHORT = [text for text in STDLIB if 0 < len(text) < 20_000]
@@ -58,36 +61,38 @@ AWKWARD = [
 # ---- Tokenizers
 
 
-def learn(folder: Path, size: int, **options: object) -> Path:
-    """A tokenizer trained by SentencePiece with its own defaults, apart from ids as shards have them."""
-    path, lines = (
-        folder / "given.model",
-        [line for text in STDLIB[:20] for line in text.splitlines()],
+def learn(folder: Path, size: int, **options: Any) -> Path:
+    """A tokenizer trained with SentencePiece's own defaults, apart from ids as shards have them."""
+    path = folder / "given.model"
+    lines = [line for text in STDLIB[:20] for line in text.splitlines()]
+    recipe: dict[str, Any] = dict(
+        vocab_size=size,
+        model_type="bpe",
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        byte_fallback=True,
+        minloglevel=2,
+        num_threads=1,
     )
     with open(path, "wb") as file:
         spm.SentencePieceTrainer.train(
-            **dict(
-                sentence_iterator=iter(lines),
-                vocab_size=size,
-                model_writer=file,
-                model_type="bpe",
-                pad_id=0,
-                bos_id=1,
-                eos_id=2,
-                unk_id=3,
-                byte_fallback=True,
-                minloglevel=2,
-                num_threads=1,
-            )
-            | options
+            sentence_iterator=iter(lines), model_writer=file, **recipe | options
         )
     return path
+
+
+@pytest.fixture(scope="module")
+def folding(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of 400 pieces that folds text as the competition's does."""
+    return learn(tmp_path_factory.mktemp("folding"), 400)
 
 
 @pytest.fixture(scope="module", params=[1024, 8192])
 def encoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ms.Encoder:
     path = tmp_path_factory.mktemp("model") / "tokenizer.model"
-    path.write_bytes(ms.sample.train_tokenizer(STDLIB[:150], request.param))
+    path.write_bytes(sample.train_tokenizer(STDLIB[:150], request.param))
     ms.refuse_liars(path)
     return ms.Encoder(path)
 
@@ -107,7 +112,7 @@ SPANS = st.sampled_from(
         "def f(x):",
     ]
 )
-CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters=tg.SPACE)
+CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters=shards.SPACE)
 
 
 @settings(max_examples=200, deadline=None)
@@ -129,14 +134,12 @@ def test_bytes_of_awkward_documents(encoder: ms.Encoder) -> None:
 
 
 def check_bytes(encoder: ms.Encoder, texts: list[str]) -> None:
-    """Three ways to the same number: the text, what the tokens decode to, what the scorer counts."""
+    """Three ways to the same number: the text, what the tokens decode to, what the rule counts."""
     tokens, tally = encoder.encode(texts, "here")
     size = sum(len(text.encode()) for text in texts)
     assert (tally.bytes, tally.text_bytes, tally.changed_documents) == (size, size, 0)
     assert decoded(encoder.sp, tokens) == texts
-    counter = tg.ByteCounter(*map(torch.from_numpy, encoder.counter))
-    ids = torch.from_numpy(tokens.astype(np.int64))
-    assert int(counter.count(ids[:-1], ids[1:]).sum()) == size
+    assert int(encoder.table.of_stream(tokens).sum()) == size
 
 
 def decoded(sp: spm.SentencePieceProcessor, tokens: np.ndarray) -> list[str]:
@@ -147,23 +150,21 @@ def decoded(sp: spm.SentencePieceProcessor, tokens: np.ndarray) -> list[str]:
 def test_count_that_differs_is_refused(encoder: ms.Encoder) -> None:
     liar = ms.Encoder.__new__(ms.Encoder)
     liar.__dict__.update(encoder.__dict__)
-    sizes = encoder.counter.size.copy()
+    sizes = encoder.table.size.copy()
     sizes[encoder.sp.encode("import")[0]] += 1
-    liar.counter = encoder.counter._replace(size=sizes)
-    with pytest.raises(
-        tg.InputError, match="here: the pieces of 'import os' count 10 bytes, decode to 9"
-    ):
+    liar.table = encoder.table._replace(size=sizes)
+    expected = "here: the pieces of 'import os' count 10 bytes, decode to 9"
+    with pytest.raises(InputError, match=expected):
         liar.encode(["fine", "import os"], "here")
 
 
 def without_space(folder: Path) -> Path:
-    """A model with another character as its standalone space piece, a record of length 3 in the file."""
+    """A model whose space piece is another character; in the file it is a record of length 3."""
     path = learn(folder, 400)
     content = path.read_bytes()
-    assert content.count(b"\x0a\x03" + tg.SPACE.encode()) == 1
-    path.write_bytes(
-        content.replace(b"\x0a\x03" + tg.SPACE.encode(), b"\x0a\x03" + "\u2603".encode())
-    )
+    record = b"\x0a\x03" + shards.SPACE.encode()
+    assert content.count(record) == 1
+    path.write_bytes(content.replace(record, b"\x0a\x03" + "\u2603".encode()))
     return path
 
 
@@ -172,57 +173,51 @@ def decodes_otherwise(folder: Path) -> Path:
     return learn(folder, 400, denormalization_rule_tsv=str(folder / "rules.tsv"))
 
 
+class Liar(NamedTuple):
+    make: Callable[[Path], Path]
+    expected: str
+
+
 LIARS = {
-    "no byte fallback": (
-        lambda folder: learn(folder, 400, byte_fallback=False),
-        "no byte piece <0x00>",
+    "no byte fallback": Liar(
+        lambda folder: learn(folder, 400, byte_fallback=False), "no byte piece <0x00>"
     ),
-    "no space piece": (without_space, f"no piece '{tg.SPACE}'"),
-    "decodes to other bytes": (
-        decodes_otherwise,
-        r"piece \d+ '.*x.*' counts \d+ bytes and decodes to .*yy",
+    "no space piece": Liar(without_space, f"no piece '{shards.SPACE}'"),
+    "decodes to other bytes": Liar(
+        decodes_otherwise, r"piece \d+ '.*x.*' counts \d+ bytes and decodes to .*yy"
     ),
-    "space behind the word": (
-        lambda folder: learn(folder, 400, treat_whitespace_as_suffix=True),
-        "of 'a b'",
+    "space behind the word": Liar(
+        lambda folder: learn(folder, 400, treat_whitespace_as_suffix=True), "of 'a b'"
     ),
-    "other ids": (lambda folder: learn(folder, 400, bos_id=2, eos_id=1), "BOS is 2"),
-    "no model": (lambda folder: SCRIPT, "make_shards.py is not a SentencePiece model|given"),
+    "other ids": Liar(lambda folder: learn(folder, 400, bos_id=2, eos_id=1), "BOS is 2"),
+    "no model": Liar(lambda folder: SCRIPT, "make_shards.py is not a SentencePiece model"),
 }
 
 
 @pytest.mark.parametrize("case", LIARS)
-def test_lying_tokenizer_is_refused(tmp_path: Path, capsys, case: str) -> None:
-    make, expected = LIARS[case]
-    with pytest.raises(tg.InputError, match=expected):
-        ms.refuse_liars(make(tmp_path))
+def test_lying_tokenizer_is_refused(tmp_path: Path, capsys: Capture, case: str) -> None:
+    model = LIARS[case].make(tmp_path)
+    with pytest.raises(InputError, match=LIARS[case].expected):
+        ms.refuse_liars(model)
     write_jsonl(tmp_path / "a.jsonl", STDLIB[:5])
-    assert run(tmp_path / "a.jsonl", tmp_path / "out", "--tokenizer", str(make(tmp_path))) == 2
+    assert run(tmp_path / "a.jsonl", tmp_path / "out", "--tokenizer", str(model)) == 2
     assert capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
-def test_folding_tokenizer_is_accepted_and_its_changes_told(tmp_path: Path, capsys) -> None:
-    texts = [
-        "plain",
-        "two\nlines",
-        "many   spaces  here",
-        "\ufb01ve",
-        *(f"clean {i}" for i in range(200)),
-    ]
+def test_folding_tokenizer_is_accepted_and_its_changes_told(
+    tmp_path: Path, capsys: Capture, folding: Path
+) -> None:
+    texts = ["plain", "two\nlines", "many   spaces  here", "\ufb01ve"]
+    texts += [f"clean {i}" for i in range(200)]
     write_jsonl(tmp_path / "a.jsonl", texts)
-    model = learn(tmp_path, 400)
-    assert (
-        run(tmp_path / "a.jsonl", tmp_path / "out", "--tokenizer", str(model), val_share=0.3) == 0
-    )
-    splits = json.loads((tmp_path / "out/manifest.json").read_text())["splits"].values()
-    total = {
-        key: sum(split[key] for split in splits)
-        for key in ("documents", "bytes", "changed_documents", "changed_bytes")
-    }
-    sp = spm.SentencePieceProcessor(model_file=str(model))
+    options = "--tokenizer", str(folding)
+    assert run(tmp_path / "a.jsonl", tmp_path / "out", *options, val_share=0.3) == 0
+    splits = manifest_of(tmp_path / "out")["splits"].values()
+    keys = ("documents", "bytes", "changed_documents", "changed_bytes")
+    sp = spm.SentencePieceProcessor(model_file=str(folding))
     after = [sp.decode(sp.encode(text)) for text in texts]
     # the newline; 2 + 1 spaces; and the ligature, which becomes two letters
-    assert total == dict(
+    assert {key: sum(split[key] for split in splits) for key in keys} == dict(
         documents=len(texts),
         bytes=sum(len(text.encode()) for text in after),
         changed_documents=3,
@@ -235,30 +230,30 @@ def test_folding_tokenizer_is_accepted_and_its_changes_told(tmp_path: Path, caps
 
 
 def write_jsonl(path: Path, texts: list[str]) -> None:
-    path.write_text(
-        "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts))
-    )
+    lines = [json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)]
+    path.write_text("".join(lines))
+
+
+def arguments(source: Path, out: Path, val_share: float = 0.1, workers: int = 1) -> list[str]:
+    numbers = ["--vocab-size", "600", "--val-share", str(val_share), "--workers", str(workers)]
+    return [str(source), "--out", str(out), *numbers]
 
 
 def run(source: Path, out: Path, *options: str, val_share: float = 0.1, workers: int = 1) -> int:
-    return ms.main(
-        [
-            str(source),
-            "--out",
-            str(out),
-            "--vocab-size",
-            "600",
-            "--val-share",
-            str(val_share),
-            "--workers",
-            str(workers),
-            *options,
-        ]
-    )
+    return ms.main([*arguments(source, out, val_share, workers), *options])
 
 
 def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def write_parquet(path: Path, texts: Any, **options: Any) -> None:
+    table = pa.table({"text": texts, "n": list(range(len(texts)))})
+    pq.write_table(table, path, **options)
 
 
 @pytest.fixture(scope="module")
@@ -269,21 +264,16 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     words = [" ".join(rng.choices(bag, k=9)) for _ in range(200)]
     groups = [texts[:40] + AWKWARD, words[:100], texts[40:60] + words[100:], texts[60:]]
     write_jsonl(folder / "a.jsonl", groups[0])
-    with gzip.open(folder / "b.jsonl.gz", "wt") as file:
-        file.write("\n" + "".join(json.dumps({"text": text}) + "\n\n" for text in groups[1]))
+    with gzip.open(folder / "b.JSONL.gz", "wt") as file:
+        lines = [json.dumps({"text": text}) + "\n\n" for text in groups[1]]
+        file.write("\n" + "".join(lines))
     (folder / "deep").mkdir()
-    pq.write_table(ms_table(groups[2]), folder / "deep/c.parquet", row_group_size=7)
+    write_parquet(folder / "deep/c.parquet", groups[2], row_group_size=7)
     for i, text in enumerate(groups[3]):
         (folder / f"deep/{i:03}.txt").write_bytes(text.encode())
     (folder / "deep/notes.md").write_text("not one of the formats")
     write_jsonl(folder / "z.jsonl", words[:50] + AWKWARD)  # once more
     return folder, [text for group in groups for text in group] + words[:50] + AWKWARD
-
-
-def ms_table(texts: list[str]) -> object:
-    import pyarrow
-
-    return pyarrow.table({"text": texts, "n": list(range(len(texts)))})
 
 
 @pytest.fixture(scope="module")
@@ -295,11 +285,11 @@ def built(corpus: tuple[Path, list[str]], tmp_path_factory: pytest.TempPathFacto
 
 def splits_of(folder: Path) -> dict[str, list[str]]:
     sp = spm.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    shards = {split: sorted(folder.glob(f"fineweb_{split}_*.bin")) for split in ms.SPLITS}
-    return {
-        split: decoded(sp, np.concatenate([tg.open_shard(path) for path in paths]))
-        for split, paths in shards.items()
-    }
+    found = {}
+    for split in shards.SPLITS:
+        opened = [shards.open_shard(path) for path in sorted(folder.glob(f"fineweb_{split}_*.bin"))]
+        found[split] = decoded(sp, np.concatenate(opened))
+    return found
 
 
 def core(text: str) -> str:
@@ -321,43 +311,39 @@ def test_split_does_not_depend_on_folding_or_on_other_documents() -> None:
 
 
 def test_manifest_and_shards_are_true(corpus: tuple[Path, list[str]], built: Path) -> None:
-    manifest, splits = json.loads((built / "manifest.json").read_text()), splits_of(built)
-    assert manifest["tokenizer"]["sha256"] == ms.sha256(built / "tokenizer.model")
+    manifest, splits = manifest_of(built), splits_of(built)
+    assert manifest["tokenizer"]["file"] == "tokenizer.model"
+    assert manifest["tokenizer"]["sha256"] == shards.sha256(built / "tokenizer.model")
     assert manifest["tokenizer"]["vocab_size"] == 600
     for split, texts in splits.items():
         entry = manifest["splits"][split]
         size = sum(len(text.encode()) for text in texts)
-        assert (entry["documents"], entry["bytes"], entry["changed_documents"]) == (
-            len(texts),
-            size,
-            0,
-        )
-        config = replace(tg.Config(), data_path=str(built), vocab_size=600, train_seq_len=8)
+        found = entry["documents"], entry["bytes"], entry["changed_documents"]
+        assert found == (len(texts), size, 0)
         counts = [file["tokens"] for file in entry["files"].values()]
-        assert tg.Tokens(config, split).total == entry["tokens"] == sum(counts)
-        assert {path.name: ms.sha256(path) for path in built.glob(f"fineweb_{split}_*")} == {
+        assert counts == [len(shards.open_shard(built / name)) for name in entry["files"]]
+        assert entry["tokens"] == sum(counts)
+        assert {path.name: shards.sha256(path) for path in built.glob(f"fineweb_{split}_*")} == {
             name: file["sha256"] for name, file in entry["files"].items()
         }
         assert set(counts[:-1]) <= {30_000} and 0 < counts[-1] <= 30_000
-    assert len(manifest["splits"]["train"]["files"]) > 2
+    names = list(manifest["splits"]["train"]["files"])
+    assert len(names) > 2
+    assert names == [f"fineweb_train_{i:06}.bin" for i in range(len(names))]
     assert str(built.parent) not in json.dumps(manifest)
 
 
 def test_same_bytes_with_any_number_of_workers(
     corpus: tuple[Path, list[str]], built: Path, tmp_path: Path
 ) -> None:
-    for workers in (1, 2):
-        assert (
-            run(corpus[0], tmp_path / str(workers), "--shard-tokens", "30000", workers=workers) == 0
-        )
-        assert content(tmp_path / str(workers)) == content(built)
-    assert run(corpus[0], tmp_path / "seed", "--seed", "2", "--sample-bytes", "100000") == 0
-    assert run(corpus[0], tmp_path / "other", "--seed", "3", "--sample-bytes", "100000") == 0
-    models = {(tmp_path / name / "tokenizer.model").read_bytes() for name in ("1", "seed", "other")}
+    assert run(corpus[0], tmp_path / "1", "--shard-tokens", "30000", workers=1) == 0
+    assert content(tmp_path / "1") == content(built), "which two workers made"
+    for seed in ("2", "3"):
+        options = "--seed", seed, "--sample-bytes", "100000"
+        assert run(corpus[0], tmp_path / f"seed{seed}", *options) == 0
+    models = {(tmp_path / x / "tokenizer.model").read_bytes() for x in ("1", "seed2", "seed3")}
     assert len(models) == 3
-    assert splits_of(tmp_path / "seed") == splits_of(built), (
-        "the seed chooses the sample, not the split"
-    )
+    assert splits_of(tmp_path / "seed2") == splits_of(built), "the seed chooses the sample alone"
 
 
 def test_tokenizer_has_not_seen_validation(tmp_path: Path) -> None:
@@ -381,83 +367,187 @@ def test_sample_is_bounded_and_without_regard_to_order() -> None:
     assert set(ms.draw(texts, 10_000, 2, 0.1)) != set(drawn)
 
 
-def test_blank_lines_separate_documents(tmp_path: Path) -> None:
-    paragraphs = [f"paragraph {i}\nof two lines\n" for i in range(300)]
-    (tmp_path / "a.txt").write_text("\n \n\n".join(paragraphs))
-    assert run(tmp_path / "a.txt", tmp_path / "out", "--blank-lines", "--vocab-size", "300") == 0
+def test_blank_lines_separate_documents(tmp_path: Path, folding: Path) -> None:
+    paragraphs = [f"paragraph {i} of one line" for i in range(300)]
+    (tmp_path / "a.txt").write_text("\n\n \n\n".join(paragraphs))
+    model = "--tokenizer", str(folding)
+    assert run(tmp_path / "a.txt", tmp_path / "out", "--blank-lines", *model) == 0
     splits = splits_of(tmp_path / "out")
     assert sorted(splits["train"] + splits["val"]) == sorted(paragraphs)
 
 
-def test_what_is_no_text_is_skipped_and_told(tmp_path: Path, capsys) -> None:
-    write_jsonl(tmp_path / "a.jsonl", [*STDLIB[:60], "", "half a pair \ud83d"])
+# ---- What is left out is told
+
+
+def test_documents_that_are_no_text_are_counted_and_the_first_is_named(
+    tmp_path: Path, capsys: Capture, folding: Path
+) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [*SHORT[:60], "", "half a pair \ud83d"])
+    with open(tmp_path / "a.jsonl", "ab") as file:
+        file.write(b'{"text": null}\n{"text": "caf\xe9"}\n')
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    with open(tmp_path / "a.jsonl", "a") as file:
-        file.write('{"text": null}\n')
-    assert run(tmp_path, tmp_path / "out") == 0
-    assert json.loads((tmp_path / "out/manifest.json").read_text())["skipped"] == {
-        "empty": 2,
-        "not UTF-8": 2,
-    }
-    assert "skipped 2 documents: not UTF-8" in capsys.readouterr().out
+    write_parquet(
+        tmp_path / "p.parquet", pa.array([b"fine", b"caf\xe9"]).cast("string", safe=False)
+    )
+    assert run(tmp_path, tmp_path / "out", "--tokenizer", str(folding)) == 0
+    assert manifest_of(tmp_path / "out")["skipped"] == {"empty": 2, "not UTF-8": 4}
+    out = capsys.readouterr().out
+    assert f"skipped 4 documents: not UTF-8, the first is {tmp_path}/a.jsonl, line 62" in out
+    assert f"skipped 2 documents: empty, the first is {tmp_path}/a.jsonl, line 61" in out
+
+
+def test_nothing_but_skipped_documents_says_why(
+    tmp_path: Path, capsys: Capture, folding: Path
+) -> None:
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_bytes(b"caf\xe9")
+    for options in ([], ["--tokenizer", str(folding)]):
+        assert run(tmp_path, tmp_path / "out", *options) == 2
+        message = capsys.readouterr().err
+        assert f"skipped 3 documents: not UTF-8, the first is {tmp_path}/0.txt" in message
+        assert message.count("\n") == 1
+
+
+def found_below(*inputs: Path) -> tuple[list[str], shards.Skipped]:
+    skipped = shards.Skipped("files")
+    return [path.name for path in ms.find(inputs, skipped)], skipped
+
+
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    books, elsewhere = tmp_path / "books", tmp_path / "elsewhere"
+    (elsewhere / "deep").mkdir(parents=True)
+    books.mkdir()
+    (books / "a.txt").touch()
+    (elsewhere / "b.txt").touch()
+    (elsewhere / "deep/c.txt").touch()
+    (books / "one").symlink_to(elsewhere)
+    (books / "two").symlink_to(elsewhere)  # again
+    (elsewhere / "deep/up").symlink_to(books)  # a cycle
+    (books / "z.txt").symlink_to(elsewhere / "b.txt")  # a file again
+    names, skipped = found_below(books)
+    assert names == ["a.txt", "b.txt", "c.txt"]
+    assert skipped.counts == {ms.READ_ALREADY: 3}
+    names, skipped = found_below(elsewhere / "deep/c.txt", elsewhere, books / "one")
+    assert names == ["c.txt", "b.txt", "a.txt"]
+    assert skipped.counts[ms.READ_ALREADY] >= 2
+
+
+def test_every_file_that_is_not_read_has_a_reason(tmp_path: Path, capsys: Capture) -> None:
+    for name in ("notes.md", "notes.rst", "a.TXT", "b.Jsonl"):
+        (tmp_path / name).touch()
+    (tmp_path / "gone.txt").symlink_to("nowhere")
+    (tmp_path / "loop.txt").symlink_to("loop.txt")
+    os.mkfifo(tmp_path / "pipe.txt")
+    names, skipped = found_below(tmp_path)
+    assert names == ["a.TXT", "b.Jsonl"], "capitals are no other kind"
+    lines = list(skipped.lines())
+    assert len(lines) == 3
+    assert f"2 files: a link that leads nowhere, the first is {tmp_path}/gone.txt" in lines[0]
+    assert f"1 files: no regular file, the first is {tmp_path}/pipe.txt" in lines[1]
+    assert "2 files: none of .jsonl, .jsonl.gz, .parquet, .txt, .py, the first is" in lines[2]
+    assert lines[2].endswith(f"{tmp_path}/notes.md")
+
+
+def test_files_left_out_are_told_at_the_start_and_in_the_manifest(
+    tmp_path: Path, capsys: Capture, folding: Path
+) -> None:
+    write_jsonl(tmp_path / "a.jsonl", SHORT[:60])
+    (tmp_path / "notes.md").touch()
+    assert run(tmp_path, tmp_path / "out", "--tokenizer", str(folding)) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("skipped 1 files or folders: none of")
+    assert first.endswith(f"{tmp_path}/notes.md")
+    assert list(manifest_of(tmp_path / "out")["skipped_files"].values()) == [1]
+
+
+def test_folder_that_cannot_be_listed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.txt").touch()
+    scan = os.scandir
+
+    def closed(path: Any) -> Any:  # root may read any folder
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(InputError, match="cannot read the folder .*/closed: Permission denied"):
+        found_below(tmp_path)
+
+
+def test_names_that_are_not_utf8_can_be_told(tmp_path: Path, folding: Path) -> None:
+    """With a terminal that takes ASCII only, too."""
+    write_jsonl(tmp_path / "a.jsonl", SHORT[:60])
+    (tmp_path / os.fsdecode(b"caf\xe9.md")).touch()
+    (tmp_path / "\u65e5\u672c.txt").write_bytes(b"\xff")
+    result = script(tmp_path, tmp_path / "out", "--tokenizer", str(folding), locale="ascii")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "caf\\udce9.md" in result.stdout and "\\u65e5\\u672c.txt" in result.stdout
 
 
 # ---- What is refused
 
 
+def nested(depth: int) -> str:
+    return '{"text": ' + "[" * depth + "]" * depth + "}\n"
+
+
 def bad_inputs(folder: Path) -> dict[str, tuple[list[str], str]]:
-    write_jsonl(folder / "good.jsonl", STDLIB[:60])
+    write_jsonl(folder / "good.jsonl", SHORT[:60])
     (folder / "bad.jsonl").write_text('{"text": "a"}\n{"text": "b"\n')
     (folder / "list.jsonl").write_text('{"text": ["a"]}\n')
+    (folder / "deep.jsonl").write_text('{"text": "a"}\n' + nested(200_000))
     (folder / "cut.jsonl.gz").write_bytes(gzip.compress(os.urandom(1000))[:-20])
     (folder / "no.parquet").write_bytes(b"PAR1 no")
     (folder / "empty").mkdir()
-    pq.write_table(ms_table(["a"]), folder / "n.parquet")
+    (folder / "notes.md").touch()
+    os.mkfifo(folder / "pipe.txt")
+    write_parquet(folder / "n.parquet", ["a"])
+    write_parquet(folder / "list.parquet", [["a"], ["b"]])
+    write_parquet(folder / "struct.parquet", [{"a": "b"}])
     return {
         "missing": (["nowhere.txt"], "nowhere.txt is not there"),
-        "suffix": (["empty"], "holds no .jsonl"),
+        "suffix": (["empty"], "empty holds no .jsonl"),
+        "other kind": (["notes.md"], "notes.md holds no .jsonl.*none of.*notes.md"),
+        "pipe": (["pipe.txt"], "pipe.txt holds no .*no regular file"),
         "json": (["bad.jsonl"], "bad.jsonl, line 2"),
+        "deep": (["deep.jsonl"], "deep.jsonl, line 2 is no JSON.*recursion"),
         "key": (["good.jsonl", "--key", "body"], "line 1.*body"),
         "list": (["list.jsonl"], r"line 1: 'text' is \['a'\]"),
         "gz": (["cut.jsonl.gz"], "cannot read.*cut"),
         "parquet": (["no.parquet"], "cannot read.*no.parquet"),
         "column": (
             ["n.parquet", "--key", "n"],
-            "'n' is no column of text.*'text': 'string'.*--key",
+            r"'n' is no column of text.*text \(string\).*--key",
         ),
+        "list column": (["list.parquet"], r"list.parquet: 'text' is no column.*list<.*string>"),
+        "struct column": (["struct.parquet"], r"'text' is no column of text.*struct<a: string>"),
         "vocabulary": (
             ["good.jsonl", "--vocab-size", "60000", "--sample-bytes", "9000"],
             "cannot learn 60000 pieces from .* documents",
         ),
         "no val": (["good.jsonl", "--val-share", "1e-9"], "no val documents among 60"),
         "out": (["good.jsonl", "--out", str(folder)], "exists"),
+        "long name": (["good.jsonl", "--out", "x" * 300], "File name too long"),
         "tokenizer": (["good.jsonl", "--tokenizer", "nothing.model"], "nothing.model"),
     }
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        "missing",
-        "suffix",
-        "json",
-        "key",
-        "list",
-        "gz",
-        "parquet",
-        "column",
-        "vocabulary",
-        "no val",
-        "out",
-        "tokenizer",
-    ],
+CASES = (
+    "missing, suffix, other kind, pipe, json, deep, key, list, gz, parquet, column, list column, "
+    "struct column, vocabulary, no val, out, long name, tokenizer"
 )
-def test_bad_input_is_one_line(tmp_path: Path, capsys, monkeypatch, case: str) -> None:
+
+
+@pytest.mark.parametrize("case", CASES.split(", "))
+def test_bad_input_is_one_line(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, folding: Path, case: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     options, expected = bad_inputs(tmp_path)[case]
-    model = (
-        () if case in ("vocabulary", "tokenizer") else ("--tokenizer", str(learn(tmp_path, 400)))
-    )
+    model = () if case in ("vocabulary", "tokenizer") else ("--tokenizer", str(folding))
     before = sorted(tmp_path.iterdir())
     code = ms.main(["--out", "new", "--workers", "1", "--val-share", "0.1", *model, *options])
     message = capsys.readouterr().err
@@ -466,37 +556,171 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys, monkeypatch, case: str) -
     assert sorted(tmp_path.iterdir()) == before, "nothing is left behind"
 
 
-# ---- Memory and processes
+@pytest.mark.parametrize("kind", ["string", "large_string", "dictionary"])
+def test_columns_of_text_are_read(tmp_path: Path, kind: str) -> None:
+    column = pa.array(["a", None, "\u65e5"])
+    column = column.dictionary_encode() if kind == "dictionary" else column.cast(kind)
+    write_parquet(tmp_path / "a.parquet", column)
+    assert list(ms.rows(tmp_path / "a.parquet", "text")) == ["a", "", "\u65e5"]
+
+
+OPTIONS = {
+    "vocab-size": ("260", "65537"),
+    "val-share": ("0", "1", "nan"),
+    "workers": ("0",),
+    "sample-bytes": ("0",),
+    "shard-tokens": ("0", str(2**31)),  # a header's count is an int32
+    "seed": (str(2**64), "9" * 80),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_option_out_of_range_is_named(capsys: Capture, option: str) -> None:
+    for value in OPTIONS[option]:
+        with pytest.raises(SystemExit):
+            ms.main(["a.txt", "--out", "new", f"--{option}", value])
+        assert f"--{option}" in capsys.readouterr().err
+
+
+def test_validation_without_text_is_refused(tmp_path: Path, capsys: Capture, folding: Path) -> None:
+    """A folding tokenizer makes nothing of white space: the split would be BOS tokens only."""
+    spaces = [" " * i for i in range(1, 5)]
+    held_out = ms.split_of(" ", 0.5)
+    write_jsonl(
+        tmp_path / "a.jsonl", spaces + [t for t in SHORT if ms.split_of(t, 0.5) != held_out]
+    )
+    assert (
+        run(tmp_path / "a.jsonl", tmp_path / "out", "--tokenizer", str(folding), val_share=0.5) == 2
+    )
+    message = capsys.readouterr().err
+    assert f"{held_out} has 4 tokens and not one byte of text" in message
+    assert message.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+# ---- Processes
+
+
+def script(
+    source: Path, out: Path, *options: str, locale: str = "utf-8"
+) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"PYTHONIOENCODING": locale}
+    command = [sys.executable, str(SCRIPT), *arguments(source, out), *options]
+    return subprocess.run(command, env=env, text=True, capture_output=True)
+
+
+@pytest.mark.parametrize("count", [60, 4], ids=["ordinary", "short validation"])
+def test_the_closing_line_is_a_command_that_works(
+    tmp_path: Path, folding: Path, count: int
+) -> None:
+    """From a folder with a space in its name; a short split needs shorter sequences."""
+    folder = tmp_path / "my corpus"
+    folder.mkdir()
+    held_out = [text for text in SHORT if ms.split_of(text, 0.1) == "val"]
+    short = next(text for i in range(99) if ms.split_of(text := f"few words {i}", 0.1) == "val")
+    rest = [text for text in SHORT if text not in held_out]
+    write_jsonl(folder / "a.jsonl", rest[:40] + (held_out if count > 4 else [short]))
+    result = script(folder / "a.jsonl", folder / "out", "--tokenizer", str(folding))
+    assert result.returncode == 0, result.stderr
+    command = re.search(r"^next    (PRESET=tiny .*)$", result.stdout, re.MULTILINE)
+    assert command
+    assert ("TRAIN_SEQ_LEN=" in command[1]) == (count == 4)
+    env = os.environ | dict(ITERATIONS="1", WARMUP_STEPS="0", LOG_DIR=str(tmp_path / "logs"))
+    env |= dict(MODEL_DIM="32", NUM_HEADS="2", NUM_KV_HEADS="1", TRAIN_BATCH_TOKENS="512")
+    env |= dict(PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    trained = subprocess.run(command[1], shell=True, env=env, capture_output=True, text=True)
+    assert trained.returncode == 0, trained.stderr
+    assert "final_int8_zlib_roundtrip_exact" in trained.stdout
+
+
+STREAMS = {
+    "a full disk": ">/dev/full",
+    "a reader that has gone": "| true",
+    "no stdout": ">&-",
+    "no stderr": "2>&-",
+    "no stream at all": "<&- >&- 2>&-",
+}
+
+
+@pytest.mark.parametrize("case", STREAMS)
+def test_output_that_cannot_be_written_ends_nothing(
+    tmp_path: Path, folding: Path, case: str
+) -> None:
+    """What is printed is lost, no file is, and nothing is printed into a file."""
+    write_jsonl(tmp_path / "a.jsonl", SHORT[:60])
+    options = [*arguments(tmp_path / "a.jsonl", tmp_path / "out"), "--tokenizer", str(folding)]
+    command = shlex.join([sys.executable, str(SCRIPT), *options])
+    shell = ["bash", "-o", "pipefail", "-c", f"{command} {STREAMS[case]}"]
+    result = subprocess.run(shell, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    manifest = manifest_of(tmp_path / "out")
+    for split in shards.SPLITS:
+        for name, file in manifest["splits"][split]["files"].items():
+            assert shards.sha256(tmp_path / "out" / name) == file["sha256"]
+
+
+def test_complaint_that_cannot_be_written_leaves_the_exit_code() -> None:
+    for stream in ("2>/dev/full", "2>&-"):
+        command = shlex.join([sys.executable, str(SCRIPT), "nothing", "--out", "nowhere"])
+        result = subprocess.run(["bash", "-c", f"{command} {stream}"], stdout=subprocess.DEVNULL)
+        assert result.returncode == 2
+
+
+def test_killed_worker_is_one_line(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, folding: Path
+) -> None:
+    """The kernel does so when memory runs out."""
+
+    def die(path: Path) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(ms, "encoder_of", die)  # in the workers, which are forked
+    write_jsonl(tmp_path / "a.jsonl", SHORT[:60])
+    assert run(tmp_path / "a.jsonl", tmp_path / "out", "--tokenizer", str(folding)) == 2
+    message = capsys.readouterr().err
+    assert "a worker was killed" in message and "--workers" in message
+    assert message.count("\n") == 1
+    assert not list(tmp_path.glob("*out*"))
 
 
 class OnTheSpot:
-    """Stands in for a pool of workers: the work is done when it is submitted."""
+    """Stands in for work in another process: it is done when it is submitted."""
 
-    def submit(self, function, item):
-        result = function(item)
-        return argparse.Namespace(result=lambda: result)
+    def __init__(self, item: int) -> None:
+        self.item = item
+
+    def result(self) -> int:
+        return self.item
 
 
 def test_only_so_many_blocks_are_under_way() -> None:
     drawn: list[int] = []
+
+    def items() -> Iterator[int]:
+        for i in range(100):
+            drawn.append(i)
+            yield i
+
     taken = 0
-    for i in ms.in_order(
-        OnTheSpot(), lambda i: i, (drawn.append(i) or i for i in range(100)), ahead=5
-    ):
+    for i in ms.in_order(OnTheSpot, items(), ahead=5):
         assert i == taken and len(drawn) - taken <= 5
         taken += 1
     assert taken == 100
 
 
-def test_memory_does_not_grow_with_the_input(tmp_path: Path, monkeypatch) -> None:
-    """Peak of what the main process holds, for a corpus and one ten times as large, sampling included."""
+def test_memory_does_not_grow_with_the_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folding: Path
+) -> None:
+    """Peak of the main process, for a corpus and one ten times as large, sampling included."""
+
+    def given(texts: list[str], size: int) -> bytes:
+        return folding.read_bytes()
+
     monkeypatch.setattr(ms, "BLOCK", 1 << 12)
-    monkeypatch.setattr(ms.sample, "train_tokenizer", lambda texts, size: model.read_bytes())
-    model, peaks = learn(tmp_path, 400), []
+    monkeypatch.setattr(sample, "train_tokenizer", given)
+    peaks = []
     for factor in (1, 10):
-        write_jsonl(
-            tmp_path / "a.jsonl", [f"{i} {'some words ' * 200}" for i in range(40 * factor)]
-        )
+        texts = [f"{i} {'some words ' * 200}" for i in range(20 * factor)]
+        write_jsonl(tmp_path / "a.jsonl", texts)
         tracemalloc.start()
         assert run(tmp_path / "a.jsonl", tmp_path / str(factor), "--sample-bytes", "20000") == 0
         peaks.append(tracemalloc.get_traced_memory()[1])
@@ -504,40 +728,47 @@ def test_memory_does_not_grow_with_the_input(tmp_path: Path, monkeypatch) -> Non
     assert peaks[1] < 1.2 * peaks[0], peaks
 
 
-def alive(mark: str) -> Iterator[str]:
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if mark in path.read_text():
-                yield path.parent.name
-        except (FileNotFoundError, ProcessLookupError):
-            pass
+STOPS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import make_shards as ms
+add = ms.ShardWriter.add
+def stop(self, tokens):
+    add(self, tokens)
+    print("written", flush=True)
+    sys.stdin.read()
+ms.ShardWriter.add = stop
+sys.exit(ms.main(sys.argv[2:]))
+"""
 
 
-def test_killed_run_leaves_nothing_and_nobody(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "a.jsonl", STDLIB * 5)
-    out, model = tmp_path / "out", learn(tmp_path, 400)
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        str(tmp_path / "a.jsonl"),
-        "--out",
-        str(out),
-        "--workers",
-        "2",
-        "--tokenizer",
-        str(model),
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    deadline = time.time() + 60
-    while not any(path.stat().st_size > 2000 for path in tmp_path.glob(".out.partial/*train*")):
-        assert time.time() < deadline and process.poll() is None, "it should be encoding by now"
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_run_that_ends_early_leaves_nothing_and_nobody(
+    tmp_path: Path, folding: Path, number: signal.Signals
+) -> None:
+    """The run stops after its first write; all its processes hold the pipe that is read here."""
+    write_jsonl(tmp_path / "a.jsonl", STDLIB)
+    out, model = tmp_path / "out", ["--tokenizer", str(folding)]
+    options = [*arguments(tmp_path / "a.jsonl", out, workers=2), *model]
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOPS, str(SCRIPT.parent), *options],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "written\n"
+    if number == signal.SIGINT:  # as a terminal does it: to all processes
+        os.killpg(process.pid, number)
+    else:
+        process.kill()
+    _, stderr = process.communicate(timeout=300)  # ends when nobody holds the pipes any more
     assert not out.exists()
-    while list(alive(str(out))):
-        assert time.time() < deadline, "workers outlive the run"
-        time.sleep(0.05)
+    if number == signal.SIGINT:
+        assert process.returncode == shards.INTERRUPTED
+        assert stderr == "make_shards.py: interrupted; run it again\n"
     write_jsonl(tmp_path / "a.jsonl", SHORT[:60])
-    assert run(tmp_path / "a.jsonl", out, "--tokenizer", str(model)) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", "given.model", "out"}
+    assert run(tmp_path / "a.jsonl", out, *model) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", "out"}

@@ -1,21 +1,23 @@
-"""The run matrix: the rows of runs.toml, each with several seeds, one folder a run, and what they show.
+"""The run matrix: the rows of runs.toml, each with several seeds, one folder a run.
 
-    python records/tools/ablate.py list                                    # rows, series, hypotheses
-    python records/tools/ablate.py run series1 wins --seeds 3 --nproc 8    # one node, one run after the other
-    python records/tools/ablate.py run all --seeds 3 --nproc 8 --cluster slurm --job slurm_partition=gpu
-    python records/tools/ablate.py report                                  # tables, pictures, report.html
+    python records/tools/ablate.py list                                   # rows, series, hypotheses
+    python records/tools/ablate.py run series1 wins --seeds 3 --nproc 8   # one run after the other
+    python records/tools/ablate.py run all --seeds 3 --nproc 8 --cluster slurm \
+        --job slurm_partition=gpu
+    python records/tools/ablate.py report                                 # tables, pictures
 
-A run is `train_gpt.py` with the variables of its row, of the scale and of `--set`; other options of the
-script that happen to stand in the environment do not reach it. It lives in <out>/<scale>/<row>/seed<n>/,
-where run.json says how it was started. `run` can be stopped and started again at any time: a finished run
-is left alone, a run that was cut off is set aside and made again, a failed one is tried again.
+A run is `train_gpt.py` with the variables of its row, of the scale and of `--set`; other options of
+the script that happen to stand in the environment do not reach it. It lives in
+<out>/<scale>/<row>/seed<n>/, where run.json says how it was started. `run` can be stopped and
+started again at any time: a finished run is left alone, one that was cut off or whose files are
+damaged is set aside and made again, a failed one is tried again. What it prints may go to a closed
+pipe or a full disk: the runs go on.
 """
 
 from __future__ import annotations
 
 import argparse
 import fcntl
-import json
 import os
 import signal
 import subprocess
@@ -28,14 +30,17 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train_gpt as tg
+from records.tools import common
+from records.tools.common import OPTIONS, ROOT
 
 FIELDS = {f.name: f.default for f in fields(tg.Config)}
-OPTIONS = {name.upper() for name in FIELDS} | {"USE_DEPTH_EMBED"}
+SET_ELSEWHERE = {"SEED", "LOG_DIR", "RUN_ID", "EVAL_ONLY"}  # by the matrix itself
+WATCH_SECONDS = 60.0  # between lines about a run in progress, where there is no terminal
+TAIL = 1 << 16  # bytes at the end of metrics.jsonl that surely hold a row
 
-# ---- 1. The table ----------------------------------------------------------------------------------------
+# ---- 1. The table --------------------------------------------------------------------------------
 
 
 class Row(NamedTuple):
@@ -72,11 +77,15 @@ class Table(NamedTuple):
     claims: dict[str, Claim]
 
     def pick(self, names: Iterable[str]) -> list[Row]:
-        """The rows that are named, by themselves, by their series or as `all`; ValueError for other names."""
-        series, picked = {row.series for row in self.rows.values()}, {}
+        """The rows that are named, by themselves, by their series or as `all`.
+
+        InputError for other names.
+        """
+        series = {row.series for row in self.rows.values()}
+        picked: dict[str, Row] = {}
         for name in names:
             if name not in self.rows and name not in series and name != "all":
-                raise ValueError(
+                raise tg.InputError(
                     f"{name} is neither a run nor a series; runs: {', '.join(self.rows)}; "
                     f"series: {', '.join(sorted(series))}; or all"
                 )
@@ -89,42 +98,48 @@ def texts(values: dict[str, Any]) -> dict[str, str]:
     return {name: tg.show(value) for name, value in values.items()}
 
 
+def read_section(
+    path: Path, data: dict[str, Any], section: str, kind: Callable[..., Any], keys: tuple[str, ...]
+) -> dict[str, Any]:
+    """The entries of a section by name; InputError for one that has other keys."""
+    made = {}
+    for name, entry in data.get(section, {}).items():
+        if entry.keys() != {*keys}:
+            told = f"{path}: {section}.{name} has {', '.join(entry)}"
+            raise tg.InputError(f"{told}; it needs {', '.join(keys)}")
+        if "set" in entry:
+            entry = entry | {"set": texts(entry["set"])}
+        made[name] = kind(name, **entry)
+    return made
+
+
 def read_table(path: Path) -> Table:
-    """The table in a TOML file; ValueError says which entry is wrong."""
-
-    def entries(kind: type, section: str) -> dict[str, Any]:
-        made = {}
-        for name, entry in data.get(section, {}).items():
-            if entry.keys() != set(kind._fields) - {"name"}:
-                raise ValueError(
-                    f"{path}: {section}.{name} has {', '.join(entry)}; it needs "
-                    f"{', '.join(kind._fields[1:])}"
-                )
-            made[name] = kind(
-                name, **entry | ({"set": texts(entry["set"])} if "set" in entry else {})
-            )
-        return made
-
+    """The table in a TOML file; InputError says which entry is wrong."""
     try:
-        data = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path}: {error}") from None
-    table = Table(entries(Row, "run"), entries(Scale, "scale"), entries(Claim, "claim"))
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise tg.InputError(f"{path}: {error}") from None
+    table = Table(
+        read_section(path, data, "run", Row, Row._fields[1:]),
+        read_section(path, data, "scale", Scale, Scale._fields[1:]),
+        read_section(path, data, "claim", Claim, Claim._fields[1:]),
+    )
     named = {f"run {row.name}": row.baselines for row in table.rows.values()}
-    named |= {f"claim {claim.name}": sum(claim.pairs, []) for claim in table.claims.values()}
+    for claim in table.claims.values():
+        named[f"claim {claim.name}"] = [name for pair in claim.pairs for name in pair]
     for entry, names in named.items():
         if missing := [name for name in names if name not in table.rows]:
-            raise ValueError(f"{path}: {entry} names {', '.join(missing)}, which is not a run")
+            raise tg.InputError(f"{path}: {entry} names {', '.join(missing)}, which is not a run")
     return table
 
 
-# ---- 2. What a run is ------------------------------------------------------------------------------------
+# ---- 2. What a run is ----------------------------------------------------------------------------
 
 
 def variables(
     row: Row, scale: Scale | None, scale_name: str, given: dict[str, str]
 ) -> dict[str, str]:
-    """The variables of a row at a scale of the table (`scale`), of train_gpt.py (`scale_name`) or its own."""
+    """The variables of a row at a scale of the table (`scale`), of train_gpt.py or its own."""
     if scale is None:
         preset = [p for p in (row.set.get("PRESET", ""), scale_name) if p]
         return row.set | ({"PRESET": ",".join(preset)} if preset else {}) | given
@@ -133,7 +148,7 @@ def variables(
     for name, divisor in scale.divide.items():
         value, rest = divmod(getattr(full, name.lower()), divisor)
         if rest or not value:
-            raise ValueError(
+            raise tg.InputError(
                 f"scale {scale.name}: {name} of {row.name} is not a multiple of {divisor}"
             )
         divided[name] = str(value)
@@ -152,10 +167,10 @@ class Run:
     ranks: int
 
     def config(self) -> tg.Config:
-        """ValueError if the script would not take the variables."""
+        """InputError if the script would not take the variables."""
         unknown = ", ".join(sorted(self.variables.keys() - OPTIONS))
         if unknown:
-            raise ValueError(f"{unknown}: not an option of this train_gpt.py")
+            raise tg.InputError(f"{unknown}: not an option of this train_gpt.py")
         return tg.Config.from_env(self.environment())
 
     def environment(self) -> dict[str, str]:
@@ -166,14 +181,7 @@ class Run:
         )
 
     def command(self) -> list[str]:
-        torchrun = [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            str(self.ranks),
-        ]
-        return [sys.executable, *(torchrun if self.ranks > 1 else []), "train_gpt.py"]
+        return [*common.launcher(self.ranks), "train_gpt.py"]
 
     def beside(self, suffix: str) -> Path:
         return self.folder.with_name(self.folder.name + suffix)
@@ -182,25 +190,40 @@ class Run:
         return f"{self.row} seed {self.seed}"
 
 
+def damage(folder: Path) -> str:
+    """Why the files of a run that has a result.json cannot be used; "" if they can."""
+    told: list[str] = []
+    try:
+        result = common.read_result(folder / "result.json")
+        if not isinstance(result.get("config"), dict):
+            return f"{folder / 'result.json'} is damaged: it gives no configuration"
+        for _ in common.read_metrics(folder / "metrics.jsonl", told.append):
+            pass
+    except FileNotFoundError as error:
+        return f"{error.filename} is gone"
+    except tg.InputError as error:
+        return str(error)
+    return told[0] if told else ""
+
+
 def finished(run: Run) -> bool:
-    """Whether its folder holds its result; ValueError if that is the result of other variables."""
-    path = run.folder / "result.json"
-    if not path.exists():
+    """Whether its folder holds its whole result; InputError if it is of other variables."""
+    if not (run.folder / "result.json").exists() or damage(run.folder):
         return False
-    recorded, asked = FIELDS | json.loads(path.read_text())["config"], asdict(run.config())
+    result = common.read_result(run.folder / "result.json")
+    recorded, asked = FIELDS | result["config"], asdict(run.config())
     apart = [
         f"{n.upper()} {tg.show(recorded[n])} there, {tg.show(asked[n])} asked for"
         for n in asked
         if recorded[n] != asked[n] and n not in ("log_dir", "run_id", "preset")
     ]
     if apart:
-        raise ValueError(
-            f"{run.folder} holds another run ({'; '.join(apart)}): choose another --out"
-        )
+        other = f"{run.folder} holds another run ({'; '.join(apart)})"
+        raise tg.InputError(f"{other}: choose another --out")
     return True
 
 
-# ---- 3. One run ------------------------------------------------------------------------------------------
+# ---- 3. One run ----------------------------------------------------------------------------------
 
 
 class Failed(RuntimeError):
@@ -213,7 +236,7 @@ class Busy(Failed):
 
 @contextmanager
 def locked(path: Path) -> Iterator[int]:
-    """Holds a lock file. What is launched inherits it: a run that outlives its launcher still holds it."""
+    """Holds a lock file. What is launched inherits it: a run may outlive its launcher."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         try:
@@ -221,6 +244,14 @@ def locked(path: Path) -> Iterator[int]:
         except BlockingIOError:
             raise Busy("another process is making this run") from None
         yield file.fileno()
+
+
+def refuse_live(folder: Path) -> None:
+    """Busy if a run that was started by hand is alive in the folder: it holds run.lock."""
+    lock = folder / "run.lock"
+    if lock.exists():
+        with locked(lock):
+            pass
 
 
 def set_aside(folder: Path) -> None:
@@ -231,7 +262,7 @@ def set_aside(folder: Path) -> None:
 
 
 def commit() -> str | None:
-    """The commit of the script, "+" behind it if the script was edited since; None outside of git."""
+    """The commit of the script, "+" behind it if it was edited since; None outside of git."""
 
     def git(*words: str) -> str:
         return subprocess.run(
@@ -247,107 +278,174 @@ def commit() -> str | None:
 
 def cause(console: Path, code: int) -> str:
     """The line of a failed run's output that says why."""
-    lines = [
-        line.strip() for line in console.read_text(errors="replace").splitlines() if line.strip()
-    ]
-    ours = [line for line in lines if line.startswith("[rank ")]
-    return f"exit code {code}: {(ours or lines or ['no output'])[0 if ours else -1]} ({console})"
+    lines = [line.strip() for line in console.read_text(errors="replace").splitlines()]
+    told = [line for line in lines if line]
+    ours = [line for line in told if line.startswith("[rank ")]
+    if ours:
+        reason = ours[0]
+    else:
+        reason = told[-1] if told else "no output"
+    return f"exit code {code}: {reason} ({console})"
+
+
+def launch(run: Run, lock: int, tick: Callable[[float], None]) -> int:
+    """Starts a run and waits for its end; `tick` is told the seconds meanwhile. The exit code."""
+    started = time.time()
+    with open(run.beside(".console"), "wb") as out:
+        process = subprocess.Popen(
+            run.command(),
+            cwd=ROOT,
+            env=common.without_options(os.environ) | run.environment(),
+            stdout=out,
+            stderr=out,
+            stdin=subprocess.DEVNULL,
+            pass_fds=[lock],
+        )
+    try:
+        while process.poll() is None:
+            tick(time.time() - started)
+            time.sleep(0.2)
+    finally:
+        process.terminate()
+        process.wait()
+    return process.returncode
 
 
 def execute(run: Run, tick: Callable[[float], None]) -> bool:
-    """Makes a run unless it is there; whether it was made now. Failed says why there is no result."""
+    """Makes a run unless it is there; whether it was made now. Failed says why it is not."""
     with locked(run.beside(".lock")) as lock:
         if finished(run):
             return False
+        refuse_live(run.folder)
         set_aside(run.folder)
-        clean = {name: value for name, value in os.environ.items() if name not in OPTIONS}
-        console, words = run.beside(".console"), run.command()
-        script, started = commit(), time.time()
-        with open(console, "wb") as out:
-            process = subprocess.Popen(
-                words,
-                cwd=ROOT,
-                env=clean | run.environment(),
-                stdout=out,
-                stderr=out,
-                stdin=subprocess.DEVNULL,
-                pass_fds=[lock],
-            )
-        try:
-            while process.poll() is None:
-                tick(time.time() - started)
-                time.sleep(0.2)
-        finally:
-            process.terminate()
-            process.wait()
+        script, started, console = commit(), time.time(), run.beside(".console")
+        code = launch(run, lock, tick)
         if not finished(run):
-            raise Failed(cause(console, process.returncode))
+            raise Failed(cause(console, code))
         record = dict(
             row=run.row,
             seed=run.seed,
             scale=run.scale,
             variables=run.variables,
             ranks=run.ranks,
-            command=["python", *words[1:]],
+            command=["python", *run.command()[1:]],
             git_commit=script,
-            exit_code=process.returncode,
+            exit_code=code,
             wall_seconds=round(time.time() - started, 1),
         )
-        tg.write_atomically(run.folder / "run.json", json.dumps(record, indent=1).encode())
+        common.write_json(run.folder / "run.json", record)
         console.unlink()
         return True
 
 
-# ---- 4. The matrix ---------------------------------------------------------------------------------------
+class Progress(NamedTuple):
+    """Where a run is, by the last whole line of its metrics.jsonl."""
+
+    step: int
+    iterations: int
+    share: float  # of its steps, or of its time, whichever ends first
+
+    def __str__(self) -> str:
+        return f"step {self.step} of {self.iterations} ({self.share:.0%})"
+
+
+def last_row(path: Path) -> dict[str, Any] | None:
+    """The last whole row of a metrics.jsonl that may be growing; None if there is none yet."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(path.stat().st_size - TAIL, 0))
+            lines = file.read().split(b"\n")
+    except FileNotFoundError:
+        return None
+    rows = (common.parse_row(line) for line in reversed(lines))
+    return next((row for row in rows if row is not None), None)
+
+
+def progress(run: Run) -> Progress | None:
+    """None before the first step."""
+    row, config = last_row(run.folder / "metrics.jsonl"), run.config()
+    if row is None or not row["step"]:
+        return None
+    share = row["step"] / max(config.iterations, 1)
+    if config.training_seconds:
+        share = max(share, row["train_seconds"] / config.training_seconds)
+    return Progress(row["step"], config.iterations, min(share, 1.0))
+
+
+# ---- 4. The matrix -------------------------------------------------------------------------------
 
 
 class Board:
-    """What has been done and how long the rest will take: a line on a terminal, plain lines elsewhere."""
+    """What has been done and how long the rest will take.
+
+    On a terminal a line that changes, elsewhere plain lines.
+    """
 
     def __init__(self, runs: list[Run]) -> None:
-        self.runs, self.left, self.failures = runs, list(runs), {}
+        self.runs, self.left = runs, list(runs)
+        self.failures: dict[Run, str] = {}
         self.made = self.found = 0
         self.watched = sys.stderr.isatty()
+        self.looked = 0.0  # seconds of the run in progress when it was last looked at
 
     def seconds_left(self) -> float | None:
         """From the runs that are finished: of the same row where there are some, else of all."""
         known: dict[str, list[float]] = {}
         for run in self.runs:
-            if (path := run.folder / "run.json").exists():
-                known.setdefault(run.row, []).append(json.loads(path.read_text())["wall_seconds"])
+            seconds = wall_seconds(run.folder / "run.json")
+            if seconds is not None:
+                known.setdefault(run.row, []).append(seconds)
         every = [seconds for row in known.values() for seconds in row]
         if not every:
             return None
-        return sum(sum(of) / len(of) for run in self.left if (of := known.get(run.row, every)))
+        total = 0.0
+        for run in self.left:
+            of_row = known.get(run.row, every)
+            total += sum(of_row) / len(of_row)
+        return total
 
     def say(self, text: str, passing: bool = False) -> None:
-        """A line that stays, or one that the next replaces (on a terminal only)."""
+        """A line that stays, or one that the next replaces (on a terminal only).
+
+        If nobody can read it any more, the runs go on.
+        """
         if self.watched:
-            print(f"\r\033[K{text}", end="" if passing else "\n", file=sys.stderr, flush=True)
+            common.say(f"\r\033[K{text}", end="" if passing else "\n", stream=sys.stderr)
         elif not passing:
-            print(text, flush=True)
+            common.say(text)
 
     def place(self) -> str:
         return f"[{len(self.runs) - len(self.left) + 1}/{len(self.runs)}]"
 
     def tick(self, run: Run, seconds: float) -> None:
-        if self.watched:
-            left = self.seconds_left()
-            rest = "" if left is None else f", {duration(max(left - seconds, 0))} left"
-            self.say(f"{self.place()} {run}: {seconds:.0f} s{rest}", passing=True)
+        """Says where a run is: every second on a terminal, else every minute."""
+        if seconds < self.looked:
+            self.looked = 0.0
+        if seconds - self.looked < (1.0 if self.watched else WATCH_SECONDS):
+            return
+        self.looked = seconds
+        told = [f"{self.place()} {run}: {common.duration(seconds)}"]
+        left, now = self.seconds_left(), progress(run)
+        if now is not None:
+            rest = seconds * (1 - now.share) / now.share
+            told += [str(now), f"{common.duration(rest)} left of it"]
+        if left is not None:
+            told.append(f"{common.duration(max(left - seconds, 0))} left of all")
+        self.say(", ".join(told), passing=self.watched)
 
     def done(self, run: Run, made: bool) -> None:
         """A run with a result; what was there before is counted, not told."""
         place = self.place()
         self.left.remove(run)
-        self.made, self.found = self.made + made, self.found + (not made)
-        if made:
-            result, left = json.loads((run.folder / "result.json").read_text()), self.seconds_left()
-            large = "" if result["fits"] else "; TOO LARGE for a submission"
-            self.say(
-                f"{place} {run}: val_bpb {result['roundtrip']['val_bpb']:.4f}{large}, "
-                f"{duration(left or 0)} left"
-            )
+        self.looked = 0.0
+        if not made:
+            self.found += 1
+            return
+        self.made += 1
+        result, left = common.read_result(run.folder / "result.json"), self.seconds_left()
+        large = "" if result["fits"] else "; TOO LARGE for a submission"
+        score = f"val_bpb {result['roundtrip']['val_bpb']:.4f}{large}"
+        self.say(f"{place} {run}: {score}, {common.duration(left or 0)} left of all")
 
     def failed(self, run: Run, why: str) -> None:
         self.say(f"{self.place()} {run}: FAILED, {why}")
@@ -365,107 +463,96 @@ class Board:
         return 1 if self.failures or self.left else 0
 
 
-def duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+def wall_seconds(path: Path) -> float | None:
+    """How long a run took, by its run.json; None if that is not there or damaged."""
+    try:
+        seconds = common.read_result(path).get("wall_seconds")
+    except (OSError, tg.InputError):
+        return None
+    return seconds if isinstance(seconds, (int, float)) else None
+
+
+def tell_damage(board: Board, run: Run) -> None:
+    """Says why a run that has a result is made again."""
+    if (run.folder / "result.json").exists() and (what := damage(run.folder)):
+        board.say(f"{run}: {what}; it is set aside and made again")
 
 
 def run_here(board: Board) -> None:
     """One run after the other; a failure does not stop the rest."""
     for run in list(board.left):
+
+        def tick(seconds: float, run: Run = run) -> None:
+            board.tick(run, seconds)
+
         try:
-            board.done(run, execute(run, lambda seconds: board.tick(run, seconds)))
-        except (Failed, ValueError) as error:
+            tell_damage(board, run)
+            board.done(run, execute(run, tick))
+        except (Failed, tg.InputError, OSError) as error:
             board.failed(run, str(error))
 
 
+def job_words(run: Run, options: argparse.Namespace) -> list[str]:
+    """This command for one row and seed."""
+    words = [sys.executable, str(Path(__file__).resolve()), "run", run.row]
+    words += ["--first-seed", str(run.seed), "--nproc", str(options.nproc)]
+    words += ["--out", str(options.out.resolve()), "--table", str(options.table.resolve())]
+    words += ["--scale", options.scale]
+    if options.set:
+        words += ["--set", *options.set]
+    return words
+
+
 def run_by_jobs(board: Board, options: argparse.Namespace) -> None:
-    """Hands every run that is not there to submitit, each as this command for one row and seed; waits."""
+    """Hands every run that is not there to submitit, each as a job of its own; waits."""
     import submitit  # optional: records/tools/requirements.txt
     from submitit.helpers import CommandFunction
 
-    out, parameters = options.out.resolve(), pairs(options.job)
-    jobs, executor = {}, submitit.AutoExecutor(out / "jobs", cluster=options.cluster)
+    folder = options.out.resolve() / "jobs"
+    executor = submitit.AutoExecutor(folder, cluster=options.cluster)
+    parameters = common.pairs(options.job)
     executor.update_parameters(
         **{name: int(v) if v.isdigit() else v for name, v in parameters.items()}
     )
-    same = [
-        "--nproc",
-        str(options.nproc),
-        "--out",
-        str(out),
-        "--table",
-        str(options.table.resolve()),
-        "--scale",
-        options.scale,
-        *(["--set", *options.set] if options.set else []),
-    ]
     for run in list(board.left):
+        tell_damage(board, run)
         if finished(run):
             board.done(run, False)
+    jobs = {}
     with executor.batch():
         for run in board.left:
-            jobs[run] = executor.submit(
-                CommandFunction(
-                    [
-                        sys.executable,
-                        str(Path(__file__).resolve()),
-                        "run",
-                        run.row,
-                        "--first-seed",
-                        str(run.seed),
-                        *same,
-                    ]
-                )
-            )
-    board.say(f"{len(jobs)} jobs, logs in {out / 'jobs'}")
+            jobs[run] = executor.submit(CommandFunction(job_words(run, options)))
+    board.say(f"{len(jobs)} jobs, logs in {folder}")
     while board.left:
         for run in [run for run in board.left if jobs[run].done()]:
             if finished(run):
                 board.done(run, True)
             else:
-                board.failed(
-                    run, f"job {jobs[run].job_id} ended without a result: {jobs[run].paths.stderr}"
-                )
+                told = f"job {jobs[run].job_id} ended without a result"
+                board.failed(run, f"{told}: {jobs[run].paths.stderr}")
         time.sleep(0.2)
 
 
-# ---- 5. The command --------------------------------------------------------------------------------------
-
-
-def pairs(words: list[str]) -> dict[str, str]:
-    """KEY=VALUE words."""
-    for word in words:
-        if "=" not in word:
-            raise ValueError(f"{word!r} is not KEY=VALUE")
-    return dict(word.split("=", 1) for word in words)
+# ---- 5. The command ------------------------------------------------------------------------------
 
 
 def plan(table: Table, options: argparse.Namespace) -> list[Run]:
-    """The runs that are asked for, seed by seed; ValueError if nothing like it exists."""
-    given, scale = pairs(options.set), table.scales.get(options.scale)
+    """The runs that are asked for, seed by seed; InputError if nothing like it exists."""
+    given, scale = common.pairs(options.set), table.scales.get(options.scale)
     if unknown := given.keys() - OPTIONS:
-        raise ValueError(f"--set {', '.join(sorted(unknown))}: not an option of train_gpt.py")
-    if taken := given.keys() & {"SEED", "LOG_DIR", "RUN_ID", "EVAL_ONLY"}:
-        raise ValueError(f"--set {', '.join(sorted(taken))}: the matrix sets that itself")
+        names = ", ".join(sorted(unknown))
+        raise tg.InputError(f"--set {names}: not an option of train_gpt.py")
+    if taken := given.keys() & SET_ELSEWHERE:
+        raise tg.InputError(f"--set {', '.join(sorted(taken))}: the matrix sets that itself")
     if options.scale and scale is None and options.scale not in tg.SCALES:
-        raise ValueError(
-            f"--scale {options.scale}: there are {', '.join([*tg.SCALES, *table.scales])}"
-        )
-    runs = []
+        known = ", ".join([*tg.SCALES, *table.scales])
+        raise tg.InputError(f"--scale {options.scale}: there are {known}")
+    name, runs = options.scale or "full", []
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         for row in table.pick(options.names):
-            name = options.scale or "full"
-            runs.append(
-                Run(
-                    row.name,
-                    seed,
-                    name,
-                    variables(row, scale, options.scale, given),
-                    options.out.resolve() / name / row.name / f"seed{seed}",
-                    options.nproc,
-                )
-            )
+            values = variables(row, scale, options.scale, given)
+            folder = options.out.resolve() / name / row.name / f"seed{seed}"
+            runs.append(Run(row.name, seed, name, values, folder, options.nproc))
     return runs
 
 
@@ -473,22 +560,22 @@ def show_table(table: Table, names: list[str]) -> None:
     for row in table.pick(names or ["all"]):
         against = f" (against {', '.join(row.baselines)})" if row.baselines else ""
         unknown = ", ".join(sorted(row.set.keys() - OPTIONS))
-        print(f"{row.series}  {row.name:20} {row.what}{against}\n{'':9}{row.hypothesis}")
+        common.say(f"{row.series}  {row.name:20} {row.what}{against}\n{'':9}{row.hypothesis}")
         if unknown:
-            print(f"{'':9}not runnable: {unknown} is not an option of this train_gpt.py")
+            common.say(f"{'':9}not runnable: {unknown} is not an option of this train_gpt.py")
     for scale in table.scales.values():
-        print(f"scale {scale.name}: {scale.what}")
+        common.say(f"scale {scale.name}: {scale.what}")
 
 
 def run_matrix(table: Table, options: argparse.Namespace) -> int:
-    """Every run is checked before the first is launched; one that cannot run is a failure among others."""
+    """Every run is checked before the first is launched; one that cannot run is a failure."""
     runs = plan(table, options)
     board = Board(runs)
     for run in runs:
         try:
             finished(run)
             run.config()
-        except ValueError as error:
+        except tg.InputError as error:
             board.failed(run, str(error))
     try:
         if options.cluster:
@@ -507,8 +594,40 @@ def show_report(table: Table, options: argparse.Namespace) -> int:
     what = f"Scale {name}: {scale.what}." if scale else f"Scale {name} of train_gpt.py."
     folder = options.out.resolve() / name
     for path in report.write(folder, table, what, options.to or folder):
-        print(path)
+        common.say(str(path))
     return 0
+
+
+def add_run_options(run: argparse.ArgumentParser) -> None:
+    add = run.add_argument
+    add("names", nargs="+", help="Runs by name or by series, or all.")
+    add("--seeds", type=int, default=1, help="Number of seeds (default: %(default)s).")
+    add(
+        "--first-seed",
+        type=int,
+        default=1337,
+        help="The seed from which they are counted (default: %(default)s).",
+    )
+    add(
+        "--nproc",
+        type=int,
+        default=1,
+        help="Ranks, one a GPU; torchrun starts more than one (default: %(default)s).",
+    )
+    add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="Variables for every run.")
+    add(
+        "--cluster",
+        choices=("slurm", "local"),
+        default="",
+        help="Hand every run to submitit as a job of its own (default: run them here).",
+    )
+    add(
+        "--job",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="Job parameters of submitit, such as slurm_partition=gpu.",
+    )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -516,52 +635,56 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = top.add_subparsers(dest="command", required=True)
-    listing, run, report = (commands.add_parser(name) for name in ("list", "run", "report"))
-    for sub in (listing, run):
-        sub.add_argument("names", nargs="*" if sub is listing else "+", help="runs, series, or all")
-    run.add_argument("--seeds", type=int, default=1, help="how many, counted from --first-seed")
-    run.add_argument("--first-seed", type=int, default=1337)
-    run.add_argument(
-        "--nproc", type=int, default=1, help="ranks, one a GPU; more than one by torchrun"
+    listing = commands.add_parser("list", help="Show the rows of the table.")
+    run = commands.add_parser("run", help="Make the runs that are not there yet.")
+    report = commands.add_parser("report", help="Write tables and pictures of finished runs.")
+    listing.add_argument("names", nargs="*", help="Runs by name or by series (default: all).")
+    add_run_options(run)
+    report.add_argument(
+        "--to", type=Path, help="Folder for the report (default: that of the runs)."
     )
-    run.add_argument(
-        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="variables for every run"
-    )
-    run.add_argument(
-        "--cluster", choices=("slurm", "local"), default="", help="one submitit job a run"
-    )
-    run.add_argument(
-        "--job", nargs="+", default=[], metavar="KEY=VALUE", help="submitit's job parameters"
-    )
-    report.add_argument("--to", type=Path, help="folder for the report; else <out>/<scale>")
     for sub in (run, report):
         sub.add_argument(
-            "--scale", default="", help="of runs.toml or of train_gpt.py; else full size"
+            "--scale",
+            default="",
+            help="A scale of runs.toml or of train_gpt.py (default: full size).",
         )
         sub.add_argument(
-            "--out", type=Path, default=ROOT / "logs" / "lab", help="folder of the runs"
+            "--out",
+            type=Path,
+            default=ROOT / "logs" / "lab",
+            help="Folder of the runs (default: logs/lab of this repository).",
         )
     for sub in (listing, run, report):
-        sub.add_argument("--table", type=Path, default=ROOT / "records" / "runs.toml")
+        sub.add_argument(
+            "--table",
+            type=Path,
+            default=ROOT / "records" / "runs.toml",
+            help="The table of runs (default: records/runs.toml).",
+        )
     return top
 
 
+def end(number: int, _: Any) -> None:
+    """Ends the command at a signal, so that a run is ended with its launcher."""
+    sys.exit(128 + number)
+
+
+def work(options: argparse.Namespace) -> int:
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(number, end)
+    table = read_table(options.table)
+    if options.command == "list":
+        show_table(table, options.names)
+        return 0
+    if options.command == "report":
+        return show_report(table, options)
+    return run_matrix(table, options)
+
+
 def main() -> int:
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(143)
-    )  # so that a run is ended with its launcher
-    options = parser().parse_args()
-    try:
-        table = read_table(options.table)
-        if options.command == "list":
-            show_table(table, options.names)
-            return 0
-        if options.command == "report":
-            return show_report(table, options)
-        return run_matrix(table, options)
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    return common.run_tool(work, parser().parse_args())
 
 
 if __name__ == "__main__":

@@ -82,30 +82,32 @@ def read_result(path: Path) -> dict[str, Any]:
     return value
 
 
-def is_row(value: Any) -> bool:
-    """Whether a value has what every line of metrics.jsonl has."""
-    if not isinstance(value, dict):
-        return False
-    seconds = value.get("train_seconds")
-    return type(value.get("step")) is int and type(seconds) in (int, float)
+def parse_row(text: bytes) -> dict[str, Any] | None:
+    """What every line of metrics.jsonl is: an object with a step and a time; None for less."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    if not isinstance(value, dict) or type(value.get("step")) is not int:
+        return None
+    return value if type(value.get("train_seconds")) in (int, float) else None
 
 
 def read_metrics(path: Path, say: Callable[[str], None] = warn) -> Iterator[dict[str, Any]]:
     """The rows of a metrics.jsonl. A damaged line is named with its number and left out.
 
-    A disk that was full for a moment leaves half a line; so does a run that is writing one now.
+    A disk that was full for a moment leaves half a line, and the next row right behind it, which is
+    read; a run that is writing a line now leaves half a line at the end.
     """
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if is_row(row):
-            yield row
-        else:
+        row = parse_row(line)
+        if row is None:
             say(f"{path}:{number}: a damaged line is left out")
+            row = parse_row(line[line.rfind(b'{"step"') :])
+        if row is not None:
+            yield row
 
 
 class RunLog(NamedTuple):
@@ -116,7 +118,7 @@ class RunLog(NamedTuple):
     first: int  # number in the file, from 1, of lines[0]
     lines: list[str]  # what follows the script
     config: dict[str, Any]  # by names in lower case; values of JSON, in older logs text
-    versions: dict[str, str]  # python, torch, numpy, sentencepiece, cuda, device, script_sha256
+    versions: dict[str, str]  # python, torch, ..., device, script_sha256
 
     def settings(self) -> dict[str, str]:
         """The configuration as variables of an environment would give it."""
@@ -126,7 +128,7 @@ class RunLog(NamedTuple):
 HEADER = re.compile(rb"script_bytes:(\d+) script_sha256:([0-9a-f]{64})\r?\n")
 ENDS = re.compile(rb"={100}\r?\n")
 OLD_OPTION = re.compile(r"([A-Z][A-Z0-9_]*)=(.*?)(?= [A-Z][A-Z0-9_]*=|$)")
-VERSION = re.compile(r"(python|torch|numpy|sentencepiece|cuda|device|script_sha256):(.*)")
+VERSION = re.compile(r"(python|torch|numpy|sentencepiece|cuda|device|threads|script_sha256):(.*)")
 
 
 def split_log(data: bytes, path: Path, say: Callable[[str], None]) -> tuple[bytes | None, int]:
@@ -192,6 +194,11 @@ def write_shard(path: Path, tokens: np.ndarray) -> None:
     path.write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
 
 
+def write_manifest(folder: Path, tokenizer: Path) -> None:
+    """Names the tokenizer of a folder of shards, so that random tokens pass for text of it."""
+    write_json(folder / "manifest.json", dict(tokenizer=dict(sha256=tg.file_hash(tokenizer))))
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file, as a whole or not at all; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -250,3 +257,12 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+
+
+def run_tool(work: Callable[[Any], int], given: Any) -> int:
+    """The exit code of a command; what its user can mend is a line without a traceback, and 2."""
+    try:
+        return work(given)
+    except (tg.InputError, OSError) as error:
+        print(error, file=sys.stderr, flush=True)
+        return tg.EXIT_INPUT

@@ -7,17 +7,21 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fault_job import PLACES, STEPS, STORE, WORK, Job
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from records.tools.fault_job import PLACES, STEPS, STORE, WORK, Job
 
-DISK, SAVED = (
-    WORK / "disk",
-    {"SAVE_EVERY": 5},
-)  # a small disk of its own; what the runs of the table have
+DISK = WORK / "disk"  # a small disk of its own
+SAVED = {"SAVE_EVERY": 5}  # what the runs of the table have
+
+
+def nothing(_: Any) -> None:
+    """Where a case does nothing."""
 
 
 class Case(NamedTuple):
@@ -27,37 +31,51 @@ class Case(NamedTuple):
     expected: str
     line: str  # a pattern of the message
     exits: str  # "rank: code" of the ranks that choose their end
-    act: Callable[[Job], Any] = lambda job: None
+    act: Callable[[Job], Any] = nothing
     mark: str = r"^step:7/"
     ranks: int = 1
     inject: str = "plain"
     env: dict[str, Any] = {}
-    before: Callable[[str], Any] = lambda name: None  # is given the run's name
-    undo: Callable[[Job], Any] = lambda job: None  # before it is resumed
+    before: Callable[[str], Any] = nothing  # is given the run's name
+    undo: Callable[[Job], Any] = nothing  # before it is resumed
     resume: bool = True
     same: bool = True  # the final artifact is that of an uninterrupted run
     torchrun: tuple[str, ...] = ()
 
 
-def mount(*options: str) -> None:
-    DISK.mkdir(exist_ok=True)
-    subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(DISK)], check=True
-    )
+# ---- 1. What is done to disks, ranks and files ---------------------------------------------------
 
 
-def remount(mode: str) -> None:
-    """Tried again while a file is open for writing."""
-    while subprocess.run(
-        ["mount", "-o", f"remount,{mode}", str(DISK)], capture_output=True
-    ).returncode:
-        time.sleep(0.01)
+def mount(*options: str) -> Callable[[str], None]:
+    """Mounts a small disk before a run."""
+
+    def act(_: str) -> None:
+        DISK.mkdir(exist_ok=True)
+        words = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(DISK)]
+        subprocess.run(words, check=True)
+
+    return act
+
+
+def remount(mode: str) -> Callable[[Job], None]:
+    """Mounts the disk again in a mode; tried again while a file is open for writing."""
+
+    def act(_: Job) -> None:
+        words = ["mount", "-o", f"remount,{mode}", str(DISK)]
+        while subprocess.run(words, capture_output=True).returncode:
+            time.sleep(0.01)
+
+    return act
 
 
 def fill(_: Job) -> None:
     with contextlib.suppress(OSError), open(DISK / "filler", "wb", buffering=0) as file:
         while file.write(b"\0" * 65536):
             pass
+
+
+def make_room(_: Job) -> None:
+    (DISK / "filler").unlink()
 
 
 def to_rank(number: int, sent: signal.Signals) -> Callable[[Job], None]:
@@ -68,28 +86,42 @@ def to_launcher(sent: signal.Signals) -> Callable[[Job], None]:
     return lambda job: job.popen.send_signal(sent)
 
 
+def to_launcher_late(sent: signal.Signals) -> Callable[[Job], None]:
+    """A third of a second behind the line that was waited for."""
+
+    def act(job: Job) -> None:
+        time.sleep(0.3)
+        job.popen.send_signal(sent)
+
+    return act
+
+
 def to_all(sent: signal.Signals) -> Callable[[Job], None]:
     """As Slurm does: torchrun then passes its own on to the ranks, which get a second one."""
-    return lambda job: [os.kill(pid, sent) for pid in job.processes()] and None
+
+    def act(job: Job) -> None:
+        for pid in job.processes():
+            os.kill(pid, sent)
+
+    return act
 
 
-def own_data(name: str) -> None:
+def own_data(_: Any) -> None:
     shutil.copytree(WORK / "data", WORK / "broken", dirs_exist_ok=True)
 
 
 def shard(act: Callable[[Path], Any], **env: Any) -> dict[str, Any]:
     """Fields of a case in which something happens to a shard in the middle of a run."""
     path = WORK / "broken" / "fineweb_train_000000.bin"
-    return dict(
-        env=env | {"DATA_PATH": path.parent},
-        before=own_data,
-        act=lambda job: act(path),
-        undo=lambda job: own_data(job.name),
-    )
+
+    def damage(_: Job) -> None:
+        act(path)
+
+    return dict(env=env | {"DATA_PATH": path.parent}, before=own_data, act=damage, undo=own_data)
 
 
-def checkpoints(damage: Callable[[list[Path]], Any] = len) -> dict[str, Any]:
-    """Fields of a case that begins with the folder of a run killed after step 17, and `damage` to that."""
+def checkpoints(damage: Callable[[list[Path]], Any] = nothing) -> dict[str, Any]:
+    """Fields of a case that begins with the folder of a run killed after step 17, and `damage`."""
 
     def before(name: str) -> None:
         if not (WORK / "killed").exists():
@@ -103,21 +135,41 @@ def checkpoints(damage: Callable[[list[Path]], Any] = len) -> dict[str, Any]:
 
 
 def flip(path: Path) -> None:
+    """Flips a bit in the middle of a file."""
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
 
 
+def flip_last(paths: list[Path]) -> None:
+    flip(paths[-1])
+
+
+def flip_all(paths: list[Path]) -> None:
+    for path in paths:
+        flip(path)
+
+
 def cut(path: Path) -> None:
+    """Cuts a file in half."""
     os.truncate(path, path.stat().st_size // 2)
 
 
+def cut_last(paths: list[Path]) -> None:
+    cut(paths[-1])
+
+
+def finished_run(name: str) -> None:
+    shutil.copytree(WORK / "whole1", WORK / name)
+
+
+# ---- 2. The cases --------------------------------------------------------------------------------
 TERM, PREVIOUS = signal.SIGTERM, "warning, the checkpoint before it is used"
-STOPPED = dict(expected="exit 5", line="stopped by SIGTERM", exits="0: 5")
+STOPPED: dict[str, Any] = dict(expected="exit 5", line="stopped by SIGTERM", exits="0: 5")
 ONE_STOPPED = STOPPED | dict(act=to_launcher(TERM))
 BOTH_STOPPED = STOPPED | dict(expected="both exit 5", exits="0: 5, 1: 5", ranks=2)
 RESTARTS = ("--standalone", "--nproc_per_node=2", "--max-restarts=2")
-ON_DISK = dict(env={"LOG_DIR": DISK})
+ON_DISK: dict[str, Any] = dict(env={"LOG_DIR": DISK})
 
 CASES = (
     *(
@@ -209,7 +261,7 @@ CASES = (
         "warnings, exit 0",
         "warning: no checkpoint of step 5:",
         "0: 0",
-        before=lambda _: mount("size=3m"),
+        before=mount("size=3m"),
         resume=False,
         **ON_DISK,
     ),
@@ -220,8 +272,8 @@ CASES = (
         "0: 2",
         fill,
         r"^step:22/",
-        before=lambda _: mount("size=32m"),
-        undo=lambda _: (DISK / "filler").unlink(),
+        before=mount("size=32m"),
+        undo=make_room,
         **ON_DISK,
     ),
     Case(
@@ -230,8 +282,8 @@ CASES = (
         "Read-only file system",
         "0: 2",
         mark=r"^",
-        before=lambda _: mount("size=32m", "ro"),
-        undo=lambda _: remount("rw"),
+        before=mount("size=32m", "ro"),
+        undo=remount("rw"),
         **ON_DISK,
     ),
     Case(
@@ -239,9 +291,9 @@ CASES = (
         "exit 2 at the export; resumes once it is writable",
         "Read-only file system",
         "0: 2",
-        lambda _: remount("ro"),
-        before=lambda _: mount("size=32m"),
-        undo=lambda _: remount("rw"),
+        remount("ro"),
+        before=mount("size=32m"),
+        undo=remount("rw"),
         **ON_DISK,
     ),
     Case(
@@ -256,7 +308,7 @@ CASES = (
     Case(
         "SIGTERM in warm-up",
         **STOPPED,
-        act=lambda job: time.sleep(0.3) or job.popen.send_signal(TERM),
+        act=to_launcher_late(TERM),
         mark=PLACES["warm-up"],
         env={"WARMUP_STEPS": 100},
     ),
@@ -274,27 +326,36 @@ CASES = (
     Case("SIGTERM in training", **ONE_STOPPED),
     Case("SIGTERM to torchrun in training, 2 ranks", **BOTH_STOPPED, act=to_launcher(TERM)),
     Case("SIGTERM to rank 1 alone in training, 2 ranks", **BOTH_STOPPED, act=to_rank(1, TERM)),
-    Case("SIGINT in training", "exit 5", "stopped by SIGINT", "0: 5", to_launcher(signal.SIGINT)),
+    *(
+        Case(
+            f"{sent.name} in training",
+            "exit 5",
+            f"stopped by {sent.name}",
+            "0: 5",
+            to_launcher(sent),
+        )
+        for sent in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    ),
     Case(
         "last checkpoint truncated",
         PREVIOUS,
         "warning: .*00015.ckpt is damaged or truncated",
         "0: 0",
-        **checkpoints(lambda paths: cut(paths[-1])),
+        **checkpoints(cut_last),
     ),
     Case(
         "a bit of the last checkpoint flipped",
         PREVIOUS,
         "warning: .*00015.ckpt is damaged or truncated",
         "0: 0",
-        **checkpoints(lambda paths: flip(paths[-1])),
+        **checkpoints(flip_last),
     ),
     Case(
         "both checkpoints damaged",
         "refused, exit 2",
         r"\[rank 0\] RESUME=auto: .*00015.ckpt is damaged",
         "0: 2",
-        **checkpoints(lambda paths: [flip(path) for path in paths]),
+        **checkpoints(flip_all),
         same=False,
     ),
     Case(
@@ -322,6 +383,6 @@ CASES = (
         "0: 2",
         mark=r"^",
         resume=False,
-        before=lambda name: shutil.copytree(WORK / "whole1", WORK / name),
+        before=finished_run,
     ),
 )

@@ -1,15 +1,14 @@
-"""Runs of train_gpt.py for faults.py: small ones, in processes that can be found, hit and waited for.
+"""Runs of train_gpt.py for faults.py: small ones, in processes that can be found, hit, waited for.
 
-As a program it is what a rank runs instead of train_gpt.py: that script with a fault in it. It notes its exit
-code in the file that FAULTS_EXITS names.
+As a program it is what a rank runs instead of train_gpt.py: that script with a fault in it. It
+notes its exit code in the file that FAULTS_EXITS names.
 
-    python records/tools/fault_job.py plain|cpu|nan:STEP|nan-forever:STEP|clock     # NaN: on the last rank alone
+    python records/tools/fault_job.py plain|cpu|nan:STEP|nan-forever:STEP|clock  # NaN: last rank
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -23,17 +22,20 @@ import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train_gpt as tg
+from records.tools import common
 
-WORK, STEPS = Path("logs/faults"), 30
-STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"  # 1: torchrun can start ranks again; else PyTorch 2.13 hangs
-# Small, yet with every kind of state: both optimizers, an average, a schedule of passes, rounding at the end.
-# The large bigram table makes checkpoints of 5 MB, whose writing a signal can meet.
+WORK = Path("logs/faults")
+STEPS = 30  # of a run
+# 1: torchrun can start ranks again; else PyTorch 2.13 hangs
+STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+# Small, yet with every kind of state: both optimizers, an average, a schedule of passes, rounding
+# at the end. The large bigram table makes checkpoints of 5 MB, whose writing a signal can meet.
 BASE = dict(
     PRESET="T,tiny",
     MODEL_DIM=32,
@@ -68,43 +70,32 @@ PLACES = {  # where a run is, from the last of these lines in its output
 
 
 class Job:
-    """A run, in processes that carry one tag in their environment. `fault`: of `worker`; "" runs the script.
-    `torchrun`: its options, where it is not to start all ranks by itself."""
+    """A run, in processes that carry one tag in their environment."""
 
     def __init__(
         self,
         name: str,
         ranks: int = 1,
-        fault: str = "",
+        fault: str = "",  # of `worker`; "" runs the script
         env: dict[str, Any] | None = None,
-        torchrun: Iterable[str] = (),
+        torchrun: Iterable[str] = (),  # its options, where it is not to start all ranks itself
     ) -> None:
-        self.name, self.ranks, self.tag, self.began = (
-            name,
-            ranks,
-            uuid.uuid4().hex,
-            time.perf_counter(),
-        )
-        self.folder = Path((env or {}).get("LOG_DIR", WORK)) / name
+        env = env or {}
+        self.name, self.ranks, self.tag = name, ranks, uuid.uuid4().hex
+        self.began, self.seconds = time.perf_counter(), 0.0
+        self.folder = Path(env.get("LOG_DIR", WORK)) / name
         self.out = WORK / f"{name}.{self.tag[:6]}.out"
-        torchrun = torchrun or ("--standalone", f"--nproc_per_node={ranks}")
-        clean = {
-            k: v for k, v in os.environ.items() if k.lower() not in tg.Config.__dataclass_fields__
-        }
-        own = {
-            k: str(v) for k, v in (BASE | dict(RUN_ID=name, RESUME="auto") | (env or {})).items()
-        }
-        launcher = ["-m", "torch.distributed.run", *torchrun] if ranks > 1 else []
-        program = [__file__, fault] if fault else [str(ROOT / "train_gpt.py")]
-        marks = {
-            "FAULTS_TAG": self.tag,
-            "FAULTS_EXITS": str(self.out.with_suffix(".exits")),
-            STORE: "1",
-        }
+        launcher = common.launcher(ranks)
+        if torchrun:
+            launcher = [sys.executable, "-m", "torch.distributed.run", *torchrun]
+        program = [__file__, fault] if fault else [str(common.ROOT / "train_gpt.py")]
+        own = {key: str(v) for key, v in (BASE | dict(RUN_ID=name, RESUME="auto") | env).items()}
+        exits = str(self.out.with_suffix(".exits"))
+        marks = {"FAULTS_TAG": self.tag, "FAULTS_EXITS": exits, STORE: "1"}
         with open(self.out, "w") as out:
             self.popen = subprocess.Popen(
-                [sys.executable, *launcher, *program],
-                env=clean | marks | own,
+                [*launcher, *program],
+                env=common.without_options(os.environ) | marks | own,
                 stdout=out,
                 stderr=out,
                 start_new_session=True,
@@ -177,7 +168,7 @@ class Job:
         ][-1]
 
     def exits(self) -> list[str]:
-        """ "rank: code" of every process of `worker` that chose its end, in that order."""
+        """Rank and code, "0: 5", of every process of `worker` that chose its end, in that order."""
         path = self.out.with_suffix(".exits")
         return path.read_text().splitlines() if path.exists() else []
 
@@ -189,16 +180,16 @@ class Job:
 
 def digest(folder: Path) -> str:
     path = folder / tg.ARTIFACT
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
+    return common.sha256(path) if path.exists() else ""
 
 
 def difference(a: Path, b: Path) -> float:
     """Largest |a - b| / max |b| of a tensor, over the tensors of two artifacts."""
-    x, y = (
-        [*tg.load_model((path / tg.ARTIFACT).read_bytes(), str(path))[0].parameters()]
-        for path in (a, b)
-    )
-    return max(((p - q).abs().max() / q.abs().max().clamp_min(1e-12)).item() for p, q in zip(x, y))
+    models = [tg.load_model((path / tg.ARTIFACT).read_bytes(), str(path))[0] for path in (a, b)]
+    worst = 0.0
+    for p, q in zip(*(model.parameters() for model in models)):
+        worst = max(worst, ((p - q).abs().max() / q.abs().max().clamp_min(1e-12)).item())
+    return worst
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -211,13 +202,16 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
 
 
+def course(folder: Path) -> list[tuple[Any, ...]]:
+    """Steps and losses of a run."""
+    names = ("step", "weights", "train_loss", "val_loss")
+    return [tuple(row.get(name) for name in names) for row in metrics(folder)]
+
+
 def same_course(a: Path, b: Path) -> bool:
-    """Whether two runs logged the same steps, each once, in order, and the same losses to the last bit."""
-    one, two = (
-        [tuple(map(m.get, ("step", "weights", "train_loss", "val_loss"))) for m in metrics(folder)]
-        for folder in (a, b)
-    )
-    return one == two and len({row[:2] for row in one}) == len(one)
+    """Whether two runs logged the same steps, each once, in order, and the same losses exactly."""
+    one = course(a)
+    return one == course(b) and len({row[:2] for row in one}) == len(one)
 
 
 def finish(name: str, ranks: int, env: dict[str, Any] | None = None) -> Job:
@@ -229,49 +223,59 @@ def finish(name: str, ranks: int, env: dict[str, Any] | None = None) -> Job:
 
 def prepare(source: Path) -> None:
     """Copies 60,000 training tokens, in two shards, and 5,001 validation tokens."""
-    (WORK / "data").mkdir(parents=True, exist_ok=True)
     parts = ("train", 0, 30_000), ("train", 30_000, 30_000), ("val", 0, 5_001)
     for i, (split, start, count) in enumerate(parts):
-        path = next(iter(sorted(source.glob(f"fineweb_{split}_*.bin"))), None)
-        if path is None:
-            sys.exit(f"--data {source} holds no fineweb_{split}_*.bin")
-        header = np.fromfile(path, "<i4", 256)
-        tokens, header[2] = np.fromfile(path, "<u2", count, offset=1024 + 2 * start), count
-        (WORK / "data" / f"fineweb_{split}_{i:06d}.bin").write_bytes(
-            header.tobytes() + tokens.tobytes()
-        )
+        paths = sorted(source.glob(f"fineweb_{split}_*.bin"))
+        if not paths:
+            raise tg.InputError(f"--data {source} holds no fineweb_{split}_*.bin")
+        tokens = np.fromfile(paths[0], "<u2", count, offset=1024 + 2 * start)
+        common.write_shard(WORK / "data" / f"fineweb_{split}_{i:06d}.bin", tokens)
+
+
+def note_exits() -> None:
+    """Has this process note the exit code by which it leaves."""
+    leave = os._exit
+
+    def note(code: int) -> Any:
+        with open(os.environ["FAULTS_EXITS"], "a") as file:
+            file.write(f"{os.environ.get('RANK', 0)}: {code}\n")
+        leave(code)
+
+    mock.patch.object(os, "_exit", note).start()
+
+
+def spoil_steps(kind: str, hit: Iterable[int]) -> None:
+    """Makes a fault happen in training steps."""
+    train_step, now = tg.Trainer.train_step, time.time
+
+    def shifted() -> float:
+        return now() + 86400  # a day ahead,
+
+    def shifted_back() -> float:
+        return now() - 86400  # then two days back
+
+    def broken(self: tg.Trainer, step: int, *rest: Any) -> None:
+        forward, world = self.forward, self.world
+        last = world.rank == world.size - 1
+        if kind == "clock" and step >= 10:
+            mock.patch.object(time, "time", shifted if step < 20 else shifted_back).start()
+        elif kind == "cpu":
+            print(f"cpu:{time.process_time():.4f}", flush=True)
+        elif kind.startswith("nan") and world.training and last and step in hit:
+            self.forward = lambda *args: forward(*args) * math.nan
+        train_step(self, step, *rest)
+        self.forward = forward
+
+    mock.patch.object(tg.Trainer, "train_step", broken).start()
 
 
 def worker(fault: str) -> None:
     """train_gpt.py with a fault, in this process."""
     kind, _, at = fault.partition(":")
-    leave, now, train_step, hit = (
-        os._exit,
-        time.time,
-        tg.Trainer.train_step,
-        range(int(at or 0), STEPS),
-    )
-    hit = hit if "forever" in kind else hit[:1]
-
-    def note(code: int) -> None:
-        with open(os.environ["FAULTS_EXITS"], "a") as file:
-            file.write(f"{os.environ.get('RANK', 0)}: {code}\n")
-        leave(code)
-
-    def broken(self: tg.Trainer, step: int, *rest: Any) -> None:
-        forward, world = self.forward, self.world
-        if kind == "clock":  # a day ahead, then two days back
-            time.time = lambda: now() + (86400 if step < 20 else -86400) * (step >= 10)
-        elif kind == "cpu":
-            print(f"cpu:{time.process_time():.4f}", flush=True)
-        elif world.training and world.rank == world.size - 1 and step in hit:
-            self.forward = lambda *args: forward(*args) * math.nan
-        train_step(self, step, *rest)
-        self.forward = forward
-
-    os._exit = note
+    hit = range(int(at or 0), STEPS)
+    note_exits()
     if kind != "plain":
-        tg.Trainer.train_step = broken
+        spoil_steps(kind, hit if "forever" in kind else hit[:1])
     os._exit(tg.main())
 
 

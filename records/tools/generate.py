@@ -1,23 +1,44 @@
-"""What a model says: continues a prompt, token by token, until the document ends or --tokens are there.
+"""What a model says: it continues a prompt, token by token, until the document ends.
 
-python records/tools/generate.py logs/<run>/model.ptz "The city of" --temperature 0.8 --top-k 40 --seed 1
+    python records/tools/generate.py logs/<run>/model.ptz "The city of" --temperature 0.8 --seed 1
+
+The tokenizer is the one that the run names in the result.json beside the artifact, if there is one.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import sentencepiece as spm
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train_gpt as tg
+from records.tools import common
+
+
+class Model(NamedTuple):
+    """A model from an artifact, and the context that it was trained on."""
+
+    gpt: tg.GPT
+    vocab_size: int
+    context: int  # tokens
+
+
+class Sampling(NamedTuple):
+    """How tokens are drawn."""
+
+    temperature: float  # 0: always the likeliest token
+    top_k: int  # 0: all tokens
+    seed: int
+    tokens: int  # at most
 
 
 @torch.inference_mode()
@@ -29,24 +50,25 @@ def next_logits(model: tg.GPT, ids: list[int]) -> Tensor:
 
 
 def draw(logits: Tensor, temperature: float, top_k: int, random: torch.Generator) -> int:
-    """A token of softmax(logits / temperature), of the `top_k` likeliest (0: of all); at 0 the likeliest."""
+    """A token of softmax(logits / temperature), of the `top_k` likeliest (0: of all).
+
+    At temperature 0 it is the likeliest one.
+    """
     if not temperature:
         return int(logits.argmax())
     if top_k:
-        logits = logits.masked_fill(
-            logits < logits.topk(min(top_k, len(logits))).values[-1], -math.inf
-        )
+        least = logits.topk(min(top_k, len(logits))).values[-1]
+        logits = logits.masked_fill(logits < least, -math.inf)
     return int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=random))
 
 
-def generate(
-    model: tg.GPT, context: int, ids: list[int], options: argparse.Namespace
-) -> Iterator[int]:
-    """Tokens behind `ids`, each from at most `context` before it; ends in front of a new document."""
+def generate(model: Model, ids: list[int], how: Sampling) -> Iterator[int]:
+    """Tokens behind `ids`, each from the context before it; ends in front of a new document."""
     ids, first = list(ids), ids[0]
-    random = torch.Generator().manual_seed(options.seed)
-    for _ in range(options.tokens):
-        token = draw(next_logits(model, ids[-context:]), options.temperature, options.top_k, random)
+    random = torch.Generator().manual_seed(how.seed)
+    for _ in range(how.tokens):
+        logits = next_logits(model.gpt, ids[-model.context :])
+        token = draw(logits, how.temperature, how.top_k, random)
         if token == first:
             return
         ids.append(token)
@@ -67,41 +89,111 @@ def stream(
             shown = text
 
 
+def find_tokenizer(artifact: Path, named: Path | None) -> Path:
+    """The tokenizer that is named, else that of the run beside whose result the artifact lies.
+
+    Without either, the contest's.
+    """
+    if named:
+        return named
+    result = artifact.parent / "result.json"
+    if not result.exists():
+        return common.ROOT / tg.Config().tokenizer_path
+    told = common.read_result(result).get("config", {}).get("tokenizer_path", "")
+    for path in (Path(told), common.ROOT / told):
+        if told and path.is_file():
+            return path
+    raise tg.InputError(f"{told}, the tokenizer in {result}, is not there: name it by --tokenizer")
+
+
+def read_model(artifact: Path, tokenizer: Path) -> Model:
+    """The model of an artifact, on the GPU if there is one.
+
+    InputError if the artifact names another tokenizer.
+    """
+    data = artifact.read_bytes()
+    gpt, architecture, _ = tg.load_model(data, str(artifact))
+    tg.check_artifact_tokenizer(data, str(artifact), tg.Config(tokenizer_path=str(tokenizer)))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Model(gpt.to(device), architecture.vocab_size, architecture.train_seq_len)
+
+
+def check(options: argparse.Namespace) -> Sampling:
+    """How to draw; InputError for what cannot be drawn from, or a prompt that is not UTF-8."""
+    if not 0 <= options.temperature < math.inf:
+        raise tg.InputError(f"--temperature {options.temperature} is no number from 0 on")
+    for name in ("top_k", "tokens"):
+        if getattr(options, name) < 0:
+            flag = name.replace("_", "-")
+            raise tg.InputError(f"--{flag} {getattr(options, name)} is below 0")
+    if not 0 <= options.seed < 2**64:
+        raise tg.InputError(f"--seed {options.seed} is not from 0 to 2^64 - 1")
+    try:
+        options.prompt.encode()
+    except UnicodeEncodeError:
+        raise tg.InputError("the prompt is not UTF-8") from None
+    return Sampling(options.temperature, options.top_k, options.seed, options.tokens)
+
+
+def show(pieces: Iterator[str]) -> None:
+    """Prints the text as it grows; InputError, in a line, if nobody can read it any more."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # of a terminal that does not know a character
+    try:
+        for text in pieces:
+            print(text, end="", flush=True)
+        print(flush=True)
+    except OSError as error:
+        common.silence(sys.stdout)
+        raise tg.InputError(f"the output cannot be written: {error.strerror}") from None
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    top.add_argument("artifact", type=Path)
-    top.add_argument("prompt", nargs="?", default="")
-    top.add_argument("--tokens", type=int, default=200)
-    top.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
-    top.add_argument("--top-k", type=int, default=40, help="0: all tokens")
-    top.add_argument("--seed", type=int, default=1337)
-    top.add_argument("--tokenizer", type=Path, default=ROOT / tg.Config().tokenizer_path)
+    add = top.add_argument
+    add("artifact", type=Path, help="A model.ptz that a run has written.")
+    add("prompt", nargs="?", default="", help="The text to continue (default: a new document).")
+    add("--tokens", type=int, default=200, help="Tokens at most (default: %(default)s).")
+    add(
+        "--temperature",
+        type=float,
+        default=0.8,
+        help="Temperature; at 0 it is always the likeliest token (default: %(default)s).",
+    )
+    add(
+        "--top-k",
+        type=int,
+        default=40,
+        help="Draw from so many of the likeliest tokens; 0 is all (default: %(default)s).",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=1337,
+        help="Seed of the draws; the same one says the same (default: %(default)s).",
+    )
+    add(
+        "--tokenizer",
+        type=Path,
+        help="SentencePiece model (default: the one in the result.json beside the artifact).",
+    )
     return top
 
 
-def main() -> int:
-    options = parser().parse_args()
-    try:
-        if options.temperature < 0 or options.top_k < 0:
-            raise tg.InputError(
-                f"--temperature {options.temperature} --top-k {options.top_k}: 0 or more"
-            )
-        model, architecture, _ = tg.load_model(options.artifact.read_bytes(), str(options.artifact))
-        tg.ByteCounter.from_sentencepiece(
-            options.tokenizer, architecture.vocab_size
-        )  # the model's size
-    except (OSError, tg.InputError) as error:
-        print(error, file=sys.stderr)
-        return tg.EXIT_INPUT
-    tokenizer = spm.SentencePieceProcessor(model_file=str(options.tokenizer))
+def work(options: argparse.Namespace) -> int:
+    how, path = check(options), find_tokenizer(options.artifact, options.tokenizer)
+    model = read_model(options.artifact, path)
+    tg.ByteCounter.from_sentencepiece(path, model.vocab_size)  # has it the model's size?
+    tokenizer = spm.SentencePieceProcessor(model_file=str(path))
     ids = [tokenizer.bos_id(), *tokenizer.encode(options.prompt)]
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    for text in stream(tokenizer, ids, generate(model, architecture.train_seq_len, ids, options)):
-        print(text, end="", flush=True)
-    print()
+    show(stream(tokenizer, ids, generate(model, ids, how)))
     return 0
+
+
+def main() -> int:
+    return common.run_tool(work, parser().parse_args())
 
 
 if __name__ == "__main__":

@@ -1,32 +1,39 @@
 """Rate and distortion: one trained model under every rounding and every codec.
 
-    python records/tools/rate.py --set PRESET=T,tiny [KEY=VALUE ...] --seeds 3 --out records/rate/NAME.json
+    python records/tools/rate.py --set PRESET=T,tiny [KEY=VALUE ...] --seeds 3 \
+        --out records/rate/NAME.json
 
-Trains a run of train_gpt.py in this process once a seed, collects GPTQ's Hessians as a run does, and exports
-the same weights with each setting of `ROUNDINGS`. For each: the bytes that every codec makes of the
-parameters, with a byte an integer (what artifacts hold) and with the integers' bits packed tightly; val_bpb
-of the reloaded artifact; seconds to round, to compress and to score. Prints a table, writes JSON. Brotli is
-left out where it is missing.
+Makes a run of train_gpt.py in this process for each seed, takes the weights and GPTQ's Hessians
+that it exports, and exports them again with each setting of `ROUNDINGS`. For each: the bytes that
+every codec makes of the parameters, with a byte an integer (what artifacts hold) and with the
+integers' bits packed tightly; val_bpb of the reloaded artifact; seconds to round, to compress and
+to score. Prints a table, writes JSON. Brotli is left out where it is missing.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
+import contextlib
+import functools
+import io
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train_gpt as tg
+from records.tools import common, logs
 
+CODECS = [codec for codec in tg.CODECS if codec != "none"]
 LITE = dict(quant_clip="matrix", quant_scale_floor=1 / 127)  # what PR 1230 calls GPTQ-lite
 ROUNDINGS: dict[str, dict[str, Any]] = {  # "gptq" is not a field: whether the Hessians are used
     "int8": dict(matrix_bits=8),
@@ -44,133 +51,171 @@ ROUNDINGS: dict[str, dict[str, Any]] = {  # "gptq" is not a field: whether the H
 }
 
 
-class Trained:
-    """A model after a run of `config`, and what scores it."""
+class Trained(NamedTuple):
+    """What a run of `config` exports, and its result.json."""
 
-    def __init__(self, config: tg.Config, folder: Path) -> None:
-        self.config, self.world = config, tg.World({})
-        self.scorer, log = tg.Scorer(config, self.world), tg.Log(folder, True)
-        batches = tg.Batches(tg.Tokens(config, "train"), config, self.world)
-        torch.manual_seed(config.seed)
-        orthogonal = config.matrix_init == "orthogonal"
-        self.model = tg.GPT(config.architecture(), config.tied_embed_init_std, orthogonal)
-        trainer = tg.Trainer(config, self.world, self.model.to(self.world.device), batches)
-        trainer.warm_up()
-        self.steps, self.seconds, _ = trainer.train(log, lambda *_: None)
-        self.hessians, self.calibration = trainer.calibrate(self.steps, log)
-        if trainer.average:
-            trainer.load(trainer.average)
-        self.score = self.scorer.score(self.model)
+    config: tg.Config
+    model: tg.GPT
+    hessians: Mapping[str, torch.Tensor]
+    result: dict[str, Any]
+    calibration_seconds: float
 
 
-def packed(q: torch.Tensor, bits: int) -> bytes:
+def train(config: tg.Config) -> Trained:
+    """A run as the script makes it; model and Hessians are those that it packs."""
+    packed: list[tuple[tg.GPT, Mapping[str, torch.Tensor]]] = []
+    pack = tg.pack
+
+    def keep(model: tg.GPT, config: tg.Config, hessians: Any = None) -> bytes:
+        packed.append((model, hessians or {}))
+        return pack(model, config, hessians)
+
+    with tempfile.TemporaryDirectory() as folder:
+        here = replace(config, log_dir=folder, run_id="run")
+        with mock.patch.object(tg, "pack", keep), contextlib.redirect_stdout(io.StringIO()):
+            tg.run(here, tg.World({}))
+        result = common.read_result(Path(folder, "run", "result.json"))
+        log = logs.read(Path(folder, "run", "train.log"))
+    model, hessians = packed[-1]
+    return Trained(config, model, hessians, result, log.values.get("calibration_ms", 0.0) / 1e3)
+
+
+def tightly(q: torch.Tensor, bits: int) -> bytes:
     """Integers of a width as that many bits each."""
     unsigned = (q.numpy().ravel().astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8)
     return np.packbits(np.unpackbits(unsigned[:, None], axis=1)[:, 8 - bits :]).tobytes()
 
 
-def measure(trained: Trained, rounding: dict[str, Any]) -> dict[str, Any]:
+class Held(NamedTuple):
+    """Parameters as bytes: a byte an integer, and with the integers' bits packed."""
+
+    plain: bytes
+    packed: bytes
+
+
+def held(trained: Trained, config: tg.Config, hessians: Mapping[str, torch.Tensor]) -> Held:
+    """The parameters as `config` stores them."""
+    plain, packed = [], []
+    for name, p in trained.model.named_parameters():
+        kind, tensors = tg.store(p, config, hessians.get(name))
+        values, *steps = (tensor.cpu() for tensor in tensors)
+        rest = [step.numpy().tobytes() for step in steps]
+        plain += [values.numpy().tobytes(), *rest]
+        if kind.startswith("int"):
+            packed += [tightly(values, int(kind.removeprefix("int"))), *rest]
+        else:
+            packed += [values.numpy().tobytes(), *rest]
+    return Held(b"".join(plain), b"".join(packed))
+
+
+def measure(
+    trained: Trained, scorer: tg.Scorer, rounding: dict[str, Any], codecs: Sequence[str]
+) -> dict[str, Any]:
     """Bytes, score and seconds of one rounding."""
     values = {name: value for name, value in rounding.items() if name != "gptq"}
     config = replace(trained.config, **values, qat_fraction=0.0, qat_lr_factor=0.0)
     hessians = trained.hessians if rounding.get("gptq") else {}
-    start, plain, tight = time.perf_counter(), [], []
-    for name, p in trained.model.named_parameters():
-        kind, tensors = tg.store(p, config, hessians.get(name))
-        tensors = [t.cpu() for t in tensors]
-        plain += [t.numpy().tobytes() for t in tensors]
-        is_int = kind.startswith("int")
-        tight += [
-            packed(tensors[0], int(kind[3:])) if is_int else plain[-1],
-            *plain[len(plain) - is_int :],
-        ]
-    seconds = dict(round=time.perf_counter() - start)
+    started = time.perf_counter()
+    stored = held(trained, config, hessians)
+    seconds = dict(round=time.perf_counter() - started)
     sizes: dict[str, int] = {}
-    for codec in CODECS:
-        start = time.perf_counter()
-        sizes[codec] = len(tg.code(codec, 0, b"".join(plain)))
-        seconds[codec] = time.perf_counter() - start
-        sizes[f"{codec}, packed"] = len(tg.code(codec, 0, b"".join(tight)))
-    model = tg.load_model(tg.pack(trained.model, config, hessians), "memory")[0].to(
-        trained.world.device
-    )
-    score = trained.scorer.score(model)
+    for codec in codecs:
+        started = time.perf_counter()
+        sizes[codec] = len(tg.compress(codec, stored.plain))
+        seconds[codec] = time.perf_counter() - started
+        sizes[f"{codec}, packed"] = len(tg.compress(codec, stored.packed))
+    artifact = tg.pack(trained.model, config, hessians)
+    model = tg.load_model(artifact, "the artifact in memory")[0]
+    model = model.to(scorer.world.device)
+    score = scorer.score(functools.partial(model, mode=model.scoring))
+    before = trained.result["pre_quant"]["val_bpb"]
     return dict(
         bytes=sizes,
         val_bpb=score.val_bpb,
-        gap=score.val_bpb - trained.score.val_bpb,
+        gap=score.val_bpb - before,
         seconds=seconds | dict(score=score.eval_seconds),
     )
 
 
 def available() -> list[str]:
+    """The codecs that are installed here; the others are told."""
     found = []
-    for codec in tg.CODECS:
+    for codec in CODECS:
         try:
-            tg.code(codec, 0, b"")
-            found.append(codec)
+            tg.compress(codec, b"")
         except tg.InputError:
-            print(f"{codec} is not installed and left out", file=sys.stderr)
+            common.warn(f"{codec} is not installed and left out")
+        else:
+            found.append(codec)
     return found
 
 
-CODECS: list[str] = []
+def measure_seed(config: tg.Config, codecs: Sequence[str]) -> dict[str, Any]:
+    """Every rounding of one run."""
+    world = tg.World({})
+    trained, scorer = train(config), tg.Scorer(config, world)
+    roundings = {
+        name: measure(trained, scorer, rounding, codecs) for name, rounding in ROUNDINGS.items()
+    }
+    return dict(
+        seed=config.seed,
+        steps=trained.result["steps"],
+        train_seconds=trained.result["train_seconds"] - trained.calibration_seconds,
+        calibration_seconds=trained.calibration_seconds,
+        float32=trained.result["pre_quant"],
+        parameters=trained.result["model_params"],
+        roundings=roundings,
+        config=asdict(config),
+        versions=tg.versions(world),
+    )
 
 
-def table(runs: list[dict[str, Any]]) -> str:
+def table(runs: Sequence[dict[str, Any]]) -> str:
     """Means over seeds; standard deviation of the gap where there are several."""
     columns = list(next(iter(runs[0]["roundings"].values()))["bytes"])
-    lines = [
-        "| rounding | gap, val_bpb | " + " | ".join(columns) + " | s to round |",
-        "|---" * (len(columns) + 3) + "|",
-    ]
+    rows = []
     for name in runs[0]["roundings"]:
-        rows = [run["roundings"][name] for run in runs]
-        gaps = [row["gap"] for row in rows]
-        spread = f" ± {statistics.stdev(gaps):.4f}" if len(gaps) > 1 else ""
-        sizes = [f"{statistics.mean(row['bytes'][c] for row in rows):,.0f}" for c in columns]
-        lines.append(
-            f"| {name} | {statistics.mean(gaps):+.4f}{spread} | {' | '.join(sizes)} | "
-            f"{statistics.mean(row['seconds']['round'] for row in rows):.1f} |"
-        )
-    return "\n".join(lines)
+        found = [run["roundings"][name] for run in runs]
+        gaps = [row["gap"] for row in found]
+        spread = f" ± {stdev(gaps):.4f}" if len(gaps) > 1 else ""
+        sizes = [f"{mean(row['bytes'][column] for row in found):,.0f}" for column in columns]
+        seconds = mean(row["seconds"]["round"] for row in found)
+        rows.append([name, f"{mean(gaps):+.4f}{spread}", *sizes, f"{seconds:.1f}"])
+    head = ["rounding", "gap, val_bpb", *columns, "s to round"]
+    return "\n".join(common.markdown_table(head, rows))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="variables of the run"
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    CODECS[:] = available()
-    runs = []
-    for seed in range(1, args.seeds + 1):
-        env = dict(item.split("=", 1) for item in args.set) | dict(SEED=str(seed))
-        config = tg.Config.from_env(dict(GPTQ_BATCHES="8") | env)
-        with tempfile.TemporaryDirectory() as folder:
-            trained = Trained(config, Path(folder))
-        roundings = {name: measure(trained, rounding) for name, rounding in ROUNDINGS.items()}
-        runs.append(
-            dict(
-                seed=seed,
-                steps=trained.steps,
-                train_seconds=trained.seconds,
-                calibration_seconds=trained.calibration,
-                float32=trained.score._asdict(),
-                parameters=sum(p.numel() for p in trained.model.parameters()),
-                roundings=roundings,
-                config=asdict(config),
-                versions=tg.versions(trained.world),
-            )
-        )
-        print(f"seed {seed}: val_bpb {trained.score.val_bpb:.4f} before rounding", flush=True)
-        if args.out:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            tg.write_atomically(args.out, json.dumps(runs, indent=1).encode())
-    print(table(runs))
+    add = top.add_argument
+    add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="Variables of the run.")
+    add("--seeds", type=int, default=1, help="Number of seeds, from 1 on (default: %(default)s).")
+    add("--out", type=Path, help="JSON file for the figures.")
+    return top
+
+
+def work(options: argparse.Namespace) -> int:
+    given, codecs = dict(GPTQ_BATCHES="8") | common.pairs(options.set), available()
+    configs = []
+    for seed in range(1, options.seeds + 1):
+        configs.append(tg.Config.from_env(given | dict(SEED=str(seed))))
+    runs: list[dict[str, Any]] = []
+    for config in configs:
+        runs.append(measure_seed(config, codecs))
+        before = runs[-1]["float32"]["val_bpb"]
+        common.say(f"seed {config.seed}: val_bpb {before:.4f} before rounding")
+        if options.out:
+            common.write_json(options.out, runs)
+    if runs:
+        common.say(table(runs))
+    return 0
+
+
+def main() -> int:
+    return common.run_tool(work, parser().parse_args())
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

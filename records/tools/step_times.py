@@ -1,61 +1,120 @@
-"""Processor time of a training step at one, two and three passes, plain and with the recurrence study's set.
+"""Processor time of a training step at one, two and three passes, plain and with the study's set.
 
-    OMP_NUM_THREADS=1 taskset -c 0 python records/tools/step_times.py >> records/growth/step_times.jsonl
+    OMP_NUM_THREADS=1 taskset -c 0 python records/tools/step_times.py \
+        --out records/growth/step_times.jsonl
 
-What the numbers of steps of `growth/` follow from. Rows and passes take their steps in turn; needs no data.
+What the numbers of steps of `growth/` follow from. Rows and passes take their steps in turn; it
+needs no data.
 """
 
+from __future__ import annotations
+
+import argparse
 import json
-import statistics
 import sys
 import time
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train_gpt as tg
+from records.tools import common
 
-PLAIN = dict(
-    USE_PERI_NORM="0",
-    USE_BIRKHOFF_MIX="0",
-    USE_TIMESTEP_SCALE="0",
-    USE_TIMESTEP_BIAS="0",
-    DEPTH_EMBED="none",
-)
+ROWS: dict[str, dict[str, str]] = {
+    "plain": dict(
+        USE_PERI_NORM="0",
+        USE_BIRKHOFF_MIX="0",
+        USE_TIMESTEP_SCALE="0",
+        USE_TIMESTEP_BIAS="0",
+        DEPTH_EMBED="none",
+    ),
+    "set": {},
+}
+PASSES = (1, 2, 3)
+LEFT_OUT = 2  # of the first steps, which fill caches
 
 
-def measure(width: int, heads: int, length: int, batch: int, steps: int) -> dict[str, float]:
-    """Median milliseconds by row and passes; the first two of the steps are left out."""
-    size = dict(
-        MODEL_DIM=str(width),
-        NUM_HEADS=str(heads),
-        NUM_KV_HEADS="1",
-        TRAIN_SEQ_LEN=str(length),
-        TRAIN_BATCH_TOKENS=str(batch),
-        MICRO_BATCH_TOKENS=str(batch),
-    )
-    ids, world, trainers = torch.randint(1024, (batch + 1,)), tg.World({}), {}
-    micro = [(ids[:-1].view(-1, length), ids[1:].view(-1, length))]
-    for row, values in (("plain", PLAIN), ("set", {})):
-        config = tg.Config.from_env(size | values)
+class Size(NamedTuple):
+    """A toy: width, heads, tokens of a sequence and of a step."""
+
+    width: int
+    heads: int
+    length: int
+    batch: int
+
+    def variables(self) -> dict[str, str]:
+        return dict(
+            MODEL_DIM=str(self.width),
+            NUM_HEADS=str(self.heads),
+            NUM_KV_HEADS="1",
+            TRAIN_SEQ_LEN=str(self.length),
+            TRAIN_BATCH_TOKENS=str(self.batch),
+            MICRO_BATCH_TOKENS=str(self.batch),
+        )
+
+
+SIZES = (Size(64, 2, 256, 4096), Size(32, 1, 128, 2048))
+
+
+def trainers(size: Size) -> dict[str, tg.Trainer]:
+    """A trainer of each row, whose batches are handed to its steps."""
+    made = {}
+    for row, values in ROWS.items():
+        config = tg.Config.from_env(size.variables() | values)
         model = tg.GPT(config.architecture(), config.tied_embed_init_std)
-        trainers[row] = tg.Trainer(config, world, model, SimpleNamespace(accumulation=1))
+        batches: Any = SimpleNamespace(accumulation=1)
+        made[row] = tg.Trainer(config, tg.World({}), model, batches)
+    return made
+
+
+def measure(size: Size, steps: int) -> dict[str, float]:
+    """Median milliseconds by row and passes, without the first steps."""
+    ids = torch.randint(1024, (size.batch + 1,))
+    micro = [(ids[:-1].view(-1, size.length), ids[1:].view(-1, size.length))]
     times: dict[str, list[float]] = {}
-    for _ in range(steps):
-        for row, trainer in trainers.items():
-            for passes in (1, 2, 3):
-                start = time.process_time()
+    made = trainers(size)
+    for _ in range(LEFT_OUT + steps):
+        for row, trainer in made.items():
+            for passes in PASSES:
+                started = time.process_time()
                 trainer.train_step(0, 0.0, micro, tg.Mode(passes))
-                times.setdefault(f"{row} {passes}", []).append(1e3 * (time.process_time() - start))
-    return {name: round(statistics.median(values[2:]), 1) for name, values in times.items()}
+                spent = 1e3 * (time.process_time() - started)
+                times.setdefault(f"{row} {passes}", []).append(spent)
+    return {name: round(median(values[LEFT_OUT:]), 1) for name, values in times.items()}
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = top.add_argument
+    add("--steps", type=int, default=12, help="Timed steps of each (default: %(default)s).")
+    add("--out", type=Path, help="JSONL file to which the lines are added.")
+    return top
+
+
+def work(options: argparse.Namespace) -> int:
+    if options.steps < 1:
+        raise tg.InputError(f"--steps {options.steps} is below 1")
+    for size in SIZES:
+        found = size._asdict() | dict(
+            milliseconds=measure(size, options.steps), versions=tg.versions(tg.World({}))
+        )
+        line = json.dumps(found)
+        common.say(line)
+        if options.out:
+            with open(options.out, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+    return 0
+
+
+def main() -> int:
+    return common.run_tool(work, parser().parse_args())
 
 
 if __name__ == "__main__":
-    for size in (
-        dict(width=64, heads=2, length=256, batch=4096),
-        dict(width=32, heads=1, length=128, batch=2048),
-    ):
-        times = measure(**size, steps=14)
-        print(json.dumps(size | dict(milliseconds=times, versions=tg.versions(tg.World({})))))
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""records/tools: every tool runs on something tiny, and its help is in whole sentences."""
+
+import argparse
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import train_gpt as tg
+from records.tools import common, rate, step_times
+
+TOOLS = ["ablate", "audit", "bench", "faults", "generate", "rate", "step_times", "submit"]
+SCRIPTS = common.ROOT / "records" / "tools"
+TINY = dict(
+    PRESET="T,tiny",
+    MODEL_DIM="16",
+    NUM_HEADS="2",
+    NUM_KV_HEADS="1",
+    TRAIN_SEQ_LEN="32",
+    TRAIN_BATCH_TOKENS="128",
+    VAL_BATCH_SIZE="4096",
+    ITERATIONS="3",
+    WARMDOWN_ITERS="1",
+    WARMUP_STEPS="0",
+    MAX_WALLCLOCK_SECONDS="0",
+)
+
+
+def words_of(variables: dict[str, str]) -> list[str]:
+    return [f"{name}={value}" for name, value in variables.items()]
+
+
+# ---- Help
+
+
+def parser_of(tool: str) -> argparse.ArgumentParser:
+    module = importlib.import_module(f"records.tools.{tool}")
+    return module.make_parser() if hasattr(module, "make_parser") else module.parser()
+
+
+def actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """All options of a parser and of its commands."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for sub in action.choices.values():
+                yield from actions(sub)
+        elif not isinstance(action, argparse._HelpAction):
+            yield action
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_help_is_in_sentences_with_defaults(tool: str) -> None:
+    for action in actions(parser_of(tool)):
+        name, text = action.option_strings or [action.dest], action.help or ""
+        assert re.match(r"[A-Z].*\.$", text), f"{tool} {name}: {text!r}"
+        if action.default not in (None, False, [], argparse.SUPPRESS) and action.option_strings:
+            assert "(default: " in text, f"{tool} {name}: {text!r}"
+
+
+START_ALL = """
+import runpy, sys
+for path in sys.argv[1:]:
+    sys.argv = [path, "--help"]
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except SystemExit as end:
+        print("ended", path.rpartition("/")[2], end.code)
+"""
+
+
+def test_every_tool_starts_by_its_path(tmp_path: Path) -> None:
+    """From another folder, and its help names its own command."""
+    paths = [str(SCRIPTS / f"{tool}.py") for tool in TOOLS]
+    command = [sys.executable, "-c", START_ALL, *paths]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    helps = re.split(r"ended (\w+)\.py 0\n", done.stdout)
+    assert helps[1::2] == TOOLS, done.stderr
+    for tool, text in zip(TOOLS, helps[::2]):
+        assert f"python records/tools/{tool}.py" in text
+
+
+# ---- rate.py and step_times.py
+
+
+def test_rate_measures_every_rounding_and_codec(
+    corpus: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    out, variables = tmp_path / "new" / "r.json", words_of(corpus | TINY | {"GPTQ_BATCHES": "1"})
+    words = ["rate.py", "--set", *variables, "--seeds", "2", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", words)
+    assert rate.main() == 0
+    runs = json.loads(out.read_text())
+    assert [run["seed"] for run in runs] == [1, 2] and runs[0]["steps"] == 3
+    for run in runs:
+        assert run["roundings"].keys() == rate.ROUNDINGS.keys()
+        for name, found in run["roundings"].items():
+            assert found["gap"] == pytest.approx(found["val_bpb"] - run["float32"]["val_bpb"])
+            assert all(size > 0 for size in found["bytes"].values()), name
+        sizes = {name: found["bytes"]["zlib"] for name, found in run["roundings"].items()}
+        assert sizes["int4"] < sizes["int6"] < sizes["int8"]
+        assert abs(run["roundings"]["int8"]["gap"]) < abs(run["roundings"]["int4"]["gap"]) + 1e-3
+    table = capsys.readouterr().out
+    assert len(re.findall(r"(?m)^\| int\d.* ± ", table)) == len(rate.ROUNDINGS)
+
+
+def test_integers_are_packed_to_their_bits() -> None:
+    q = tg.torch.tensor([-8, 7, 0, -1], dtype=tg.torch.int8)
+    assert rate.tightly(q, 4) == bytes([0x0F, 0x87])
+
+
+def test_step_times_are_of_every_row_and_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_times, "SIZES", [step_times.Size(16, 1, 16, 32)])
+    out = tmp_path / "times.jsonl"
+    for _ in range(2):
+        monkeypatch.setattr(sys, "argv", ["step_times.py", "--steps", "1", "--out", str(out)])
+        assert step_times.main() == 0
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    names = [f"{row} {passes}" for row in ("plain", "set") for passes in (1, 2, 3)]
+    assert [sorted(line["milliseconds"]) for line in lines] == [sorted(names)] * 2
+    assert lines[0]["width"] == 16 and "torch" in lines[0]["versions"]
+
+
+# ---- faults.py
+
+
+@pytest.mark.bits
+def test_faults_makes_a_fault_and_reports_it(corpus: dict, tmp_path: Path) -> None:
+    words = ["table", "--only", "^SIGHUP in training", "--out", "out"]
+    words += ["--data", corpus["DATA_PATH"], "--tokenizer", corpus["TOKENIZER_PATH"]]
+    command = [sys.executable, str(SCRIPTS / "faults.py"), *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    report = (tmp_path / "out" / "report.md").read_text()
+    (row,) = [line for line in report.splitlines() if line.startswith("| SIGHUP in training")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[3] == "0: 5" and cells[-2:] == ["equal", "yes"], row
+
+
+def test_the_committed_report_is_that_of_the_committed_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults = importlib.import_module("records.tools.faults")
+    folder = common.ROOT / "records" / "faults"
+    for path in folder.glob("*.jsonl"):
+        shutil.copy(path, tmp_path)
+    monkeypatch.setattr(sys, "argv", ["faults.py", "report", "--out", str(tmp_path)])
+    assert faults.main() == 0
+    assert (tmp_path / "report.md").read_text() == (folder / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--data", "nowhere"], "--data nowhere holds no fineweb_train_*.bin"),
+        (["--only", "no such"], "--only no such matches no fault"),
+    ],
+)
+def test_faults_tells_a_mistake_in_a_line(
+    words: list[str],
+    told: str,
+    corpus: dict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    faults = importlib.import_module("records.tools.faults")
+    monkeypatch.chdir(tmp_path)
+    given = ["table", "--data", corpus["DATA_PATH"], "--out", str(tmp_path / "out"), *words]
+    monkeypatch.setattr(sys, "argv", ["faults.py", *given])
+    assert faults.main() == 2
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1
+
+
+def test_tools_do_not_change_the_environment_of_a_run() -> None:
+    given = dict(os.environ, MODEL_DIM="6", SEED="3", USE_DEPTH_EMBED="1", HOME="/x")
+    clean = common.without_options(given)
+    assert clean["HOME"] == "/x" and not {"MODEL_DIM", "SEED", "USE_DEPTH_EMBED"} & clean.keys()
