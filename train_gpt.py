@@ -37,17 +37,20 @@ import math
 import os
 import platform
 import re
+import select
 import shlex
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import traceback
 import uuid
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -86,7 +89,8 @@ def option(
 
     Numbers are at least 0 unless `low` says otherwise. `needs` lists what must hold for the option
     to act, as in "num_shared !tie_embeddings num_loops>1 average=ema". `neutral` is the value that
-    switches a technique off, where that is not the default. `group` opens a group of `--help`.
+    switches a technique off, given where that is not the default, or none of 0, "" and none, which
+    always count as off. `group` opens a group of `--help`.
     """
     return field(
         default=default,
@@ -165,6 +169,7 @@ class Architecture:
         low=-4,
         high=4,
         needs="num_loops>1",
+        neutral=1.0,
     )
     feedback_rank: int = option(
         0,
@@ -175,6 +180,14 @@ class Architecture:
     )
     interpass_norm: bool = option(
         False, "Normalise the state (RMSNorm) before a further pass.", needs="num_loops>1"
+    )
+    loop_lanes: int = option(
+        1,
+        "Residual streams that meet only between passes over the core, by learned weights; 1: one.",
+        low=1,
+        high=2,
+        needs="num_loops>1",
+        neutral=1,
     )
     use_peri_norm: bool = option(
         True,
@@ -544,9 +557,9 @@ class Config(Architecture):
         explicit = explicit_options(env)
         config = cls(**preset_values(explicit.get("preset", "")) | explicit)
         for name, value in explicit.items():
-            needs = cls.__dataclass_fields__[name].metadata["needs"].split()
-            unmet = [text for text in map(config.unmet_need, needs) if text]
-            switched_off = value in (0, "", "none")
+            metadata = cls.__dataclass_fields__[name].metadata
+            unmet = [text for text in map(config.unmet_need, metadata["needs"].split()) if text]
+            switched_off = value in (0, "", "none", metadata["neutral"])
             require(
                 switched_off or not unmet,
                 f"{name.upper()}={show(value)} cannot act here: {', '.join(unmet)}",
@@ -1085,15 +1098,65 @@ def bigram_index(ids: Tensor, buckets: int) -> Tensor:
     return F.pad(mixed % (buckets - 1), (1, 0), value=buckets - 1)
 
 
+def weighted_sum(terms: Iterable[Tensor], weights: Tensor) -> Tensor:
+    """sum_i weights[i] * terms[i]: terms [B, T, D], weights float32 [number of terms, D]."""
+    total: Tensor | None = None
+    for term, weight in zip(terms, weights):
+        weight = weight.to(term.dtype)
+        total = term * weight if total is None else torch.addcmul(total, term, weight)
+    assert total is not None
+    return total
+
+
+class Lanes(nn.Module):
+    """Residual streams that meet only between passes, with a weight for each pass and channel.
+
+    Hyper-connections (arXiv 2409.19606), static, around the core as a whole. Pass p takes
+    x = sum_i read[p, i] h_i to y, then h_i <- sum_j mix[p, i, j] h_j + write[p, i] (y - x). The
+    coda takes sum_i coda[i] h_i. At first this is the loop with one stream, to the last bit: every
+    lane is written whole, and so equal. Passes read one lane each, in turn: read alike, the lanes
+    would have equal gradients and stay equal for ever.
+    """
+
+    def __init__(self, a: Architecture) -> None:
+        super().__init__()
+        P, N, D = a.num_loops, a.loop_lanes, a.model_dim
+        turn = torch.eye(N)[torch.arange(P) % N]  # [P, N]
+        self.read = parameter("scalar", turn[:, :, None].repeat(1, 1, D))
+        self.mix = parameter("scalar", torch.eye(N)[None, :, :, None].repeat(P, 1, 1, D))
+        self.write = parameter("scalar", torch.ones(P, N, D))
+        self.coda = parameter("scalar", torch.full((N, D), 1 / N))
+
+    def take(self, lanes: Sequence[Tensor], number: int) -> tuple[Tensor, list[Tensor]]:
+        """What pass `number` takes of the lanes, and what of each lane goes past it.
+
+        The latter is sum_j mix[i, j] h_j - write[i] x, so that `put` adds only write[i] y: at first
+        it is 0, and no rounding of y - x is left in the lanes.
+        """
+        x = weighted_sum(lanes, self.read[number])
+        past = [
+            torch.addcmul(weighted_sum(lanes, mix), x, write.to(x.dtype), value=-1)
+            for mix, write in zip(self.mix[number], self.write[number])
+        ]
+        return x, past
+
+    def put(self, past: Sequence[Tensor], y: Tensor, number: int) -> list[Tensor]:
+        """The lanes after pass `number`, which came to y."""
+        writes = self.write[number].to(y.dtype)
+        return [torch.addcmul(rest, y, write) for rest, write in zip(past, writes)]
+
+
 class PassBoundary(nn.Module):
     """What happens to the state between two passes over the core (PR 1230).
 
-    Passes are counted from 0; everything here acts from the second pass, number 1, on.
+    Passes are counted from 0. Lanes act on every pass, everything else from the second pass,
+    number 1, on.
     """
 
     def __init__(self, a: Architecture) -> None:
         super().__init__()
         D, rank = a.model_dim, a.feedback_rank
+        self.lanes = Lanes(a) if a.loop_lanes > 1 else None
         self.norm, self.scaled, self.feedback = a.interpass_norm, a.pass_scale_init != 1, rank > 0
         if self.scaled:
             self.scale = parameter("scalar", torch.full((a.num_loops - 1,), a.pass_scale_init))
@@ -1103,8 +1166,19 @@ class PassBoundary(nn.Module):
             self.u = parameter("projection", torch.zeros(D, rank))
             self.diagonal = parameter("scalar", torch.ones(D))
 
-    def enter(self, x: Tensor, number: int) -> Tensor:
-        """The state [B, T, D] that pass `number` begins with."""
+    def enter(
+        self, x: Tensor, lanes: Sequence[Tensor], number: int
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """The state [B, T, D] that pass `number` begins with, and what of each lane goes past it.
+
+        `lanes` are those that the pass before left, or none: then all begin as x.
+        """
+        if self.lanes is not None:
+            x, lanes = self.lanes.take(lanes or [x] * len(self.lanes.coda), number)
+        return self.prepare(x, number), lanes
+
+    def prepare(self, x: Tensor, number: int) -> Tensor:
+        """The state x normalised and corrected, as a further pass takes it."""
         if number == 0:
             return x
         if self.norm:
@@ -1114,11 +1188,23 @@ class PassBoundary(nn.Module):
             x = x + F.linear(x @ self.v.to(x.dtype), back)
         return x
 
-    def leave(self, start: Tensor, x: Tensor, number: int) -> Tensor:
-        """The state after pass `number`, which took `start` to x."""
-        if number == 0 or not self.scaled:
-            return x
-        return torch.lerp(start, x, self.scale[number - 1].to(x.dtype))
+    def leave(
+        self, start: Tensor, x: Tensor, lanes: Sequence[Tensor], number: int
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """The state after pass `number`, which took `start` to x, as the coda reads it; the lanes.
+
+        `lanes` are what `enter` gave.
+        """
+        if self.scaled and number > 0:
+            x = torch.lerp(start, x, self.scale[number - 1].to(x.dtype))
+        if self.lanes is not None:
+            lanes = self.lanes.put(lanes, x, number)
+            x = weighted_sum(lanes, self.lanes.coda)
+        return x, lanes
+
+    def unused_in_one_pass(self) -> list[nn.Parameter]:
+        """The parameters that act from the second pass on: all but those of the lanes."""
+        return list(self.parameters(recurse=False))
 
     def pass_scale(self, number: int) -> float:
         """alpha of pass `number`; 1 where there is none."""
@@ -1297,11 +1383,12 @@ class GPT(nn.Module):
         kept: list[Tensor] = []  # for U-Net skips
         starts: list[Tensor] = []  # of passes over the core
         ends: list[Tensor] = []
+        lanes: Sequence[Tensor] = ()  # what goes past the core with LOOP_LANES=2
         for layer, cond in zip(plan, conditions):
             if layer.skip != NONE:
                 x = torch.addcmul(x, kept.pop(), self.skip[layer.skip].to(self.dtype))
             if layer.opens != NONE:
-                x = self.core.enter(x, layer.opens)
+                x, lanes = self.core.enter(x, lanes, layer.opens)
                 starts.append(x)
             stored = LayerModules(self.mix[layer.attn], self.attn[layer.attn], self.mlp[layer.mlp])
             context = Context(
@@ -1313,7 +1400,7 @@ class GPT(nn.Module):
             )
             x = ops.block(stored, x, x0, cond, context)
             if layer.closes != NONE:
-                x = self.core.leave(starts[-1], x, layer.closes)
+                x, lanes = self.core.leave(starts[-1], x, lanes, layer.closes)
                 ends.append(x)
             if layer.push:
                 kept.append(x)
@@ -2099,6 +2186,12 @@ class Gradients:
     def zero(self) -> None:
         self.flat.zero_()
 
+    def complete(self) -> bool:
+        """Whether every gradient lies in the buffer, and so is summed over ranks."""
+        first = self.flat.data_ptr()
+        last = first + self.flat.nbytes
+        return all(p.grad is None or first <= p.grad.data_ptr() < last for p in self.params)
+
     def clip(self, limit: float) -> Tensor:
         """Shortens the gradient to an L2 norm of `limit` and returns the norm it had."""
         return nn.utils.clip_grad_norm_(self.params, limit)
@@ -2247,8 +2340,10 @@ class Trainer:
         self.compiler = compiler or Compiler(config, world)
         self.params = list(model.parameters())
         self.gradients = Gradients(self.params)
+        several = world.on_cuda and world.size > 1
+        self.reduced = torch.cuda.Event(blocking=True) if several else None  # the last all-reduce
         # What acts between passes is not used where there is one: no gradient, so no decay either.
-        self.between_passes = [(p, p.grad) for p in model.core.parameters()]
+        self.between_passes = [(p, p.grad) for p in model.core.unused_in_one_pass()]
         for p in self.params:
             world.broadcast(p.data)  # unlike processors may draw unlike weights
         self.reset()
@@ -2283,9 +2378,15 @@ class Trainer:
         parts = self.batches.accumulation * self.world.size
         for ids, targets in micro:
             loss = self.forward(ids, targets, mode) / parts
+            if self.reduced:
+                # No further ahead than this: a full queue blocks a launch, which keeps the
+                # interpreter from the watchdog. A forward pass is queued, so no device waits.
+                self.reduced.synchronize()
             loss.backward()
             gradients.loss.add_(loss.detach())
         self.world.all_reduce(gradients.flat)
+        if self.reduced:
+            self.reduced.record()
         self.skipped.mask(gradients, step)
         if config.grad_clip_norm:
             self.grad_norm = gradients.clip(config.grad_clip_norm)
@@ -2341,6 +2442,7 @@ class Trainer:
         for mode in modes:
             for _ in range(config.warmup_steps):
                 self.train_step(0, 0.0, [pair] * self.batches.accumulation, mode)
+                assert self.gradients.complete(), "unused_in_one_pass names a part that is used"
         torch._foreach_copy_([p.data for p in self.params], before)
         self.reset()
         world.synchronize()
@@ -2898,6 +3000,9 @@ class World:
         self.on_cuda = choose_cuda(device, self.size)
         self.place, self.training, self.signal = "start", False, ""
         self.lock: TextIO | None = None  # of the run's folder
+        self.collectives = 0  # begun
+        self.watchdog: Watchdog | None = None
+        self.slow_group: dist.ProcessGroup | None = None  # of gloo, for what may take long
         self.device = torch.device("cpu")
         if self.on_cuda:
             self.device = torch.device(f"cuda:{env.get('LOCAL_RANK', 0)}")
@@ -2921,15 +3026,20 @@ class World:
             # It may hold keys of ranks that were started before.
             store = dist.PrefixStore(env.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         self.store = store
+        self.store.set(f"beat {self.rank}", json.dumps(Beat()))  # there when it is first read
+        # Torch's own watchdog comes after ours: it needs no interpreter, but knows no rank's name
+        # and aborts the process long after its time-out.
+        os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "500")
         dist.init_process_group(
             "nccl" if self.on_cuda else "gloo",
             store=self.store,
             rank=self.rank,
             world_size=self.size,
-            timeout=datetime.timedelta(seconds=timeout),
+            timeout=datetime.timedelta(seconds=timeout + 10),
             device_id=self.device if self.on_cuda else None,
         )
         self.slow_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=30))
+        self.watchdog = Watchdog(self, timeout)
 
     def enter(self, place: str, training: bool = False) -> None:
         """Says where this rank is now. Signals end it at once, but in training after a step."""
@@ -2952,6 +3062,7 @@ class World:
         """Calls a collective operation; Ended if a rank is gone or late."""
         if self.size == 1:
             return
+        self.collectives += 1
         try:
             if not self.training:
                 dist.barrier(self.slow_group)  # for half an hour: rank 0 packs alone
@@ -2960,16 +3071,15 @@ class World:
             raise self.lost_rank(error) from error
 
     def lost_rank(self, error: RuntimeError) -> Ended:
-        """The end of a run that lost a rank; which ones did not come to the roll call."""
-        missing, more = [0], " or torchrun, the store is gone"
-        with contextlib.suppress(RuntimeError):
-            self.store.set(f"waits {self.rank}", "")
-            time.sleep(3)  # those that are there say so as well
-            missing = [r for r in range(self.size) if not self.store.check([f"waits {r}"])]
-            more = ""
-        self.is_main = self.rank == min({*range(self.size)} - {*missing})  # the first left saves
+        """The end of a run whose collective failed: gloo says at once that a connection is gone."""
+        assert self.watchdog
+        self.watchdog.trusting = True  # it saves what there is
+        time.sleep(GRACE + 1)  # until beats have ceased to come
+        silent = self.watchdog.silent(GRACE - 1)
+        self.is_main = self.rank == min({*range(self.size)} - {*silent})  # the first left saves
+        lost = self.watchdog.missing(GRACE - 1) or "a collective failed"
         reason = str(error).splitlines()[0]
-        return Ended(EXIT_LOST, f"{self.place}: lost ranks: {missing}{more} ({reason})")
+        return Ended(EXIT_LOST, f"{self.place}: {lost} ({reason})")
 
     def all_reduce(self, x: Tensor) -> Tensor:
         self.collective(functools.partial(dist.all_reduce, x))
@@ -2989,7 +3099,8 @@ class World:
         except Exception:
             mine = InputError(traceback.format_exc())
         seen = [mine] * self.size
-        self.collective(functools.partial(dist.all_gather_object, seen, mine))
+        gather = functools.partial(dist.all_gather_object, seen, mine, group=self.slow_group)
+        self.collective(gather)  # by gloo: it needs no device
         for result in seen:
             if isinstance(result, InputError):
                 raise result
@@ -3017,6 +3128,154 @@ class World:
     def synchronize(self) -> None:
         if self.on_cuda:
             torch.cuda.synchronize(self.device)
+
+
+# For how many beats, of a second each, a rank may be quiet:
+GRACE = 4  # after it failed: ranks that end for the same reason are to say so themselves
+HURRY = 5  # after a signal, whose sender kills after 30 s; twice that in a collective
+
+
+class Beat(NamedTuple):
+    """What a rank tells the others every second."""
+
+    number: int = 0  # of the beat: where it stands still, the process does not run
+    collectives: int = 0  # begun: whoever has begun fewer than others is waited for
+    place: str = "start"
+    failed: str = ""  # why the rank ends, if it does
+    pid: int = 0
+
+
+class Watchdog:
+    """Ends this rank when another one is lost, or when its own main thread does not go on.
+
+    A collective that one rank never joins keeps the devices of the others, and their main threads
+    sit in C, where no exception and no signal handler reaches them. Two threads do not depend on
+    those. `tell` exchanges beats through the store; `judge` counts for how long others' beats, or
+    own collectives, have not moved. `judge` asks no store: a stopped one never answers.
+    """
+
+    def __init__(self, world: World, timeout: float) -> None:
+        self.world, self.timeout = world, math.ceil(timeout)
+        self.store = world.store.clone()  # a connection serves one thread at a time
+        self.store_error = ""
+        self.failed = ""  # why this rank ends
+        self.leaving = threading.Event()
+        self.trusting = False  # the main thread is about to end this rank by itself
+        self.beats = [Beat()] * world.size  # as last read
+        self.quiet = [0] * world.size  # rounds of `judge` since they changed
+        self.stuck = 0  # rounds in one collective
+        self.asked = 0  # rounds since a signal came; 0: none has
+        # C writes a signal's number there at once; its Python handler waits for the main thread.
+        self.signals, writer = socket.socketpair()
+        writer.setblocking(False)
+        signal.set_wakeup_fd(writer.detach(), warn_on_full_buffer=False)
+        self.telling = threading.Thread(target=self.tell, daemon=True)
+        self.telling.start()
+        threading.Thread(target=self.judge, daemon=True).start()
+
+    def tell(self) -> None:
+        """Every second: own beat into the store, all beats out of it. The last one says why."""
+        world = self.world
+        keys = [f"beat {rank}" for rank in range(world.size)]
+        last = False
+        try:
+            for number in itertools.count(1):
+                last = self.leaving.is_set()
+                beat = Beat(number, world.collectives, world.place, self.failed, os.getpid())
+                self.store.set(keys[world.rank], json.dumps(beat))
+                self.beats = [Beat(*json.loads(text)) for text in self.store.multi_get(keys)]
+                if last:
+                    return
+                self.leaving.wait(1)
+        except RuntimeError as error:  # `judge` sees that no beat comes back
+            self.store_error = str(error).splitlines()[0]
+
+    def judge(self) -> None:
+        """Every second: counts what has not moved, and ends the process if that is too long.
+
+        It counts its own rounds: a job that was suspended as a whole finds nothing late.
+        """
+        known, begun = self.beats, -1
+        while not self.leaving.is_set():
+            if select.select([self.signals], [], [], 1)[0]:
+                self.signals.recv(64)
+                self.asked = max(self.asked, 1)
+                time.sleep(1)
+            beats = self.beats
+            for rank, beat in enumerate(beats):
+                self.quiet[rank] = self.quiet[rank] + 1 if beat == known[rank] else 0
+            self.stuck = self.stuck + 1 if self.world.collectives == begun else 0
+            self.asked = self.asked + 1 if self.asked else 0
+            known, begun = beats, self.world.collectives
+            reason = self.verdict()
+            if reason and not self.trusting and not self.leaving.is_set():
+                say(sys.stderr, f"[rank {self.world.rank}] {self.world.place}: {reason}")
+                self.end_stopped()
+                os._exit(EXIT_LOST)
+
+    def verdict(self) -> str:
+        """Why this rank must end, and "" if it need not."""
+        deaf = self.quiet[self.world.rank]  # rounds since the own beat came back
+        if deaf > (GRACE if self.store_error else self.timeout):
+            return f"lost ranks: [0] or torchrun, no answer from the store {self.store_error}"
+        if any(beat.failed and quiet > GRACE for beat, quiet in zip(self.beats, self.quiet)):
+            return self.missing(GRACE)
+        patience = HURRY if self.asked else self.timeout
+        if max(self.quiet) > patience:
+            return self.missing(patience)
+        hurried = self.asked > 0 and self.stuck > 2 * HURRY
+        if hurried or (self.world.training and self.stuck > self.timeout):
+            return self.missing(patience) or "no rank is lost, but a collective does not end"
+        return ""
+
+    def silent(self, patience: int) -> list[int]:
+        """The ranks that have sent no beat for that long."""
+        return [rank for rank, quiet in enumerate(self.quiet) if quiet > patience]
+
+    def missing(self, patience: int) -> str:
+        """Which ranks are lost: without beats for that long, or else in fewer collectives."""
+        ahead = max(beat.collectives for beat in self.beats)
+        lost = self.silent(patience)
+        lost = lost or [rank for rank, beat in enumerate(self.beats) if beat.collectives < ahead]
+        facts = []
+        for rank in lost:
+            beat = self.beats[rank]
+            why = beat.failed or ("silent" if self.quiet[rank] > GRACE else "does not go on")
+            facts.append(f"rank {rank} at {beat.place}: {why}")
+        return f"lost ranks: {lost} ({'; '.join(facts)})" if lost else ""
+
+    def end_stopped(self) -> None:
+        """Kills silent ranks of this machine: SIGTERM does not end one that is stopped.
+
+        torchrun would give it 30 s. Parent and command line say whether a process is a rank.
+        """
+        if self.quiet[self.world.rank] > GRACE:
+            return  # the store is silent, which says nothing of the ranks
+        mine = process_facts(os.getpid())
+        for beat, quiet in zip(self.beats, self.quiet):
+            if quiet > HURRY and beat.pid and process_facts(beat.pid) == mine:
+                os.kill(beat.pid, signal.SIGKILL)
+
+    def leave(self, failed: str) -> None:
+        """What the main thread calls when it ends: nothing is judged any more.
+
+        Why it `failed`, if it did, goes to the others.
+        """
+        self.failed = failed
+        self.leaving.set()
+        self.telling.join(3)
+        if failed:
+            time.sleep(2)  # of all ranks' beats: rank 0 may take the store with it
+
+
+def process_facts(pid: int) -> tuple[str, bytes]:
+    """Parent and command line of a process of this machine; empty ones if there is none."""
+    folder = Path(f"/proc/{pid}")
+    try:
+        parents = re.findall(r"^PPid:\s*(\d+)", (folder / "status").read_text(), re.M)
+        return parents[0], (folder / "cmdline").read_bytes()
+    except OSError:
+        return "", b""
 
 
 def keep_freed_memory() -> None:
@@ -4045,7 +4304,7 @@ def do_run(config: Config, world: World) -> int:
 
 def main(arguments: Iterable[str] = ()) -> int:
     """The exit code of a run, or of help. What a user can mend is one line without a traceback."""
-    arguments = [*arguments]
+    arguments, world, failed = [*arguments], None, ""
     try:
         if arguments:
             say(sys.stdout, answer(arguments))
@@ -4062,12 +4321,14 @@ def main(arguments: Iterable[str] = ()) -> int:
     except (Ended, SystemError, *KNOWN) as error:
         # SystemError is what C code may make of a signal that comes amid it.
         cause = error.__cause__ if isinstance(error, SystemError) else error
-        code = cause.code if isinstance(cause, Ended) else EXIT_INPUT
-        say(sys.stderr, f"[rank {os.environ.get('RANK', 0)}] {cause or error}")
-    except Exception:
-        code = 1
+        code, failed = cause.code if isinstance(cause, Ended) else EXIT_INPUT, str(cause or error)
+        say(sys.stderr, f"[rank {os.environ.get('RANK', 0)}] {failed}")
+    except Exception as error:
+        code, failed = 1, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         say(sys.stderr, traceback.format_exc())
     if dist.is_initialized():
+        if world and world.watchdog:
+            world.watchdog.leave(failed)
         # No teardown: it waits for ranks that failed, and gloo's can abort a run that went well.
         os._exit(code)
     return code

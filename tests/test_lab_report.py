@@ -1,84 +1,44 @@
-"""records/tools/report.py: statistics against known answers, equal steps against equal time, and the page."""
+"""records/tools/report.py and results.py: statistics, what is compared where, and the page."""
 
 import json
 import math
 import re
 import shutil
-import subprocess
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import mean, variance
+from typing import Any
 
 import pytest
+from finished_runs import NOISE, Made, bpb_at, edit_result, write_rows
 
-import train_gpt as tg
 from records.tools import ablate
 
 t = pytest.importorskip("scipy.stats").t
-report = pytest.importorskip("records.tools.report", exc_type=ImportError)  # scipy, matplotlib
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+report = pytest.importorskip("records.tools.report", exc_type=ImportError)
+results = pytest.importorskip("records.tools.results", exc_type=ImportError)
+figures = pytest.importorskip("records.tools.figures", exc_type=ImportError)
+compare = pytest.importorskip("records.tools.compare", exc_type=ImportError)
 TABLE = ablate.read_table(ablate.ROOT / "records" / "runs.toml")
 ROWS = TABLE.rows
-STEPS = range(0, 101, 10)
-
-
-def bpb_at(step: int, level: float) -> float:
-    """A score that falls by 0.1 for every factor e in steps."""
-    return level - 0.1 * math.log(max(step, 1))
-
-
-def write_run(
-    folder: Path, row: str, seed: int, level: float, step_seconds: float, **config: str
-) -> None:
-    """The files of a run of 100 steps, warm-down over the last 40, with a known curve."""
-    env = dict(
-        PRESET=f"{row},tiny", ITERATIONS="100", WARMDOWN_ITERS="40", MAX_WALLCLOCK_SECONDS="0"
-    )
-    made, to = tg.Config.from_env(env | config | {"SEED": str(seed)}), folder / row / f"seed{seed}"
-    to.mkdir(parents=True)
-    health = [
-        dict(
-            layer=v,
-            mix=0.5 + 0.01 * v,
-            attn_scale=1.0 + v,
-            mlp_scale=1.0,
-            attn_shift=0.0,
-            mlp_shift=0.0,
-        )
-        for v in range(4)
-    ]
-    lines = [
-        dict(step=s, train_seconds=s * step_seconds, val_bpb=bpb_at(s, level), health=health)
-        for s in STEPS
-    ]
-    (to / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    score = dict(val_bpb=bpb_at(100, level) + 0.002 * level, val_tokens=1000)
-    (to / "result.json").write_text(
-        json.dumps(
-            dict(
-                config=asdict(made),
-                versions=dict(script_sha256="0" * 64, device="cpu", torch="2"),
-                world_size=1,
-                pre_quant=dict(val_bpb=bpb_at(100, level)),
-                roundtrip=score,
-                bytes_model=900_000,
-                bytes_total=1_000_000,
-                model_params=7,
-                steps=100,
-                train_seconds=100 * step_seconds,
-            )
-        )
-    )
+COMMITTED = ablate.ROOT / "records" / "micro" / "report.html"
 
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
-    """K and O of three seeds: O is better by 0.02 at equal steps and takes 1.7 times as long."""
-    for seed, noise in zip((1, 2, 3), (0.001, -0.002, 0.004)):
-        write_run(tmp_path / "tiny", "K", seed, 3.0 + noise, 0.1)
-        write_run(tmp_path / "tiny", "O", seed, 2.98 + noise + 1e-5 * (seed - 2), 0.17)
-        write_run(tmp_path / "tiny", "E", seed, 3.1 - noise, 1.0)
-    return tmp_path / "tiny"
+    return write_rows(tmp_path / "tiny")
+
+
+def load(folder: Path) -> list:
+    """The runs of a row."""
+    return results.load_seeds(results.seed_folders(folder)).runs
+
+
+def written(runs: Path) -> tuple[str, str]:
+    """The report of some runs, as Markdown and as HTML."""
+    to = runs.parent / "to"
+    report.write(runs, TABLE, "a scale", to)
+    return (to / "report.md").read_text(), (to / "report.html").read_text()
 
 
 # ---- Statistics
@@ -88,99 +48,142 @@ def test_welch_and_paired_tests_have_textbook_values() -> None:
     a, b = (27.5, 21.0, 19.0, 23.6, 17.0), (27.1, 22.0, 20.8, 23.4, 23.4, 25.0)
     va, vb = variance(a) / 5, variance(b) / 6
     freedom = (va + vb) ** 2 / (va**2 / 4 + vb**2 / 5)  # Welch 1947
-    welch = report.delta(a, b, paired=False)
+    welch = results.delta(a, b, paired=False)
     assert welch.p == pytest.approx(2 * t.sf(abs(mean(a) - mean(b)) / math.sqrt(va + vb), freedom))
     assert welch.mean == pytest.approx(mean(a) - mean(b))
     assert welch.half == pytest.approx(t.ppf(0.975, freedom) * math.sqrt(va + vb))
-    paired = report.delta(a, b[:5], paired=True)
+    paired = results.delta(a, b[:5], paired=True)
     error = math.sqrt(variance([x - y for x, y in zip(a, b)]) / 5)
     assert paired.half == pytest.approx(2.7764 * error, rel=1e-4), "t(0.975, 4) from a table"
     assert paired.p == pytest.approx(2 * t.sf(abs(paired.mean) / error, 4))
-    assert (
-        math.isnan(report.delta([1.0], [2.0], True).p)
-        and report.delta([1.0], [2.0], True).mean == -1
-    )
+
+
+def test_one_seed_on_a_side_has_a_difference_and_no_interval() -> None:
+    for a, b in (([1.0], [2.0]), ([1.0, 1.2], [2.1]), ([1.0], [1.9, 2.3])):
+        made = results.delta(a, b, paired=len(a) == len(b))
+        assert made.mean == pytest.approx(mean(a) - mean(b))
+        assert math.isnan(made.half) and math.isnan(made.p)
+
+
+@pytest.mark.parametrize("paired", [True, False])
+@pytest.mark.filterwarnings("error")
+def test_seeds_that_agree_to_the_last_bit_are_a_difference_without_a_doubt(paired: bool) -> None:
+    assert results.delta([1.5, 1.5], [1.5, 1.5], paired) == (0.0, 0.0, 1.0)
+    made = results.delta([1.1, 1.1], [0.3, 0.3], paired)
+    assert made.mean == pytest.approx(0.8) and made.half == made.p == 0
 
 
 def test_holm_is_holm() -> None:
-    assert report.holm([0.01, 0.04, math.nan, 0.03, 0.005]) == pytest.approx(
+    assert results.holm([0.01, 0.04, math.nan, 0.03, 0.005]) == pytest.approx(
         [0.03, 0.06, math.nan, 0.06, 0.02], nan_ok=True
     )
 
 
+def test_a_finding_is_shown_only_after_the_correction() -> None:
+    ps = [0.001, 0.02, 0.04, 0.5, math.nan]
+    measures = [results.Measure("", [], [], results.Delta(-1.0, 0.1, p)) for p in ps]
+    measures.append(results.Measure("no runs", [], [], None))
+    assert [m.verdict for m in results.adjusted(measures)] == [
+        "shown",
+        "suggested",
+        "suggested",
+        "undecided",
+        "one seed",
+        "none",
+    ]
+
+
+# ---- Where in training scores are compared
+
+
 def test_equal_steps_and_equal_time_disagree_as_they_must(runs: Path) -> None:
-    made = report.compare_all(report.load_all(runs, ROWS), ROWS)
-    assert [(c.row, c.baseline) for c in made] == [("O", "K")], (
-        "K's own baselines have no runs here"
-    )
-    c = made[0]
-    assert c.test == "paired" and c.steps[0] == "end, 100" and c.time[0] == "6.0 s"
-    assert c.steps[1].mean == pytest.approx(-0.02) and c.post.mean == pytest.approx(-0.02 * 1.002)
-    assert c.time[1].mean == pytest.approx(-0.02 + 0.1 * math.log(1.7)), (
-        "fewer steps in the same time"
-    )
-    assert c.gap.mean == pytest.approx(-0.02 * 0.002)
+    found, left = report.load_all(runs, ROWS)
+    assert left == []
+    c = next(c for c in report.compare_all(found, ROWS) if (c.row, c.baseline) == ("O", "K"))
+    assert c.test == "paired" and c.steps.where == "end, 100" and c.time.where == "6.0 s"
+    assert c.steps.delta.mean == pytest.approx(-0.02)
+    assert c.post.delta.mean == pytest.approx(-0.02 * 1.002)
+    fewer_steps = -0.02 + 0.1 * math.log(1.7)
+    assert c.time.delta.mean == pytest.approx(fewer_steps), "in the same time"
+    assert c.gap.delta.mean == pytest.approx(-0.02 * 0.002)
 
 
 def test_load_on_the_machine_during_one_seed_does_not_decide(runs: Path) -> None:
-    calm = report.compare_all(report.load_all(runs, ROWS), ROWS)
-    for name, key in (("metrics.jsonl", "train_seconds"), ("result.json", "train_seconds")):
+    calm = results.equal_time([*load(runs / "O"), *load(runs / "K")])
+    for name in ("metrics.jsonl", "result.json"):
         path = runs / "O" / "seed2" / name
         slower = re.sub(
-            rf'("{key}": )([\d.]+)', lambda m: m[1] + str(3 * float(m[2])), path.read_text()
+            r'("train_seconds": )([\d.]+)',
+            lambda m: m[1] + str(3 * float(m[2])),
+            path.read_text(),
         )
         path.write_text(slower)
-    assert report.compare_all(report.load_all(runs, ROWS), ROWS)[0].time == calm[0].time
+    assert results.equal_time([*load(runs / "O"), *load(runs / "K")]) == calm
 
 
-def test_where_the_clock_ends_a_run_time_is_compared_at_the_end_and_steps_before_the_warm_down(
+def test_where_later_steps_take_longer_time_is_what_was_logged(tmp_path: Path) -> None:
+    """Growth of depth: at one pace for all steps, the early ones would be dated too late."""
+
+    class Growing(Made):
+        def seconds(self, step: int) -> float:
+            return 0.1 * step + 0.3 * max(step - 50, 0)
+
+    grows = {"PASSES_SCHEDULE": "0:1,0.5:3"}
+    for seed in (1, 2, 3):
+        Growing(3.0, options=grows).write(tmp_path / "T", seed)
+    for run in load(tmp_path / "T"):
+        assert [p.seconds for p in run.points if p.step in (30, 50, 100)] == [3.0, 5.0, 25.0]
+        assert run.full_rate == (60, pytest.approx(9.0))
+
+
+def test_where_the_clock_ends_runs_time_is_compared_at_the_end_and_steps_before_the_warm_down(
     tmp_path: Path,
 ) -> None:
-    for row, pace, level in (("K", 0.1, 3.0), ("O", 0.11, 2.98)):
-        write_run(
-            tmp_path,
-            row,
-            1,
-            level,
-            pace,
-            ITERATIONS="20000",
-            MAX_WALLCLOCK_SECONDS="11",
-            WARMDOWN_ITERS="30",
-        )
-    a, b = (next(iter(report.load_all(tmp_path, [row])[row].values())) for row in ("K", "O"))
-    assert report.equal_time([a, b]) == ("end, 11 s", [a.pre, b.pre])
-    where, values = (
-        report.equal_step([a, b])
-        if a.steps != b.steps
-        else report.equal_step([a, report.Result(**{**b.__dict__, "steps": 99})])
-    )
+    capped = {"ITERATIONS": "20000", "MAX_WALLCLOCK_SECONDS": "11", "WARMDOWN_ITERS": "30"}
+    Made(3.0, 0.1, steps=109, options=capped).write(tmp_path / "K", 1)
+    Made(2.98, 0.11, steps=99, options=capped).write(tmp_path / "O", 1)
+    a, b = load(tmp_path / "K")[0], load(tmp_path / "O")[0]
+    assert results.equal_time([a, b]) == ("end, 11 s", [a.pre, b.pre])
+    where, values = results.equal_step([a, b])
     assert where == "70", "O's rate begins to fall 30 steps before second 11"
     assert values == pytest.approx([bpb_at(70, 3.0), bpb_at(70, 2.98)])
+    assert max(results.over_steps([b], [a]).x) == 70, "then only one rate has fallen"
+    assert max(results.over_time([b], [a]).x) == pytest.approx(99 * 0.11), "both fall alike"
 
 
 def test_seeds_are_paired_only_where_they_draw_the_same_weights(runs: Path) -> None:
-    found = report.load_all(runs, ROWS)
-    assert report.compare(found["O"], found["E"]).test == "Welch", "another number of stored layers"
-    fewer = {seed: run for seed, run in found["O"].items() if seed < 3}
-    assert report.compare(fewer, found["K"]).test == "Welch", "other seeds"
+    o, k, e = (load(runs / row) for row in "OKE")
+    assert results.compare(o, k).test == "paired"
+    assert results.compare(o, e).test == "Welch", "another number of stored layers"
+    assert results.compare(o[:2], k).test == "Welch", "other seeds"
+
+
+def test_a_curve_of_differences_is_the_difference_of_the_curves(runs: Path) -> None:
+    o, k = load(runs / "O"), load(runs / "K")
+    steps = results.over_steps(o, k)
+    assert steps.x == list(range(10, 101, 10)) and steps.falls == 60
+    assert steps.mean == pytest.approx([-0.02] * 10)
+    error = 4.3027 * 1e-5 / math.sqrt(3)  # t(0.975, 2); seeds' differences are 1e-5 apart
+    assert steps.half == pytest.approx([error] * 10, rel=1e-3)
+    seconds = results.over_time(o, k)
+    assert seconds.x == pytest.approx([1.7, 3.4, 5.1]), "K's rate falls from second 6 on"
+    assert seconds.mean == pytest.approx([-0.02 + 0.1 * math.log(1.7)] * 3, abs=2e-3)
+    assert results.over_training(o, k).mean == pytest.approx([-0.04] * 20)
 
 
 def test_a_claim_is_tested_on_the_mean_of_its_pairs(runs: Path) -> None:
-    found, pairs = report.load_all(runs, ROWS), [["O", "K"], ["E", "K"]]
-    effects = [
-        ((found["O"][s].post - found["K"][s].post) + (found["E"][s].post - found["K"][s].post)) / 2
-        for s in (1, 2, 3)
-    ]
-    seeds, d = report.claimed(found, pairs, lambda of: [run.post for run in of])
-    assert seeds == 3 and d.mean == pytest.approx(mean(effects))
-    assert d.half == pytest.approx(4.3027 * math.sqrt(variance(effects) / 3), rel=1e-4), (
-        "t(0.975, 2)"
-    )
-    del found["E"][3]
-    assert report.claimed(found, pairs, lambda of: [run.post for run in of])[0] == 2, (
-        "the seeds all have"
-    )
-    assert report.claimed(found, [["O", "N"]], lambda of: [0.0]) is None, "no runs of N"
+    found, pairs = report.load_all(runs, ROWS)[0], [["O", "K"], ["E", "K"]]
+    post = {row: {run.seed: run.post for run in found[row]} for row in found}
+    effects = [(post["O"][s] + post["E"][s]) / 2 - post["K"][s] for s in NOISE]
+    measure = report.claimed(found, pairs, report.post_of)
+    assert measure.delta.mean == pytest.approx(mean(effects))
+    half = 4.3027 * math.sqrt(variance(effects) / 3)  # t(0.975, 2)
+    assert measure.delta.half == pytest.approx(half, rel=1e-4)
+    del found["E"][2]
+    fewer = report.claimed(found, pairs, report.post_of)
+    assert fewer.delta.mean == pytest.approx(mean(effects[:2])), "the seeds that all rows have"
+    missing = report.claimed(found, [["O", "N"]], report.post_of)
+    assert missing.delta is None and missing.where == "no finished run of N"
 
 
 def test_published_differences_are_those_of_the_study() -> None:
@@ -192,61 +195,261 @@ def test_published_differences_are_those_of_the_study() -> None:
     assert math.isnan(reference.post("G", "E")), "other hardware"
 
 
-# ---- The page
+# ---- Runs as they come
 
 
-def test_report_names_every_figure_and_warns_of_mixed_origins(runs: Path, tmp_path: Path) -> None:
-    path = runs / "O" / "seed3" / "result.json"
-    result = json.loads(path.read_text())
-    result["versions"]["script_sha256"] = "1" * 64
-    path.write_text(json.dumps(result))
-    names = {file.name for file in report.write(runs, TABLE, "scale", tmp_path / "to")}
-    assert {
-        "report.md",
-        "report.html",
-        "gaps.png",
-        "bytes.png",
-        "series3_loss.png",
-        "series3_health.png",
-    } < names
-    text = (tmp_path / "to" / "report.md").read_text()
+def test_the_report_holds_every_figure_and_warns_of_mixed_origins(runs: Path) -> None:
+    versions = dict(script_sha256="1" * 64, device="cpu", torch="2")
+    edit_result(runs / "O" / "seed3", versions=versions)
+    text, page = written(runs)
     assert "script: 000000000000 / 111111111111 (they differ: compare with care)" in text
     row = next(line for line in text.splitlines() if line.startswith("| O | K |"))
     assert "paired" in row and "-0.0200" in row and "+0.0331" in row and "-0.0033" in row
-    page = (tmp_path / "to" / "report.html").read_text()
-    page = re.sub(r"base64,[^\"]*", "", page)
-    assert not re.search(r"""(src|href)=["'](?!data:)""", page) and "//" not in page, (
-        "needs no network"
-    )
+    post = mean(run.post for run in load(runs / "O"))
+    assert f"O is the best of 3 systems: {post:.4f} ± " in text
+    assert "Against its baseline K, after rounding: \u22120.0200" in text
+    assert not re.search(r"""(src|href)=["'](?!data:|#)""", page), "needs no other file"
+    assert "Q-gap 0.0078" in page and "\u22120.0033" in page, "O as published"
+    assert "//" not in re.sub(r"base64,[^\"]*|\n// .*", "", page), "needs no network"
+    assert {path.name for path in (runs.parent / "to").iterdir()} == {
+        "report.md",
+        "report.html",
+        "bytes.png",
+        "forest.png",
+    }
 
 
-def test_no_runs_is_an_error(tmp_path: Path) -> None:
+def test_a_row_is_always_beside_its_declared_baselines(runs: Path) -> None:
+    text, page = written(runs)
+    assert "| E | D | (no finished run of D) |" in text, "E's baselines have no runs here"
+    series = text[text.index("## Series 1") : text.index("## Series 2")]
+    assert [line.split(" | ")[3:5] for line in series.splitlines() if line.startswith("| E (")] == [
+        ["D", ""],
+        ["Ap", ""],
+    ]
+    assert "no finished run of D" in page
+
+
+def test_a_table_that_is_empty_says_why(tmp_path: Path) -> None:
+    Made(3.0).write(tmp_path / "tiny" / "naive", 1)  # no row of the table
+    Made(3.0, options={"PRESET": "tiny"}).write(tmp_path / "tiny" / "once_plain", 1)
+    text, page = written(tmp_path / "tiny")
+    for shown in (text, page):
+        assert "There is nothing to compare: no row that has runs declares a baseline." in shown
+        assert "No claim can be tested: none of the rows they name (Ap, Bp, " in shown
+        assert re.search(r"left out: naive in \S+: not a row of the table", shown)
+    assert not (tmp_path / "to" / "forest.png").exists()
+
+
+def unlike_seeds(folder: Path) -> None:
+    for seed, steps in ((1, 93), (2, 100), (3, 104)):
+        capped = {"ITERATIONS": "20000", "MAX_WALLCLOCK_SECONDS": "10"}
+        Made(3.0 + NOISE[seed], 10 / steps, steps, options=capped).write(folder / "K", seed)
+        Made(2.9 + NOISE[seed], 11 / steps, steps - 9, options=capped).write(folder / "O", seed)
+
+
+def no_validations(folder: Path) -> None:
+    for seed in (1, 2):
+        Made(3.0 + NOISE[seed], every=0).write(folder / "K", seed)
+        Made(2.9 + NOISE[seed], every=0, steps=90).write(folder / "O", seed)
+
+
+def one_seed(folder: Path) -> None:
+    Made(3.0).write(folder / "K", 1)
+    Made(2.9).write(folder / "O", 1)
+
+
+def no_training(folder: Path) -> None:
+    for seed in (1, 2):
+        Made(3.0 + NOISE[seed], steps=0).write(folder / "K", seed)
+        Made(2.9 + NOISE[seed], steps=0).write(folder / "O", seed)
+
+
+def no_health(folder: Path) -> None:
+    for seed in (1, 2):
+        for row in ("K", "O"):
+            made = Made(3.0 + NOISE[seed]).write(folder / row, seed)
+            path = made / "metrics.jsonl"
+            path.write_text(re.sub(r', "health": \[.*?\]', "", path.read_text()))
+
+
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [
+        (unlike_seeds, ["93 to 104", "84 to 95", "end, 10 s"]),
+        (no_validations, ["share no validation before", "not every run has validations"]),
+        (one_seed, ["one seed", "one seed on a side: no test", "0 undecided, 4 without a test"]),
+        (no_training, ["end, 0", "no logged step before its learning rate falls"]),
+        (no_health, ["+0.0000 ± 0.0000 (p 1"]),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_runs_as_they_come_have_a_report(
+    made: Callable[[Path], None], told: list[str], tmp_path: Path
+) -> None:
+    made(tmp_path / "tiny")
+    text, page = written(tmp_path / "tiny")
+    for words in told:
+        assert words in text, words
+    assert "nan" not in re.sub(r"[A-Za-z]nan|nan[a-z]", "", text), "a figure that is none"
+
+
+def damage_result(folder: Path) -> str:
+    (folder / "result.json").write_text('{"steps": 1')
+    return f"{folder}/result.json is damaged"
+
+
+def lose_result(folder: Path) -> str:
+    (folder / "result.json").unlink()
+    return f"{folder}: no result.json, the run did not end"
+
+
+def lose_score(folder: Path) -> str:
+    edit_result(folder, pre_quant={"val_bpb": None})
+    return f"{folder}/result.json: pre_quant.val_bpb should be a number, is null"
+
+
+def spoil_score(folder: Path) -> str:
+    edit_result(folder, roundtrip={"val_bpb": math.nan})
+    return f"{folder}/result.json: roundtrip.val_bpb should be a number, is NaN"
+
+
+def spoil_option(folder: Path) -> str:
+    config = json.loads((folder / "result.json").read_text())["config"]
+    edit_result(folder, config=config | {"iterations": "many"})
+    return f'{folder}/result.json: config.iterations should be a number, is "many"'
+
+
+def score_only(folder: Path) -> str:
+    result = json.loads((folder / "result.json").read_text())
+    del result["pre_quant"]
+    result["config"]["eval_only"] = "model.ptz"
+    (folder / "result.json").write_text(json.dumps(result))
+    return f"{folder}/result.json: scores an artifact (EVAL_ONLY)"
+
+
+def repeat_seed(folder: Path) -> str:
+    again = folder.with_name("seed20")
+    shutil.copytree(folder, again)
+    return f"{again} has the seed of {folder}"
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        damage_result,
+        lose_result,
+        lose_score,
+        spoil_score,
+        spoil_option,
+        score_only,
+        repeat_seed,
+    ],
+)
+def test_a_damaged_run_is_named_and_left_out(harm: Callable[[Path], str], runs: Path) -> None:
+    told = harm(runs / "O" / "seed2")
+    found, left = report.load_all(runs, ROWS)
+    assert len(left) == 1 and left[0].startswith(f"left out: {told}")
+    assert [run.seed for run in found["O"]] == ([1, 3] if harm is not repeat_seed else [1, 2, 3])
+
+
+def test_what_was_left_out_is_in_the_report_and_on_the_terminal(
+    runs: Path, capsys: pytest.CaptureFixture
+) -> None:
+    told = f"left out: {damage_result(runs / 'O' / 'seed2')}"
+    text, page = written(runs)
+    assert told in text and told in page and f"warning: {told}" in capsys.readouterr().err
+    row = next(line for line in text.splitlines() if line.startswith("| O | K |"))
+    assert "Welch" in row, "the seeds differ now"
+
+
+def test_a_damaged_line_is_named_and_skipped(runs: Path) -> None:
+    path = runs / "O" / "seed2" / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    whole = load(runs / "O")[1]
+    (harmed,) = [n for n, line in enumerate(lines) if '"step": 50' in line and "val_bpb" in line]
+    lines[harmed] = lines[harmed][:40]
+    path.write_text("\n".join(lines))
+    loaded = results.load_seeds(results.seed_folders(runs / "O"))
+    assert loaded.messages == [f"{path}:{harmed + 1}: a damaged line is left out"]
+    assert loaded.runs[1].points == [p for p in whole.points if p.step != 50]
+    path.unlink()
+    loaded = results.load_seeds(results.seed_folders(runs / "O"))
+    assert loaded.messages == [f"{path}: No such file or directory, so there are no curves"]
+    assert loaded.runs[1].points == [] and loaded.runs[1].post == whole.post
+    assert "no curves" in written(runs)[0]
+
+
+def test_no_usable_run_is_an_error_that_names_every_reason(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no finished run"):
+        report.write(tmp_path, TABLE, "", tmp_path)
+    (tmp_path / "K" / "seed1").mkdir(parents=True)
+    with pytest.raises(ValueError, match="seed1: no result.json"):
         report.write(tmp_path, TABLE, "", tmp_path)
 
 
-HARNESS = """<script>
-const wrong = [];
-addEventListener("error", e => wrong.push(String(e.message)));
-addEventListener("load", () => {
-  let sorted = 0, moved = 0;
-  for (const table of document.querySelectorAll("table"))
-    for (const [i, th] of [...table.tHead.rows[0].cells].entries()) {
-      const keys = () => [...table.tBodies[0].rows].map(r => r.cells[i].dataset.key);
-      const rises = k => k.every((x, j) => !j || (isNaN(k[j-1]) || isNaN(x) ? k[j-1].localeCompare(x) <= 0
-                                                                         : +k[j-1] <= +x));
-      th.click(); const up = keys(); th.click(); const down = keys();
-      sorted += rises(up) && rises([...down].reverse()); moved += String(up) != String(down);
-      if (!rises(up) || !rises([...down].reverse())) wrong.push(th.textContent + " is not sorted");
-    }
-  const images = [...document.images];
-  document.body.dataset.result = JSON.stringify({wrong, sorted, moved, images: images.length,
-    loaded: images.filter(i => i.complete && i.naturalWidth > 100).length});
-});</script>"""
+def test_a_system_above_the_size_limit_is_not_the_best(runs: Path) -> None:
+    for seed in NOISE:
+        edit_result(runs / "O" / f"seed{seed}", bytes_total=16_000_001)
+    text, _ = written(runs)
+    assert "**K is the best of 2 systems" in text
+    assert "Above the size limit, so not ranked: O." in text
 
 
-def browse(page: Path, *words: str) -> subprocess.CompletedProcess:
-    flags = [
+# ---- Figures
+
+
+def test_systems_at_the_front_are_those_that_none_beats_in_bytes_and_score() -> None:
+    spots = [
+        figures.Spot(name, *at, math.nan)
+        for name, at in dict(a=(1, 5.0), b=(2, 4.0), c=(2, 4.5), d=(3, 4.0), e=(4, 1.0)).items()
+    ]
+    assert [spot.name for spot in figures.front(spots)] == ["a", "b", "e"]
+
+
+def test_a_picture_takes_its_colours_from_the_theme(runs: Path) -> None:
+    found, _ = report.load_all(runs, ROWS)
+    made = figures.svg(figures.validation_curves(found, ["K", "O"]), "one")
+    assert "var(--c0)" in made and "var(--ink)" in made
+    assert set(re.findall(r"#[0-9a-f]{6}\b", made)) == set(), "a colour of no theme"
+    known = set(re.findall(r"--\w+", (Path(figures.__file__).parent / STYLE).read_text()))
+    assert {f"--{name}" for name in figures.LIGHT} < known
+
+
+STYLE = "templates/page.css"
+
+
+def test_no_two_pictures_of_a_page_share_an_id(runs: Path) -> None:
+    _, page = written(runs)
+    for picture in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL):
+        ids = re.findall(r' id="([^"]*)"', picture)
+        assert all(page.count(f'id="{name}"') == 1 for name in ids)
+        used = re.findall(r'href="#([^"]*)"|url\(#([^)]*)\)', picture)
+        assert {a or b for a, b in used} <= set(ids), "what it refers to is within it"
+
+
+def test_long_curves_are_thinned_with_their_ends() -> None:
+    places = results.evenly(20_001, 200)
+    assert len(places) == 200 and (places[0], places[-1]) == (0, 20_000)
+    assert places == sorted(set(places))
+    assert results.evenly(3, 200) == [0, 1, 2]
+
+
+# ---- The page in a browser
+
+webdriver = pytest.importorskip("selenium.webdriver")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+DRIVER = shutil.which("chromedriver")
+browser_needed = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Chromium")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Chromium without a window, with a profile of its own."""
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    profile = tmp_path_factory.mktemp("profile")
+    for flag in (
         "--headless",
         "--no-sandbox",
         "--disable-gpu",
@@ -255,24 +458,142 @@ def browse(page: Path, *words: str) -> subprocess.CompletedProcess:
         "--disable-sync",
         "--disable-background-networking",
         "--disable-component-update",
-        "--enable-logging=stderr",
-        "--virtual-time-budget=10000",
-        f"--user-data-dir={page.parent / 'profile'}",
-    ]
-    return subprocess.run(
-        [CHROMIUM, *flags, *words, page.as_uri()], capture_output=True, text=True, timeout=120
+        f"--user-data-dir={profile}",
+    ):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+def show(browser: Any, page: Path, width: int, theme: str = "light") -> None:
+    """Opens a page at a width, for a reader who prefers a theme."""
+    size = dict(width=width, height=900, deviceScaleFactor=1, mobile=False)
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    wish = [dict(name="prefers-color-scheme", value=theme)]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", dict(features=wish))
+    browser.get(page.as_uri())
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A report of made runs, the one of the repository, and the comparison of two systems."""
+    runs = write_rows(tmp_path_factory.mktemp("pages") / "tiny")
+    (runs / "O" / "seed4").mkdir()
+    written(runs)
+    two = runs.parent / "compared.html"
+    two.write_text(compare.compare_sides(str(runs / "O"), str(runs / "K")).page())
+    return dict(made=runs.parent / "to" / "report.html", committed=COMMITTED, compared=two)
+
+
+@pytest.fixture(params=["made", "committed", "compared"])
+def page(request: pytest.FixtureRequest, pages: dict[str, Path]) -> Path:
+    return pages[request.param]
+
+
+OVERFLOWING = """
+const outside = (e, left, right) => {
+  const box = e.getBoundingClientRect();
+  return box.width && (box.right > right + 1 || box.left < left - 1);
+};
+const wide = [];
+for (const e of document.querySelectorAll("body *")) {
+  const picture = e.closest("svg");
+  if (e.tagName === "text") {
+    const frame = picture.getBoundingClientRect();
+    if (outside(e, frame.left, frame.right)) wide.push(e.textContent + " in a picture");
+  } else if (!picture || picture === e) {
+    if (outside(e, 0, innerWidth)) wide.push(e.tagName + ": " + e.textContent.slice(0, 40));
+  }
+}
+return {wide, scrolls: document.scrollingElement.scrollWidth > innerWidth, shown: innerWidth};"""
+
+
+@browser_needed
+@pytest.mark.parametrize("width", [1280, 800, 400])
+def test_nothing_is_wider_than_the_screen(browser: Any, page: Path, width: int) -> None:
+    show(browser, page, width)
+    found = browser.execute_script(OVERFLOWING)
+    assert found == {"wide": [], "scrolls": False, "shown": width}
+    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+SORTED = """
+const wrong = []; let moved = 0;
+for (const table of document.querySelectorAll("table"))
+  for (const [i, th] of [...table.tHead.rows[0].cells].entries()) {
+    const keys = () => [...table.tBodies[0].rows].map(r => r.cells[i].dataset.key);
+    const inOrder = (all, sign) => {
+      const known = all.filter(k => k !== "");
+      const last = all.slice(known.length).every(k => k === "");
+      return last && known.every((k, j) => !j || sign * (isNaN(k) || isNaN(known[j - 1])
+        ? known[j - 1].localeCompare(k) : known[j - 1] - k) <= 0);
+    };
+    th.firstElementChild.click(); const up = keys(), risen = th.ariaSort;
+    th.firstElementChild.click(); const down = keys();
+    if (!inOrder(up, 1) || risen !== "ascending") wrong.push(th.textContent + " up");
+    if (!inOrder(down, -1) || th.ariaSort !== "descending") wrong.push(th.textContent + " down");
+    moved += String(up) !== String(down);
+  }
+return {wrong, moved, columns: document.querySelectorAll("th").length};"""
+
+
+@browser_needed
+def test_every_column_sorts_up_and_down_and_keeps_gaps_last(browser: Any, page: Path) -> None:
+    show(browser, page, 1280)
+    found = browser.execute_script(SORTED)
+    assert found["wrong"] == [] and found["columns"] > 20
+    assert found["moved"] > 8, "most columns have different values"
+
+
+@browser_needed
+@pytest.mark.parametrize(("wish", "other"), [("light", "dark"), ("dark", "light")])
+def test_the_theme_is_the_readers_until_the_button_is_pressed(
+    browser: Any, page: Path, wish: str, other: str
+) -> None:
+    def colours() -> tuple[str, str, str]:
+        """Of the page, its text, and the text of a picture."""
+        return browser.execute_script(
+            "const of = (query, name) => getComputedStyle(document.querySelector(query))[name];"
+            'return [of("body", "backgroundColor"), of("body", "color"), of("svg text", "fill")];'
+        )
+
+    show(browser, page, 1280, wish)
+    first = colours()
+    browser.find_element("id", "theme").click()
+    second = colours()
+    browser.find_element("id", "theme").click()
+    assert colours() == first
+    assert all(a != b for a, b in zip(first, second))
+    show(browser, page, 1280, other)
+    assert colours() == second
+
+
+@browser_needed
+def test_every_entry_of_the_contents_leads_somewhere(browser: Any, page: Path) -> None:
+    show(browser, page, 1280)
+    lost = browser.execute_script(
+        'return [...document.querySelectorAll("nav a")].map(a => a.getAttribute("href"))'
+        ".filter(target => !document.querySelector(target))"
     )
+    assert lost == []
 
 
-@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
-def test_page_in_a_browser(runs: Path, tmp_path: Path) -> None:
-    report.write(runs, TABLE, "scale", tmp_path / "to")
-    page = tmp_path / "checked.html"
-    text = (tmp_path / "to" / "report.html").read_text()
-    page.write_text(text.replace("<head>", "<head>" + HARNESS))
-    done = browse(page, "--dump-dom")
-    assert "CONSOLE" not in done.stderr, done.stderr
-    result = json.loads(re.search(r'data-result="([^"]*)"', done.stdout)[1].replace("&quot;", '"'))
-    columns = len(re.findall("<th>", text))
-    assert result["wrong"] == [] and result["sorted"] == columns, result
-    assert result["moved"] > 4 and result["images"] == result["loaded"] == 8, result
+def test_the_committed_report_is_that_of_the_committed_runs() -> None:
+    assert COMMITTED.stat().st_size < 3_000_000
+    text, page = COMMITTED.with_suffix(".md").read_text(), COMMITTED.read_text()
+    found, left = report.load_all(COMMITTED.parent, ROWS)
+    made, reference = report.compare_all(found, ROWS), report.published()
+    judged = report.judge(found, TABLE.claims.values())
+    sheets = [
+        report.comparisons_sheet(made, reference),
+        report.claims_sheet(judged, TABLE.claims.values()),
+        report.runs_sheet(found, ROWS, reference),
+    ]
+    for row in (row for sheet in sheets for row in sheet.rows):
+        assert f"| {' | '.join(cell.plain for cell in row.values())} |" in text
+    assert left == [] and report.headline(found, made).result in text
+    assert report.headline(found, made).result in page
+    pictures = {path.name for path in COMMITTED.parent.glob("*.png")}
+    assert pictures == {"forest.png", "bytes.png"}

@@ -1,311 +1,162 @@
-"""What finished runs show: statistics over seeds, pictures, report.md for a README and report.html.
+"""The report of a run matrix: what differs from its baseline, by how much and how surely.
 
-`python records/tools/ablate.py report` calls `write`. Everything is read from the runs' own result.json and
-metrics.jsonl; nothing is typed in. All scores are bits per byte, lower is better; a Q-gap is the score of the
-reloaded int8 artifact minus the score before.
+`python records/tools/ablate.py report` calls `write`, which makes report.html (one file that needs
+no other and no network), report.md with the same tables, and two pictures for a README. Everything
+is read from the runs' own result.json and metrics.jsonl; nothing is typed in.
 """
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import json
 import math
+import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean, median, stdev
-from types import SimpleNamespace
+from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-import numpy as np
-import torch
-from scipy import stats
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train_gpt as tg
+from records.tools import figures
+from records.tools.common import ROOT, warn
+from records.tools.page import (
+    Cell,
+    Picture,
+    Sheet,
+    badge,
+    change,
+    drawn,
+    finding,
+    number,
+    signed,
+    spread,
+    templates,
+    tone,
+    word,
+)
+from records.tools.results import (
+    ALPHA,
+    CONFIDENCE,
+    KINDS,
+    Comparison,
+    Measure,
+    Result,
+    adjust,
+    adjusted,
+    compare,
+    delta,
+    equal_time,
+    load_seeds,
+    nan,
+    not_compared,
+    over_training,
+    seed_folders,
+)
 
-SIZE_LIMIT = 16_000_000  # bytes, script + artifact
-CONFIDENCE = 0.95
-nan = math.nan
+Found = dict[str, list[Result]]  # the runs of every row, in the order of their seeds
 
-# ---- 1. Runs on disk -------------------------------------------------------------------------------------
-
-
-class Point(NamedTuple):
-    """One validation."""
-
-    step: int
-    seconds: float  # of training so far
-    bpb: float
-    health: list[dict[str, float]]  # of every effective layer
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished run."""
-
-    row: str
-    seed: int
-    config: dict[str, Any]
-    pre: float  # bpb before the round trip
-    post: float  # bpb of the reloaded artifact
-    model_bytes: int
-    total_bytes: int
-    parameters: int
-    steps: int
-    seconds: float
-    points: list[Point]
-    full_rate: tuple[
-        int, float
-    ]  # last logged step and second before the learning rate began to fall
-    origin: dict[str, str]  # script, device, torch, validation split, ranks
-
-    @property
-    def gap(self) -> float:
-        return self.post - self.pre
-
-    @property
-    def step_ms(self) -> float:
-        return 1e3 * self.seconds / self.steps
-
-    @property
-    def capped(self) -> bool:
-        """Whether the clock ended it."""
-        return self.steps < self.config["iterations"]
+# ---- 1. The runs of the table --------------------------------------------------------------------
 
 
-def load(folder: Path) -> Result:
-    """A run from its folder <row>/seed<n>/."""
-    result = json.loads((folder / "result.json").read_text())
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    config = {f.name: f.default for f in fields(tg.Config)} | result["config"]  # of younger options
-    score, versions = result["roundtrip"], result["versions"]
-    points = [
-        Point(m["step"], m["train_seconds"], m["val_bpb"], m["health"])
-        for m in lines
-        if "val_bpb" in m and m.get("weights", "last") == "last"
-    ]
-    calibration = config["gptq_seconds"] * (config["gptq_batches"] > 0)
-    training = max(config["max_wallclock_seconds"] - calibration, 0.0)
-    clock = SimpleNamespace(**config, training_seconds=training)
-    full = [
-        (m["step"], m["train_seconds"])
-        for m in lines
-        if tg.lr_factor(clock, m["step"], m["train_seconds"]) == 1
-    ]
-    return Result(
-        folder.parent.name,
-        config["seed"],
-        config,
-        result["pre_quant"]["val_bpb"],
-        score["val_bpb"],
-        result["bytes_model"],
-        result["bytes_total"],
-        result["model_params"],
-        result["steps"],
-        result["train_seconds"],
-        points,
-        max(full, default=(0, 0.0)),
-        dict(
-            script=versions["script_sha256"][:12],
-            device=versions["device"],
-            torch=versions["torch"],
-            ranks=str(result["world_size"]),
-            validation=f"{score['val_tokens']:,} tokens",
-        ),
-    )
+def load_all(folder: Path, rows: Iterable[str]) -> tuple[Found, list[str]]:
+    """The finished runs of each row below `folder`, and what was left out.
 
-
-def at_one_pace(runs: dict[int, Result]) -> dict[int, Result]:
-    """The runs of a row as if each step had taken the median of their step times.
-
-    Seeds do the same work, so what their times differ by is other load on the machine, which must not decide.
+    InputError if there are none.
     """
-    pace = median(run.seconds / run.steps for run in runs.values())
-    return {
-        seed: replace(
-            run,
-            full_rate=(run.full_rate[0], run.full_rate[0] * pace),
-            points=[p._replace(seconds=p.step * pace) for p in run.points],
-        )
-        for seed, run in runs.items()
-    }
-
-
-def load_all(folder: Path, rows: Iterable[str]) -> dict[str, dict[int, Result]]:
-    """The finished runs of each row below `folder`, by seed; rows without one are left out."""
-    found = {}
-    for row in rows:
-        runs = sorted(
-            (load(path.parent) for path in (folder / row).glob("seed*/result.json")),
-            key=lambda run: run.seed,
-        )
-        if runs:
-            found[row] = at_one_pace({run.seed: run for run in runs})
+    found, messages = {}, []
+    names = list(rows)
+    for name in names:
+        loaded = load_seeds(seed_folders(folder / name))
+        messages += loaded.messages
+        if loaded.runs:
+            found[name] = loaded.runs
+    others = sorted(p.name for p in folder.glob("*") if seed_folders(p) and p.name not in names)
+    if others:
+        messages.append(f"left out: {', '.join(others)} in {folder}: not a row of the table")
     if not found:
-        raise ValueError(f"{folder} holds no finished run of the table")
-    return found
+        reasons = "".join(f"\n  {message}" for message in messages)
+        raise tg.InputError(f"{folder} holds no finished run of the table{reasons}")
+    return found, messages
 
 
-# ---- 2. Statistics ---------------------------------------------------------------------------------------
+def compare_all(found: Found, rows: dict[str, Any]) -> list[Comparison]:
+    """Every row that has runs against each of its baselines, also those that have none."""
+    made = []
+    for name in found:
+        for baseline in rows[name].baselines:
+            if baseline in found:
+                made.append(compare(found[name], found[baseline], (name, baseline)))
+            else:
+                made.append(not_compared(name, baseline, f"no finished run of {baseline}"))
+    return adjust(made)
 
 
-class Delta(NamedTuple):
-    """A difference of means, half its confidence interval, and p of the two-sided t test; nan: one seed."""
-
-    mean: float
-    half: float
-    p: float
+def post_of(runs: Sequence[Result]) -> list[float]:
+    return [run.post for run in runs]
 
 
-def delta(ours: Sequence[float], theirs: Sequence[float], paired: bool) -> Delta:
-    """Ours minus theirs: paired t test on the differences, else Welch's."""
-    difference = mean(ours) - mean(theirs)
-    if min(len(ours), len(theirs)) < 2:
-        return Delta(difference, nan, nan)
-    test = (
-        stats.ttest_rel(ours, theirs) if paired else stats.ttest_ind(ours, theirs, equal_var=False)
-    )
-    interval = test.confidence_interval(CONFIDENCE)
-    return Delta(difference, (interval.high - interval.low) / 2, float(test.pvalue))
+def gap_of(runs: Sequence[Result]) -> list[float]:
+    return [run.gap for run in runs]
 
 
-def holm(ps: Sequence[float]) -> list[float]:
-    """p adjusted for as many tests as there are (Holm 1979); nan stays and does not count."""
-    order = sorted((i for i, p in enumerate(ps) if not math.isnan(p)), key=lambda i: ps[i])
-    adjusted, worst = [nan] * len(ps), 0.0
-    for rank, i in enumerate(order):
-        worst = max(worst, min(1.0, ps[i] * (len(order) - rank)))
-        adjusted[i] = worst
-    return adjusted
+def time_of(runs: Sequence[Result]) -> list[float]:
+    return equal_time(runs).values
 
 
-def drawn(run: Result) -> list[tuple[int, ...]]:
-    """Shapes of the matrices a run stores: where they are equal, one seed draws the same initial weights."""
-    values = {f.name: run.config[f.name] for f in fields(tg.Architecture)}
-    with torch.device("meta"):
-        model = tg.GPT(tg.Architecture(**values))
-    return [tuple(p.shape) for p in model.parameters() if tg.ROLES[p.role].optimizer == "muon"]
-
-
-def equal_step(runs: Sequence[Result]) -> tuple[str, list[float]] | None:
-    """bpb of each run after equally many steps, and where: the end, or the last step at full rate."""
-    if len({run.steps for run in runs}) == 1:
-        return f"end, {runs[0].steps}", [run.pre for run in runs]
-    common = set.intersection(
-        *({p.step for p in run.points if 0 < p.step <= run.full_rate[0]} for run in runs)
-    )
-    if not common:
-        return None
-    step = max(common)
-    return f"{step}", [next(p.bpb for p in run.points if p.step == step) for run in runs]
-
-
-def equal_time(runs: Sequence[Result]) -> tuple[str, list[float]] | None:
-    """bpb of each run after equally many seconds, and where: the end, or the last second at full rate.
-
-    Between validations it is linear in log(seconds). Runs cut off while their rates differ are not compared.
-    """
-    if (
-        all(run.capped for run in runs)
-        and len({run.config["max_wallclock_seconds"] for run in runs}) == 1
-    ):
-        return f"end, {runs[0].config['max_wallclock_seconds']:.0f} s", [run.pre for run in runs]
-    seconds, values = min(run.full_rate[1] for run in runs), []
-    for run in runs:
-        points = [p for p in run.points if p.step]
-        if not points or not points[0].seconds <= seconds <= points[-1].seconds:
-            return None
-        values.append(
-            float(
-                np.interp(
-                    math.log(seconds),
-                    [math.log(p.seconds) for p in points],
-                    [p.bpb for p in points],
-                )
-            )
-        )
-    return f"{seconds:.1f} s", values
-
-
-class Comparison(NamedTuple):
-    """A row against one of its baselines."""
-
-    row: str
-    baseline: str
-    test: str
-    post: Delta  # as run, after int8
-    steps: tuple[str, Delta] | None  # at equal steps, before int8
-    time: tuple[str, Delta] | None  # in equal time, before int8
-    gap: Delta
-    holm: float  # p of `post`, adjusted
-
-
-def compare(ours: dict[int, Result], theirs: dict[int, Result]) -> Comparison:
-    """Paired where the seeds are the same and draw the same initial weights."""
-    a, b = list(ours.values()), list(theirs.values())
-    paired = ours.keys() == theirs.keys() and drawn(a[0]) == drawn(b[0])
-
-    def differ(values: list[float]) -> Delta:
-        return delta(values[: len(a)], values[len(a) :], paired)
-
-    steps, seconds = equal_step(a + b), equal_time(a + b)
-    return Comparison(
-        a[0].row,
-        b[0].row,
-        "paired" if paired else "Welch",
-        differ([run.post for run in a + b]),
-        steps and (steps[0], differ(steps[1])),
-        seconds and (seconds[0], differ(seconds[1])),
-        differ([run.gap for run in a + b]),
-        nan,
-    )
+def seeds_of(found: Found, pairs: Sequence[Sequence[str]]) -> list[int]:
+    """The seeds that all rows of the pairs have; none where a row has no runs."""
+    rows = [{run.seed for run in found.get(name, [])} for pair in pairs for name in pair]
+    return sorted(set.intersection(*rows))
 
 
 def claimed(
-    found: dict[str, dict[int, Result]],
-    pairs: Sequence[Sequence[str]],
-    at: Callable[[Sequence[Result]], list[float] | None],
-) -> tuple[int, Delta] | None:
-    """The mean difference over several pairs of rows: a t test over the seeds that all of them have.
+    found: Found, pairs: Sequence[Sequence[str]], at: Callable[[Sequence[Result]], list[float]]
+) -> Measure:
+    """The mean difference over several pairs of rows: a t test over the seeds that all have.
 
-    `at` gives the scores of a pair's runs; None (also from it): there are no runs to compare.
+    `at` gives the scores of a pair's runs, or none where they have no moment in common.
     """
-    if any(name not in found for pair in pairs for name in pair):
-        return None
-    seeds, columns = (
-        sorted(set.intersection(*(set(found[name]) for pair in pairs for name in pair))),
-        [],
-    )
-    for row, baseline in pairs:
-        values = at([found[name][seed] for name in (row, baseline) for seed in seeds])
+    if missing := sorted({name for pair in pairs for name in pair} - set(found)):
+        return Measure(f"no finished run of {', '.join(missing)}", [], [], None)
+    seeds, columns = seeds_of(found, pairs), []
+    if not seeds:
+        return Measure("the rows have no seed in common", [], [], None)
+    for pair in pairs:
+        values = at([run for name in pair for run in found[name] if run.seed in seeds])
         if not values:
-            return None
+            return Measure(f"{' and '.join(pair)} have no moment in common", [], [], None)
         columns.append([a - b for a, b in zip(values[: len(seeds)], values[len(seeds) :])])
-    effects = [mean(of_seed) for of_seed in zip(*columns)]
-    return len(seeds), delta(effects, [0.0] * len(effects), paired=True)
+    effects = [fmean(of_seed) for of_seed in zip(*columns)]
+    return Measure("", effects, [], delta(effects, [0.0] * len(effects), paired=True))
 
 
-def compare_all(found: dict[str, dict[int, Result]], rows: dict[str, Any]) -> list[Comparison]:
-    """Every row against each of its baselines, as far as there are runs of both."""
-    made = [
-        compare(found[name], found[baseline])
-        for name in found
-        for baseline in rows[name].baselines
-        if baseline in found
+class Judged(NamedTuple):
+    """A claim with the mean of its pairs' differences."""
+
+    claim: Any
+    seeds: int
+    post: Measure
+    time: Measure
+    gap: Measure
+
+
+def judge(found: Found, claims: Iterable[Any]) -> list[Judged]:
+    """Every claim about a row that has runs, adjusted for the number of these claims."""
+    about = [c for c in claims if any(name in found for pair in c.pairs for name in pair)]
+    columns = [
+        adjusted([claimed(found, claim.pairs, at) for claim in about])
+        for at in (post_of, time_of, gap_of)
     ]
-    return [c._replace(holm=p) for c, p in zip(made, holm([c.post.p for c in made]))]
+    return [
+        Judged(claim, len(seeds_of(found, claim.pairs)), *measures)
+        for claim, *measures in zip(about, *columns)
+    ]
 
 
-# ---- 3. What the reference published ---------------------------------------------------------------------
+# ---- 2. What the reference published -------------------------------------------------------------
 
 
 class Published(NamedTuple):
@@ -319,7 +170,7 @@ class Published(NamedTuple):
         return a["post_quant_bpb"] - b["post_quant_bpb"] if self.alike(a, b) else nan
 
     def steps(self, row: str, baseline: str) -> float:
-        """Difference at the last common step before either learning rate fell, or at a common end."""
+        """Difference at a common end, or the last common step before a learning rate fell."""
         a, b = (self.runs.get(name, {}) for name in (row, baseline))
         if not self.alike(a, b):
             return nan
@@ -342,375 +193,121 @@ def published() -> Published:
     return Published({name.replace("'", "p"): run for name, run in data["runs"].items()})
 
 
-# ---- 4. Pictures -----------------------------------------------------------------------------------------
-
-COLOURS = plt.get_cmap("tab10").colors
+# ---- 3. Tables -----------------------------------------------------------------------------------
 
 
-def curves(found: dict[str, dict[int, Result]], names: Sequence[str]) -> plt.Figure:
-    """Validation bpb against steps and against seconds of training; band: lowest to highest seed."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    for i, name in enumerate(names):
-        runs = list(found[name].values())
-        steps = sorted(set.intersection(*({p.step for p in run.points if p.step} for run in runs)))
-        at = [[next(p for p in run.points if p.step == step) for run in runs] for step in steps]
-        bpb = np.array([[p.bpb for p in points] for points in at])
-        seconds = [points[0].seconds for points in at]
-        for axis, x in zip(axes, (steps, seconds)):
-            axis.plot(x, bpb.mean(1), ".-", color=COLOURS[i % 10], label=name, linewidth=1.2)
-            axis.fill_between(
-                x, bpb.min(1), bpb.max(1), color=COLOURS[i % 10], alpha=0.15, linewidth=0
-            )
-    axes[0].set(xlabel="step", ylabel="val_bpb before int8")
-    axes[1].set(xlabel="seconds of training, at the row's median step time")
-    axes[1].legend(frameon=False, fontsize=8)
-    for axis in axes:
-        axis.grid(alpha=0.3)
-    return figure
+def rounded(runs: Sequence[Result]) -> Cell:
+    return spread(post_of(runs))
 
 
-def gap_bars(found: dict[str, dict[int, Result]], rows: dict[str, Any]) -> plt.Figure:
-    """Q-gap of every row, mean and standard deviation; a colour a series."""
-    figure, axis = plt.subplots(figsize=(10, 4), layout="constrained")
-    series = list(dict.fromkeys(rows[name].series for name in found))
-    for i, (name, runs) in enumerate(found.items()):
-        gaps, colour = [run.gap for run in runs.values()], series.index(rows[name].series)
-        axis.bar(
-            i,
-            mean(gaps),
-            yerr=stdev(gaps) if len(gaps) > 1 else None,
-            color=COLOURS[colour],
-            capsize=3,
-            label=rows[name].series,
+def ends(runs: Sequence[Result]) -> Cell:
+    """The steps at which the seeds ended, one figure or a range."""
+    first, last = min(run.steps for run in runs), max(run.steps for run in runs)
+    text = f"{first:,}" if first == last else f"{first:,} to {last:,}"
+    return Cell(text, first, classes="n")
+
+
+def size(runs: Sequence[Result]) -> float:
+    """Mean bytes of script and artifact."""
+    return fmean(run.total_bytes for run in runs)
+
+
+def runs_sheet(found: Found, rows: dict[str, Any], reference: Published) -> Sheet:
+    made = []
+    for name, runs in found.items():
+        theirs = reference.runs.get(name, {})
+        post, pre = (theirs.get(key, nan) for key in ("post_quant_bpb", "pre_quant_bpb"))
+        made.append(
+            {
+                "run": word(name, rows[name].what),
+                "seeds": number(len(runs), "d"),
+                "after rounding": rounded(runs),
+                "before rounding": spread([run.pre for run in runs]),
+                "Q-gap": spread(gap_of(runs), "+.5f"),
+                "bytes, script + artifact": number(size(runs), ",.0f"),
+                "parameters": number(runs[0].parameters, ",d"),
+                "ms a step": spread([run.step_ms for run in runs], ".1f"),
+                "steps": ends(runs),
+                "published, after rounding": number(post, note=f"Q-gap {post - pre:.4f}"),
+            }
         )
-    handles = dict(zip(*reversed(axis.get_legend_handles_labels())))
-    axis.legend(handles.values(), handles, frameon=False, ncols=len(handles))
-    axis.set_xticks(range(len(found)), found, rotation=60, ha="right", rotation_mode="anchor")
-    axis.set(ylabel="Q-gap, bpb")
-    axis.axhline(0, color="black", linewidth=0.8)
-    return figure
+    return Sheet(made)
 
 
-PANELS = dict(
-    mix="carried weight a",
-    attn_scale="attention scale",
-    mlp_scale="MLP scale",
-    attn_shift="attention shift",
-    mlp_shift="MLP shift",
-)
-
-
-def histories(runs: Iterable[Result]) -> np.ndarray:
-    """Health of a row: mean of its seeds, [validations, layers, panels]."""
-    tables = [
-        np.array([[[layer[key] for key in PANELS] for layer in p.health] for p in run.points])
-        for run in runs
-    ]
-    shortest = min(len(table) for table in tables)
-    return np.mean([table[:shortest] for table in tables], axis=0)
-
-
-def heat_maps(found: dict[str, dict[int, Result]], names: Sequence[str]) -> plt.Figure:
-    """Mix weight, scales and shifts of every effective layer (down) over training (across)."""
-    figure, axes = plt.subplots(
-        len(names),
-        len(PANELS),
-        figsize=(11, 1 + 1.3 * len(names)),
-        squeeze=False,
-        layout="constrained",
+def published_change(c: Comparison, reference: Published) -> Cell:
+    """The published difference after rounding, and below it that at equal steps."""
+    return number(
+        reference.post(c.row, c.baseline),
+        "+.4f",
+        f"{reference.steps(c.row, c.baseline):+.4f} at equal steps",
     )
-    tables = {name: histories(found[name].values()) for name in names}
-    for column, title in enumerate(PANELS.values()):
-        values = {name: table[..., column].T for name, table in tables.items()}
-        low, high = min(v.min() for v in values.values()), max(v.max() for v in values.values())
-        for name, axis in zip(names, axes[:, column]):
-            steps = [p.step for p in next(iter(found[name].values())).points][
-                : values[name].shape[1]
-            ]
-            axis.set_xticks([0, len(steps) - 1], [steps[0], steps[-1]], fontsize=7)
-            axis.set_yticks([0, len(values[name]) - 1], [0, len(values[name]) - 1], fontsize=7)
-            axis.set_ylabel("" if column else name, fontsize=9)
-            if np.ptp(values[name]) > 0:
-                image = axis.imshow(
-                    values[name], aspect="auto", vmin=low, vmax=high, interpolation="nearest"
-                )
-            else:
-                axis.text(
-                    0.5,
-                    0.5,
-                    "off",
-                    ha="center",
-                    va="center",
-                    color="gray",
-                    transform=axis.transAxes,
-                )
-                axis.set_xticks([])
-                axis.set_yticks([])
-        axes[0, column].set_title(title, fontsize=9)
-        if high > low:
-            bar = figure.colorbar(image, ax=axes[:, column], location="bottom", aspect=25, pad=0.02)
-            bar.ax.tick_params(labelsize=7)
-    return figure
 
 
-def labels(axis: plt.Axes, points: dict[str, tuple[float, float]]) -> None:
-    """Names beside points; points that lie on each other share a label."""
-    together: dict[tuple[int, int], list[str]] = {}
-    for name, point in points.items():
-        x, y = axis.transAxes.inverted().transform(axis.transData.transform(point))
-        together.setdefault((round(25 * x), round(30 * y)), []).append(name)
-    for names in together.values():
-        axis.annotate(
-            " ".join(names), points[names[0]], fontsize=7, xytext=(5, 2), textcoords="offset points"
-        )
-
-
-def bytes_against_bpb(found: dict[str, dict[int, Result]], reference: Published) -> plt.Figure:
-    """Script + artifact against bpb after int8: ours, and the reference's own figures."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 5.5), layout="constrained")
-    ours = {
-        name: (
-            mean(run.total_bytes for run in runs.values()) / 1e6,
-            mean(run.post for run in runs.values()),
-        )
-        for name, runs in found.items()
-    }
-    theirs = {
-        name: (run["model_bytes_int8_zlib"] / 1e6, run["post_quant_bpb"])
-        for name, run in reference.runs.items()
-        if "post_quant_bpb" in run
-    }
-    for name, (x, y) in ours.items():
-        scores = [run.post for run in found[name].values()]
-        axes[0].errorbar(
-            x,
-            y,
-            yerr=stdev(scores) if len(scores) > 1 else None,
-            fmt="o",
-            color=COLOURS[0],
-            ecolor="lightgray",
-            markersize=4,
-            zorder=3,
-        )
-    axes[1].plot(*zip(*theirs.values()), "s", color=COLOURS[1], markersize=4)
-    titles = "ours: script + artifact", "published (PR 855): artifact alone"
-    for axis, title, points in zip(axes, titles, (ours, theirs)):
-        axis.axvline(SIZE_LIMIT / 1e6, color="tab:red", linestyle="--", linewidth=1)
-        axis.set(xscale="log", xlabel="MB (10^6 bytes, logarithmic); dashed: 16 MB", title=title)
-        axis.set_ylabel("val_bpb after int8")
-        low = min(x for x, _ in points.values())
-        ticks = [x for x in (0.1, 0.2, 0.5, 1, 2, 5, 10, 16) if x > low / 1.5]
-        axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
-        axis.set_xticks([], minor=True)
-        axis.set_xlim(low / 1.3, 20)
-        axis.grid(alpha=0.3)
-        figure.canvas.draw()
-        labels(axis, points)
-    return figure
-
-
-def png(figure: plt.Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=80, metadata={"Software": None}, pil_kwargs={"optimize": True})
-    plt.close(figure)
-    return buffer.getvalue()
-
-
-def pictures(
-    found: dict[str, dict[int, Result]], rows: dict[str, Any]
-) -> dict[str, tuple[str, bytes]]:
-    """Caption and PNG of every picture, by file name."""
-    made = {
-        "gaps.png": ("Q-gap: mean and standard deviation over seeds", png(gap_bars(found, rows))),
-        "bytes.png": ("Bytes against val_bpb; 16 MB", png(bytes_against_bpb(found, published()))),
-    }
-    for series in dict.fromkeys(rows[name].series for name in found):
-        names = [name for name in found if rows[name].series == series]
-        made[f"{series}_loss.png"] = (
-            f"{series}: validation against steps and against time; bands from the lowest to the highest seed",
-            png(curves(found, names)),
-        )
-        made[f"{series}_health.png"] = (
-            f"{series}: carried weight of the mix, effective scales and shifts of every effective layer "
-            "(down) over training (across), mean of the seeds",
-            png(heat_maps(found, names)),
-        )
-    return made
-
-
-# ---- 5. Tables -------------------------------------------------------------------------------------------
-
-
-class Cell(NamedTuple):
-    """What is shown, and what it is sorted by."""
-
-    text: str
-    key: float | str
-
-
-class Sheet(NamedTuple):
-    title: str
-    head: list[str]
-    body: list[list[Cell]]
-
-
-def word(text: str) -> Cell:
-    return Cell(text, text)
-
-
-def number(value: float, form: str = ".4f") -> Cell:
-    return Cell("", math.inf) if math.isnan(value) else Cell(format(value, form), value)
-
-
-def spread(values: Sequence[float], form: str = ".4f") -> Cell:
-    """Mean and standard deviation."""
-    deviation = f" ± {format(stdev(values), form.lstrip('+'))}" if len(values) > 1 else ""
-    return Cell(format(mean(values), form) + deviation, mean(values))
-
-
-def change(d: Delta) -> list[Cell]:
-    """Difference with its confidence interval, and p."""
-    half = "" if math.isnan(d.half) else f" ± {d.half:.4f}"
-    return [Cell(f"{d.mean:+.4f}{half}", d.mean), number(d.p, ".2g")]
-
-
-def runs_sheet(
-    found: dict[str, dict[int, Result]], rows: dict[str, Any], reference: Published
-) -> Sheet:
-    head = [
-        "run",
-        "system",
-        "seeds",
-        "before int8",
-        "after int8",
-        "Q-gap",
-        "script + artifact, bytes",
-        "parameters",
-        "ms a step",
-        "steps",
-        "published after int8",
-        "published Q-gap",
+def comparisons_sheet(made: Sequence[Comparison], reference: Published) -> Sheet:
+    rows = [
+        {
+            "run": word(c.row),
+            "against": word(c.baseline),
+            "finding after rounding": badge(c.post, c.test),
+            "after rounding, as run": change(c.post, with_holm=True),
+            "at equal steps": change(c.steps, at=c.steps.where),
+            "in equal time": change(c.time, at=c.time.where),
+            "Q-gap": change(c.gap, digits=5),
+            "published, after rounding": published_change(c, reference),
+        }
+        for c in made
     ]
-    body = []
-    for name, by_seed in found.items():
-        runs, ref = list(by_seed.values()), reference.runs.get(name, {})
-        post = ref.get("post_quant_bpb", nan)
-        body.append(
-            [
-                word(name),
-                word(rows[name].what),
-                number(len(runs), "d"),
-                spread([r.pre for r in runs]),
-                spread([r.post for r in runs]),
-                spread([r.gap for r in runs], "+.5f"),
-                number(mean(r.total_bytes for r in runs), ",.0f"),
-                number(runs[0].parameters, ",d"),
-                spread([r.step_ms for r in runs], ".1f"),
-                number(mean(r.steps for r in runs), ",.0f"),
-                number(post),
-                number(post - ref.get("pre_quant_bpb", nan)),
-            ]
-        )
-    return Sheet("Runs", head, body)
+    return Sheet(rows, "There is nothing to compare: no row that has runs declares a baseline.")
 
 
-def comparisons_sheet(made: list[Comparison], reference: Published) -> Sheet:
-    head = [
-        "run",
-        "against",
-        "test",
-        "after int8, as run",
-        "p",
-        "p, Holm",
-        "equal steps, before int8",
-        "p",
-        "at step",
-        "equal time, before int8",
-        "p",
-        "at",
-        "Q-gap",
-        "p",
-        "published after int8",
-        "published, equal steps",
+def claims_sheet(judged: Sequence[Judged], claims: Iterable[Any]) -> Sheet:
+    rows = [
+        {
+            "claim": word(j.claim.what),
+            "pairs": word(", ".join(f"{row}\u00a0-\u00a0{base}" for row, base in j.claim.pairs)),
+            "seeds": number(j.seeds, "d"),
+            "finding": badge(j.post),
+            "after rounding, as run": change(j.post, with_holm=True),
+            "in equal time": change(j.time),
+            "Q-gap": change(j.gap, digits=5),
+        }
+        for j in judged
     ]
-    body = []
-    for c in made:
-        cells = [
-            word(c.row),
-            word(c.baseline),
-            word(c.test),
-            *change(c.post),
-            number(c.holm, ".2g"),
-        ]
-        for where in (c.steps, c.time):
-            cells += (
-                [*change(where[1]), word(where[0].replace(" ", "\u00a0"))]
-                if where
-                else [word("")] * 3
-            )
-        cells += [
-            *change(c.gap),
-            number(reference.post(c.row, c.baseline), "+.4f"),
-            number(reference.steps(c.row, c.baseline), "+.4f"),
-        ]
-        body.append(cells)
-    return Sheet("Comparisons", head, body)
-
-
-def claims_sheet(found: dict[str, dict[int, Result]], claims: Iterable[Any]) -> Sheet:
-    head = [
-        "claim",
-        "pairs",
-        "seeds",
-        "after int8, as run",
-        "p",
-        "p, Holm",
-        "equal time, before int8",
-        "p",
-        "Q-gap",
-        "p",
-    ]
-
-    def timed(runs: Sequence[Result]) -> list[float] | None:
-        point = equal_time(runs)
-        return point and point[1]
-
-    made = [
-        (claim, claimed(found, claim.pairs, lambda runs: [run.post for run in runs]))
-        for claim in claims
-    ]
-    made, body = [(claim, *result) for claim, result in made if result], []
-    for (claim, seeds, post), p in zip(made, holm([post.p for _, _, post in made])):
-        time = claimed(found, claim.pairs, timed)
-        gap = claimed(found, claim.pairs, lambda runs: [run.gap for run in runs])
-        pairs = ", ".join(f"{row} - {baseline}" for row, baseline in claim.pairs)
-        body.append(
-            [
-                word(claim.what),
-                word(pairs),
-                number(seeds, "d"),
-                *change(post),
-                number(p, ".2g"),
-                *(change(time[1]) if time else [word("")] * 2),
-                *change(gap[1]),
-            ]
-        )
-    return Sheet("Claims, each over its pairs", head, body)
-
-
-def hypotheses_sheet(found: dict[str, dict[int, Result]], rows: dict[str, Any]) -> Sheet:
+    names = sorted({name for claim in claims for pair in claim.pairs for name in pair})
+    if not names:
+        return Sheet(rows, "The table of runs makes no claims.")
     return Sheet(
-        "Hypotheses",
-        ["run", "hypothesis of its source"],
-        [[word(name), word(rows[name].hypothesis)] for name in found],
+        rows, f"No claim can be tested: none of the rows they name ({', '.join(names)}) has runs."
     )
 
 
-def origins(found: dict[str, dict[int, Result]]) -> list[str]:
-    """Where the runs come from, one line a fact; more than one value means that they hardly compare."""
-    runs = [run for by_seed in found.values() for run in by_seed.values()]
+def series_sheet(
+    found: Found, rows: dict[str, Any], made: Sequence[Comparison], names: Sequence[str]
+) -> Sheet:
+    """Every row of a series beside its declared baselines."""
+    body = []
+    for name in names:
+        own = [c for c in made if c.row == name]
+        for c in own or [not_compared(name, "none declared", "")]:
+            body.append(
+                {
+                    "run": word(name, rows[name].what),
+                    "hypothesis of its source": word(rows[name].hypothesis),
+                    "after rounding": rounded(found[name]),
+                    "baseline": word(c.baseline),
+                    "its score": rounded(found.get(c.baseline, [])),
+                    "difference": change(c.post),
+                    "finding": badge(c.post),
+                }
+            )
+    return Sheet(body)
+
+
+def origins(found: Found) -> list[str]:
+    """Where the runs come from, a line a fact; of several values it is said that they differ."""
+    runs = [run for of_row in found.values() for run in of_row]
     seeds = ", ".join(str(seed) for seed in sorted({run.seed for run in runs}))
-    lines = [f"{len(runs)} runs of {len(found)} systems, seeds {seeds}."]
+    lines = [f"{len(runs)} runs of {len(found)} systems, seeds {seeds}"]
     for fact in runs[0].origin:
         values = sorted({run.origin[fact] for run in runs})
         warning = " (they differ: compare with care)" if len(values) > 1 else ""
@@ -718,117 +315,333 @@ def origins(found: dict[str, dict[int, Result]]) -> list[str]:
     return lines
 
 
-NOTES = f"""A difference is the row minus its baseline, negative is better; ± is half of its {CONFIDENCE:.0%}
-confidence interval. The test is a paired t test where both have the same seeds and a seed draws the same
-initial weights for both (equal shapes), else Welch's. p is that of the single test; "p, Holm" adjusts the p
-of the column before it for the number of rows of the table. A seed draws the initial weights and nothing
-else: every run sees the same batches in the same order, so spread over seeds is not spread over data. A claim
-is tested on the mean of its pairs' differences, seed by seed (t test, as many values as seeds).
-
-"Equal steps" and "equal time" compare scores before int8. Where both runs ended after the same number of
-steps (or by the same cap on time) it is the score at the end; else it is read at the last step (second) at
-which both still had their full learning rate, because a rate that has fallen lowers the loss by itself. Such
-a comparison says what comes of time before the warm-down, not what a run of that length would have ended
-with. Time is steps times the median step time of a row's seeds, so that other load on the machine in one of
-them does not decide. Between validations the score is taken as linear in the logarithm of time.
-
-Published figures are those of the recurrence study (PR 855), one seed each, on other data and hardware."""
-
-# ---- 6. The report ---------------------------------------------------------------------------------------
+# ---- 4. The headline -----------------------------------------------------------------------------
 
 
-def markdown(sheet: Sheet) -> str:
-    """A table for a README."""
-    lines = [sheet.head, ["---"] * len(sheet.head)] + [
-        [cell.text for cell in row] for row in sheet.body
-    ]
-    return (
-        f"### {sheet.title}\n\n"
-        + "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        + "\n"
-    )
+class Said(NamedTuple):
+    """A line of the headline, with classes of the style sheet."""
+
+    text: str
+    classes: str = ""
 
 
-def html_table(sheet: Sheet) -> str:
-    def cell(c: Cell) -> str:
-        kind = "" if isinstance(c.key, str) else ' class="n"'
-        key = html.escape(str(c.key).replace("inf", "Infinity") if kind else c.key)
-        return f'<td{kind} data-key="{key}">{html.escape(c.text)}</td>'
-
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in sheet.head)
-    body = "".join(f"<tr>{''.join(map(cell, row))}</tr>\n" for row in sheet.body)
-    return (
-        f"<h2>{sheet.title}</h2>\n<div class=wide><table>\n<thead><tr>{head}</tr></thead>\n"
-        f"<tbody>{body}</tbody></table></div>\n"
-    )
+class Headline(NamedTuple):
+    result: str
+    lines: list[Said]
 
 
-STYLE = """
-body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:1700px;padding:0 1rem;color:#222}
-.wide{overflow-x:auto}table{border-collapse:collapse;font-size:13px}
-td,th{padding:3px 9px;border-bottom:1px solid #ddd;text-align:left}
-td.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
-th{cursor:pointer;background:#f4f4f4;vertical-align:bottom}
-th.up::after{content:" ▲"}th.down::after{content:" ▼"}tbody tr:hover{background:#f8f8ee}
-img{max-width:100%;height:auto}figure{margin:1.5rem 0}figcaption{color:#555}p{max-width:62rem}"""
-
-SCRIPT = """for (const th of document.querySelectorAll("th")) th.addEventListener("click", () => {
-  const row = th.parentNode, body = th.closest("table").tBodies[0], column = [...row.cells].indexOf(th);
-  const down = th.classList.contains("up");
-  for (const other of row.cells) other.classList.remove("up", "down");
-  th.classList.add(down ? "down" : "up");
-  const key = tr => tr.cells[column].dataset.key;
-  const by = (a, b) => isNaN(key(a)) || isNaN(key(b)) ? key(a).localeCompare(key(b)) : key(a) - key(b);
-  body.append(...[...body.rows].sort((a, b) => down ? by(b, a) : by(a, b)));
-});"""
-
-
-def page(
-    title: str, facts: list[str], sheets: list[Sheet], images: dict[str, tuple[str, bytes]]
-) -> str:
-    """One file that needs no other and no network."""
-    figures = ""
-    for caption, data in images.values():
-        source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
-        figures += (
-            f'<figure><img alt="{html.escape(caption)}" src="{source}">'
-            f"<figcaption>{html.escape(caption)}</figcaption></figure>\n"
+def sentence(measure: Measure, what: str) -> Said:
+    """A difference, its interval and what follows from it."""
+    if measure.delta is None:
+        return Said(f"{what}: {measure.where}.", "none")
+    mean, half, p = measure.delta
+    if math.isnan(p):
+        return Said(
+            f"{what}: {signed(f'{mean:+.4f}')} with one seed on a side: no test.", "one-seed"
         )
-    listed = "".join(f"<li>{html.escape(fact)}</li>" for fact in facts)
-    paragraphs = "".join(f"<p>{html.escape(text)}</p>\n" for text in NOTES.split("\n\n"))
-    title = html.escape(title)
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
-        f'<link rel="icon" href="data:,"><style>{STYLE}</style></head>\n<body><h1>{title}</h1>\n'
-        f"<ul>{listed}</ul>\n{''.join(map(html_table, sheets))}{paragraphs}{figures}"
-        f"<script>{SCRIPT}</script></body></html>\n"
+    corrected = "" if math.isnan(measure.holm) else f", {measure.holm:.2g} after Holm's correction"
+    figures_of_it = signed(f"{mean:+.4f} ± {half:.4f}")
+    return Said(
+        f"{what}: {figures_of_it} (p {p:.2g}{corrected}): {finding(measure)}.", tone(measure)
     )
+
+
+def tally(made: Sequence[Comparison]) -> Said:
+    """How many comparisons ended how."""
+    verdicts = [c.post.verdict for c in made]
+    untested = verdicts.count("one seed") + verdicts.count("none")
+    return Said(
+        f"Of {len(made)} declared comparisons after rounding, {verdicts.count('shown')} are shown "
+        f"(p below {ALPHA} after Holm's correction), {verdicts.count('suggested')} suggested (p "
+        f"below {ALPHA} in their own test), {verdicts.count('undecided')} undecided, {untested} "
+        "without a test."
+    )
+
+
+def headline(found: Found, made: Sequence[Comparison]) -> Headline:
+    """The best row that fits, by how much it is the best, and how sure that is."""
+    large = [
+        name
+        for name, runs in found.items()
+        if any(run.total_bytes > run.config["size_limit_bytes"] for run in runs)
+    ]
+    fitting = [name for name in found if name not in large] or list(found)
+    best, *others = sorted(fitting, key=lambda name: fmean(post_of(found[name])))
+    runs = found[best]
+    seeds = f"mean ± standard deviation of {len(runs)} seeds" if len(runs) > 1 else "one seed"
+    lines = []
+    for c in made:
+        if c.row == best:
+            lines.append(sentence(c.post, f"Against its baseline {c.baseline}, after rounding"))
+        if c.row == best and c.test:
+            lines.append(sentence(c.time, f"Against {c.baseline} in equal time, before rounding"))
+    if others:
+        second = compare(runs, found[others[0]]).post
+        lines.append(sentence(second, f"Against the second best, {others[0]}, after rounding"))
+    if made:
+        lines.append(tally(made))
+    if large and len(large) < len(found):
+        lines.append(Said(f"Above the size limit, so not ranked: {', '.join(large)}."))
+    elif large:
+        lines.append(Said("No system is within the size limit."))
+    return Headline(
+        f"{best} is the best of {len(fitting)} systems: {rounded(runs).text} bits per byte after "
+        f"rounding ({seeds}), {size(runs):,.0f} bytes with the script.",
+        lines,
+    )
+
+
+# ---- 5. Sections ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Part:
+    """A table with the pictures that belong to it."""
+
+    sheet: Sheet | None = None
+    figures: list[Picture] = field(default_factory=list)
+    kind: str = ""  # large: pictures with long labels
+    picture: str = ""  # the file that shows them in report.md
+
+
+@dataclass
+class Section:
+    """What has an entry in the table of contents."""
+
+    name: str
+    title: str
+    text: list[str] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
+
+
+XLABEL = "difference, bpb; negative: better"
+
+
+def against(c: Comparison) -> str:
+    return f"{c.row} \u2212 {c.baseline}"
+
+
+def forest_columns(made: Sequence[Comparison]) -> list[str]:
+    """Kinds of comparison that are worth a column: equal steps only where they are not the ends."""
+    if all(c.steps.where.startswith("end") for c in made):
+        return ["post", "time"]
+    return ["post", "steps", "time"]
+
+
+def comparisons_section(made: Sequence[Comparison], reference: Published) -> Section:
+    text = (
+        "Each row against the baselines that the table of runs declares for it. Filled and bold: "
+        "shown (p below 0.05 after Holm's correction). Open: suggested (p below 0.05 in its own "
+        "test). Grey: undecided. Blue is better than the baseline, orange worse."
+    )
+    tested, pictures = [c for c in made if c.test], []
+    for kind in forest_columns(tested) if tested else []:
+        lines = [figures.Line(against(c), [getattr(c, kind)]) for c in tested]
+        figure = figures.forest(lines, [KINDS[kind]], XLABEL)
+        caption = f"Every comparison {KINDS[kind]}, with its {CONFIDENCE:.0%} confidence interval."
+        pictures.append(drawn(figure, f"comparisons-{kind}", caption))
+    sheet = comparisons_sheet(made, reference)
+    part = Part(sheet, pictures, "large", "forest.png" if pictures else "")
+    return Section("comparisons", "Comparisons", [text] if made else [], [part])
+
+
+def claims_section(judged: Sequence[Judged], claims: Iterable[Any]) -> Section:
+    text = (
+        "What a source concludes from several pairs of rows, tested on the mean of the pairs' "
+        "differences over the seeds that all of them have."
+    )
+    pictures = []
+    for kind in ("post", "time"):
+        measures = {j.claim.what: getattr(j, kind) for j in judged}
+        lines = [
+            figures.Line("\n".join(textwrap.wrap(what, 36)), [measure])
+            for what, measure in measures.items()
+            if measure.delta
+        ]
+        if lines:
+            figure = figures.forest(lines, [KINDS[kind]], XLABEL)
+            pictures.append(drawn(figure, f"claims-{kind}", f"The claims {KINDS[kind]}."))
+    part = Part(claims_sheet(judged, claims), pictures, "large")
+    return Section("claims", "Claims", [text] if judged else [], [part])
+
+
+def spots(found: Found) -> list[figures.Spot]:
+    """The systems in the picture of bytes and score."""
+    made = []
+    for name, runs in found.items():
+        deviation = stdev(post_of(runs)) if len(runs) > 1 else nan
+        made.append(figures.Spot(name, size(runs), fmean(post_of(runs)), deviation))
+    return made
+
+
+def bytes_figure(found: Found) -> figures.Figure:
+    xlabel = "script + artifact, MB (10^6 bytes)"
+    return figures.bytes_and_bpb(spots(found), "Bytes and score", xlabel)
+
+
+def published_picture(found: Found, reference: Published) -> list[Picture]:
+    """Bytes and score of the same rows as published, if there are any."""
+    theirs = [
+        figures.Spot(name, run["model_bytes_int8_zlib"], run["post_quant_bpb"], nan)
+        for name, run in reference.runs.items()
+        if "post_quant_bpb" in run and name in found
+    ]
+    if not theirs:
+        return []
+    figure = figures.bytes_and_bpb(
+        theirs, "The same, as published", "artifact alone, MB (10^6 bytes)"
+    )
+    caption = "These rows as the recurrence study (PR 855) published them, one seed each."
+    return [drawn(figure, "published", caption)]
+
+
+def gaps_picture(found: Found) -> Picture:
+    """The Q-gap of every row, tested against 0."""
+    gaps = [gap_of(runs) for runs in found.values()]
+    tests = [Measure("", gap, [], delta(gap, [0.0] * len(gap), paired=True)) for gap in gaps]
+    lines = [figures.Line(name, [test]) for name, test in zip(found, adjusted(tests))]
+    figure = figures.forest(
+        lines, ["Q-gap: after minus before rounding"], "bpb; 0: rounding is free"
+    )
+    caption = f"What rounding costs, with its {CONFIDENCE:.0%} confidence interval over the seeds."
+    return drawn(figure, "gaps", caption)
+
+
+def runs_section(found: Found, rows: dict[str, Any], reference: Published) -> Section:
+    caption = (
+        "Bytes against the score after rounding, mean and standard deviation of the seeds. The "
+        "line joins the systems that no other beats in both."
+    )
+    pictures = [
+        drawn(bytes_figure(found), "bytes", caption),
+        *published_picture(found, reference),
+        gaps_picture(found),
+    ]
+    text = "Mean ± standard deviation over the seeds of a row."
+    part = Part(runs_sheet(found, rows, reference), pictures, "large", "bytes.png")
+    return Section("runs", "Runs", [text], [part])
+
+
+def along_pictures(found: Found, own: Sequence[Comparison]) -> list[Picture]:
+    """How every comparison came about over steps and over time."""
+    pictures = []
+    for c in own:
+        figure = figures.along_training(found[c.row], found[c.baseline], against(c))
+        pictures.append(drawn(figure, f"along-{c.row}-{c.baseline}", ""))
+    return pictures
+
+
+def loss_pictures(found: Found, own: Sequence[Comparison], names: Sequence[str]) -> list[Picture]:
+    """Validation and training losses of rows and baselines, and what the latter differ by."""
+    pictures = [
+        drawn(
+            figures.validation_curves(found, names),
+            f"validation-{names[0]}",
+            "Validation, mean of the seeds; bands from the lowest to the highest seed.",
+        ),
+        drawn(
+            figures.training_curves(found, names),
+            f"training-{names[0]}",
+            "Training, mean of the seeds; a point is one batch, the same for all rows.",
+        ),
+    ]
+    traces = {against(c): over_training(found[c.row], found[c.baseline]) for c in own}
+    if any(trace.x for trace in traces.values()):
+        figure = figures.training_differences(traces)
+        caption = "Training loss minus that of the baseline on the same batches, mean of the seeds."
+        pictures.append(drawn(figure, f"training-differences-{names[0]}", caption))
+    return pictures
+
+
+def layer_pictures(found: Found, names: Sequence[str]) -> list[Picture]:
+    """Figures of the effective layers; what varies in no row has no picture."""
+    pictures = []
+    for key, what in figures.PANELS.items():
+        figure = figures.heat_maps(found, names, key)
+        if figure is not None:
+            caption = f"{what}: effective layers down, training across, mean of the seeds."
+            pictures.append(drawn(figure, f"{key}-{names[0]}", caption))
+    return pictures
+
+
+def series_section(
+    found: Found, rows: dict[str, Any], made: Sequence[Comparison], series: str
+) -> Section:
+    """A series: its rows beside their baselines, differences along training, losses and layers."""
+    names = [name for name in found if rows[name].series == series]
+    own = [c for c in made if c.row in names and c.test]
+    shown = list(dict.fromkeys([*names, *(c.baseline for c in own)]))
+    text = (
+        f"Below the table: validation minus that of the baseline, before rounding, with pointwise "
+        f"{CONFIDENCE:.0%} intervals. Grey: the learning rate falls. A curve ends where it falls "
+        "on one side only, as scores then do not compare. The first quarter may leave the frame."
+    )
+    return Section(
+        series,
+        re.sub(r"(?<=[a-z])(?=\d)", " ", series).capitalize(),  # series1: Series 1
+        [text] if own else [],
+        [
+            Part(series_sheet(found, rows, made, names)),
+            Part(figures=along_pictures(found, own)),
+            Part(figures=loss_pictures(found, own, shown)),
+            Part(figures=layer_pictures(found, shown)),
+        ],
+    )
+
+
+# ---- 6. The report -------------------------------------------------------------------------------
+
+
+def sections(
+    found: Found, table: Any, made: Sequence[Comparison], left: list[str]
+) -> list[Section]:
+    """All that follows the headline; `left` says what was left out."""
+    reference, rows, claims = published(), table.rows, list(table.claims.values())
+    listed = [
+        comparisons_section(made, reference),
+        claims_section(judge(found, claims), claims),
+        runs_section(found, rows, reference),
+    ]
+    for series in dict.fromkeys(rows[name].series for name in found):
+        listed.append(series_section(found, rows, made, series))
+    if left:
+        listed.append(Section("left-out", "Left out", messages=left))
+    method = templates().get_template("method.txt.j2").render(confidence=f"{CONFIDENCE:.0%}")
+    listed.append(Section("method", "How it is compared", method.split("\n\n")))
+    return listed
+
+
+def readme_pictures(found: Found, made: Sequence[Comparison]) -> dict[str, bytes]:
+    """The pictures that a README shows, by file name."""
+    pictures = {"bytes.png": figures.png(bytes_figure(found))}
+    tested = [c for c in made if c.test]
+    if tested:
+        kinds = forest_columns(tested)
+        lines = [figures.Line(against(c), [getattr(c, kind) for kind in kinds]) for c in tested]
+        figure = figures.forest(lines, [KINDS[kind] for kind in kinds], XLABEL)
+        pictures["forest.png"] = figures.png(figure)
+    return pictures
 
 
 def write(folder: Path, table: Any, scale: str, to: Path) -> list[Path]:
-    """report.md, report.html and the pictures of the runs below `folder`, into `to`; the files."""
-    rows, reference = table.rows, published()
-    found = load_all(folder, rows)
-    sheets = [
-        runs_sheet(found, rows, reference),
-        claims_sheet(found, table.claims.values()),
-        comparisons_sheet(compare_all(found, rows), reference),
-        hypotheses_sheet(found, rows),
-    ]
-    images, facts, title = (
-        pictures(found, rows),
-        [scale, *origins(found)],
-        f"Runs at {folder.name} scale",
+    """report.md, report.html and two pictures of the runs below `folder`, into `to`; the files."""
+    found, left = load_all(folder, table.rows)
+    for message in left:
+        warn(message)
+    made = compare_all(found, table.rows)
+    values = dict(
+        title=f"Runs at {folder.name} scale",
+        facts=[scale, *origins(found)],
+        headline=headline(found, made),
+        sections=sections(found, table, made, left),
     )
-    text = (
-        f"# {title}\n\n"
-        + "\n".join(f"- {fact}" for fact in facts)
-        + "\n\n"
-        + "\n".join(map(markdown, sheets))
-        + f"\n{NOTES}\n"
-    )
-    files = {"report.md": text.encode(), "report.html": page(title, facts, sheets, images).encode()}
+    files = {
+        name: templates().get_template(f"{name}.j2").render(values).encode()
+        for name in ("report.md", "report.html")
+    }
+    files |= readme_pictures(found, made)
     to.mkdir(parents=True, exist_ok=True)
-    for name, data in (files | {name: data for name, (_, data) in images.items()}).items():
+    for name, data in files.items():
         tg.write_atomically(to / name, data)
-    return [to / name for name in (*files, *images)]
+    return [to / name for name in files]

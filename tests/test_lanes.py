@@ -1,0 +1,348 @@
+"""LOOP_LANES=2: the plain loop at first, its formula after that, carried wherever a model goes."""
+
+import itertools
+import json
+import math
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train_gpt as tg  # noqa: E402
+
+SMALL: dict[str, Any] = dict(
+    vocab_size=32,
+    model_dim=16,
+    num_heads=4,
+    num_kv_heads=2,
+    num_shared=2,
+    train_seq_len=12,
+    dtype="float32",
+)
+BETWEEN: dict[str, Any] = dict(interpass_norm=True, feedback_rank=2, pass_scale_init=0.5)
+NAMES = ["core.lanes.read", "core.lanes.mix", "core.lanes.write", "core.lanes.coda"]
+
+
+def architecture(**values: Any) -> tg.Architecture:
+    return tg.Architecture(**SMALL | dict(loop_lanes=2) | values)
+
+
+def tokens(rows: int = 2) -> Tensor:
+    return torch.randint(2, 32, (rows, 12), generator=torch.Generator().manual_seed(5))
+
+
+def fresh_model(a: tg.Architecture) -> tg.GPT:
+    torch.manual_seed(0)
+    return tg.GPT(a, 0.05)
+
+
+def shaken_model(a: tg.Architecture, start: int = 1) -> tg.GPT:
+    """A model none of whose parameters is at its start, so that every branch has a say."""
+    model = fresh_model(a)
+    generator = torch.Generator().manual_seed(start)
+    for p in model.parameters():
+        p.data += 0.2 * torch.randn(p.shape, generator=generator)
+    return model
+
+
+def lanes_of(model: tg.GPT) -> tg.Lanes:
+    assert model.core.lanes is not None
+    return model.core.lanes
+
+
+def gradient(p: Tensor) -> Tensor:
+    assert p.grad is not None
+    return p.grad
+
+
+# ---- The function
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("options", [{}, BETWEEN, dict(num_prelude=0, num_coda=0)])
+@pytest.mark.parametrize("passes", [1, 2, 3, 5])
+def test_it_starts_as_the_plain_loop(passes: int, options: dict[str, Any], dtype: str) -> None:
+    """To the last bit, whatever the other parameters are, in either type of the stream."""
+    a = architecture(dtype=dtype, eval_passes=5, **options)
+    plain = shaken_model(tg.replace(a, loop_lanes=1))
+    lanes = fresh_model(a)
+    missing, unexpected = lanes.load_state_dict(plain.state_dict(), strict=False)
+    assert (sorted(missing), unexpected) == (sorted(NAMES), [])
+    with torch.no_grad():
+        expected = plain.hidden(tokens(), tg.Mode(passes))[0]
+        assert lanes.hidden(tokens(), tg.Mode(passes))[0].equal(expected)
+
+
+def norm(x: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + 1.1920929e-07).sqrt()
+
+
+def turn(x: Tensor) -> Tensor:
+    """Rotary embedding of x [T, E]: channels i and i + E/2 by the angle t 10000^(-2i/E)."""
+    half = x.shape[1] // 2
+    turned = torch.empty_like(x)
+    for t, i in itertools.product(range(len(x)), range(half)):
+        angle = t * 10000.0 ** (-i / half)
+        turned[t, i] = x[t, i] * math.cos(angle) + x[t, i + half] * math.sin(angle)
+        turned[t, i + half] = x[t, i + half] * math.cos(angle) - x[t, i] * math.sin(angle)
+    return turned
+
+
+class Written:
+    """The model of one sequence in float64, written down from its formulas."""
+
+    def __init__(self, model: tg.GPT, a: tg.Architecture) -> None:
+        self.a = a
+        self.w = {name: p.detach().double() for name, p in model.named_parameters()}
+
+    def layer(self, x: Tensor, x0: Tensor, stored: int, row: int) -> Tensor:
+        w, D = self.w, self.a.model_dim
+        share = torch.sigmoid(w[f"mix.{stored}.weight"])
+        code = torch.tensor([math.sin(row / 10000 ** (i / D)) for i in range(D)])
+        x = share * x + (1 - share) * x0 + code.double()
+        gamma, beta = w["cond.gamma"][row].clamp(-4, 4), w["cond.beta"][row]
+        scale = w[f"attn.{stored}.scale"] * gamma[0]
+        x = x + scale * self.attention(norm(x), stored) + beta[0]
+        inner = x @ w[f"mlp.{stored}.fc.weight"].T
+        inner = torch.where(inner > 0, inner, 0.5 * inner) ** 2
+        scale = w[f"mlp.{stored}.scale"] * gamma[1]
+        return x + scale * norm(inner @ w[f"mlp.{stored}.proj.weight"].T) + beta[1]
+
+    def attention(self, x: Tensor, stored: int) -> Tensor:
+        w, H, K = self.w, self.a.num_heads, self.a.num_kv_heads
+        heads = (x @ w[f"attn.{stored}.qkv.weight"].T).chunk(H + 2 * K, dim=1)
+        out = []
+        for h in range(H):
+            q = turn(norm(heads[h])) * w[f"attn.{stored}.q_gain"][h]
+            k, v = turn(norm(heads[H + h // (H // K)])), heads[H + K + h // (H // K)]
+            scores = q @ k.T / math.sqrt(q.shape[1])
+            scores = scores.masked_fill(torch.ones_like(scores).triu(1) > 0, -math.inf)
+            out.append(scores.softmax(1) @ v)
+        return torch.cat(out, dim=1) @ w[f"attn.{stored}.proj.weight"].T
+
+    def core_pass(self, x: Tensor, x0: Tensor, number: int) -> Tensor:
+        """A pass with what it does to the state before and behind it."""
+        a, w, known = self.a, self.w, min(number, self.a.num_loops - 1)
+        if known and a.interpass_norm:
+            x = norm(x)
+        if known and a.feedback_rank:
+            x = x + w["core.diagonal"] * (x @ w["core.v"] @ w["core.u"].T)
+        begun = x
+        for i in range(a.num_prelude, a.num_prelude + a.num_shared):
+            x = self.layer(x, x0, i, i + a.num_shared * known)
+        if known and a.pass_scale_init != 1:
+            x = begun + w["core.scale"][known - 1] * (x - begun)
+        return x
+
+    def hidden(self, ids: Tensor, passes: int) -> Tensor:
+        a, w = self.a, self.w
+        x = x0 = norm(w["tok_emb"])[ids]
+        for i in range(a.num_prelude):
+            x = self.layer(x, x0, i, i)
+        lanes = [x, x]
+        for number in range(passes):
+            p = min(number, a.num_loops - 1)
+            read, mix, write = (w[f"core.lanes.{name}"][p] for name in ("read", "mix", "write"))
+            x = read[0] * lanes[0] + read[1] * lanes[1]
+            change = self.core_pass(x, x0, number) - x
+            lanes = [
+                mix[i, 0] * lanes[0] + mix[i, 1] * lanes[1] + write[i] * change for i in (0, 1)
+            ]
+        x = w["core.lanes.coda"][0] * lanes[0] + w["core.lanes.coda"][1] * lanes[1]
+        for t in range(a.num_coda):
+            stored = a.num_prelude + a.num_shared + t
+            x = self.layer(x, x0, stored, stored + a.num_shared * (a.num_loops - 1))
+        return norm(x)
+
+
+@pytest.mark.parametrize("options", [{}, BETWEEN])
+@pytest.mark.parametrize("passes", [1, 2, 3, 4])
+def test_it_is_its_formula(passes: int, options: dict[str, Any]) -> None:
+    """At fewer, as many and more passes than trained, alone and with the rest of the boundary."""
+    a = architecture(eval_passes=4, **options)
+    model = shaken_model(a)
+    written = Written(model, a)
+    expected = torch.stack([written.hidden(row, passes) for row in tokens()])
+    with torch.no_grad():
+        found = model.hidden(tokens(), tg.Mode(passes))[0].double()
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+
+
+def test_gradients_reach_every_parameter() -> None:
+    """From the first step on, every pass and lane of every weight; no lane shadows the other."""
+    model = fresh_model(architecture())
+    model(tokens(), tokens().roll(-1, 1), tg.Mode(3)).backward()
+    lanes = lanes_of(model)
+    assert [f"core.lanes.{name}" for name, _ in lanes.named_parameters()] == NAMES
+    for name, p in lanes.named_parameters():
+        assert p.dtype == torch.float32
+        assert (gradient(p).abs().amax(-1) > 0).all(), name
+    assert not gradient(lanes.write)[:, 0].equal(gradient(lanes.write)[:, 1])
+
+
+def test_it_is_one_graph() -> None:
+    torch._dynamo.reset()
+    model = shaken_model(architecture())
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
+    pair = tokens(), tokens().roll(-1, 1)
+    with torch.no_grad():
+        assert compiled(*pair, tg.Mode(2)).equal(model(*pair, tg.Mode(2)))
+
+
+# ---- What carries it
+
+
+@pytest.fixture
+def env(tmp_path: Path) -> dict[str, str]:
+    """A run on 2,000 made-up tokens, two passes after one."""
+    header = np.zeros(256, "<i4")
+    header[:3] = tg.SHARD_MAGIC, tg.SHARD_VERSION, 2000
+    ids = np.random.default_rng(0).integers(2, 32, 2000).astype("<u2")
+    (tmp_path / "fineweb_train_000000.bin").write_bytes(header.tobytes() + ids.tobytes())
+    sizes = {name.upper(): str(value) for name, value in SMALL.items()}
+    return sizes | dict(
+        DATA_PATH=str(tmp_path),
+        TOKENIZER_PATH=str(tmp_path / "none.model"),
+        TRAIN_BATCH_TOKENS="24",
+        MICRO_BATCH_TOKENS="24",
+        NUM_LOOPS="2",
+        LOOP_LANES="2",
+        PASSES_SCHEDULE="0:1,2:2",
+        ITERATIONS="4",
+        MAX_WALLCLOCK_SECONDS="0",
+        DEVICE="cpu",
+    )
+
+
+def trainer_of(config: tg.Config) -> tg.Trainer:
+    return tg.make_trainer(config, tg.World({}, device="cpu"))
+
+
+def make_steps(trainer: tg.Trainer, last: int) -> None:
+    for step in range(trainer.step, last):
+        trainer.train_step(step, 0.0, trainer.batches.micro(step))
+        trainer.step = step + 1
+
+
+def test_one_pass_trains_the_lanes_and_nothing_else_of_the_boundary(env: dict[str, str]) -> None:
+    """With one pass lanes are written and read already, so their gradients go to all ranks."""
+    others = dict(PASS_SCALE_INIT="0.5", FEEDBACK_RANK="2", ADAM_WD="0.1", DECAY_SCALARS="1")
+    trainer = trainer_of(tg.Config.from_env(env | others))
+    core = trainer.model.core
+    before = {name: p.detach().clone() for name, p in core.named_parameters()}
+    make_steps(trainer, 1)
+    moved = {name for name, p in core.named_parameters() if not p.equal(before[name])}
+    assert moved == {"lanes.read", "lanes.mix", "lanes.write", "lanes.coda"}
+    shared = trainer.gradients.flat.untyped_storage().data_ptr()
+    for p in lanes_of(trainer.model).parameters():
+        assert gradient(p).untyped_storage().data_ptr() == shared
+    make_steps(trainer, 4)
+    moved = {name for name, p in core.named_parameters() if not p.equal(before[name])}
+    assert moved == set(before)
+
+
+def test_every_lane_weight_has_an_optimizer(env: dict[str, str]) -> None:
+    trainer = trainer_of(tg.Config.from_env(env))
+    groups = trainer.optimizers.adam.param_groups
+    for p in lanes_of(trainer.model).parameters():
+        (group,) = [g for g in groups if any(p is member for member in g["params"])]
+        assert (group["lr"], group["weight_decay"]) == (0.04, 0.0)
+
+
+def test_a_checkpoint_carries_it(env: dict[str, str], tmp_path: Path) -> None:
+    config = tg.Config.from_env(env)
+    trainer, log = trainer_of(config), tg.Log(tmp_path / "run", True)
+    log.folder.mkdir()
+    make_steps(trainer, 2)
+    checkpoints = tg.Checkpoints(config, trainer.world, trainer.batches.tokens.total, log)
+    with checkpoints.kept(trainer):
+        checkpoints.save(trainer)
+    make_steps(trainer, 4)
+    (path,) = log.folder.glob("*.ckpt")
+    config = tg.replace(config, resume=str(path))
+    again = trainer_of(config)
+    tg.restore(again, tg.find_checkpoint(config, again, []), log)
+    assert again.step == 2
+    make_steps(again, 4)
+    for one, other in zip(trainer.state(), again.state(), strict=True):
+        assert one.equal(other)
+
+
+def test_an_artifact_carries_it(env: dict[str, str]) -> None:
+    config = tg.Config.from_env(env)
+    a = config.architecture()
+    model = shaken_model(a)
+    read, found, _ = tg.load_model(tg.pack(model, config), "here")
+    assert found == a
+    for name, p in model.named_parameters():
+        if name in NAMES:
+            stored = read.get_parameter(name)
+            torch.testing.assert_close(stored, p, rtol=1e-3, atol=1e-6)
+            # The loss of the reloaded model depends on what was stored.
+            with torch.no_grad():
+                loss = read(tokens(), tokens(), read.scoring)
+                stored.mul_(1.5)
+                assert read(tokens(), tokens(), read.scoring) != loss, name
+                stored.div_(1.5)
+
+
+def test_an_artifact_from_before_is_read(env: dict[str, str]) -> None:
+    """Its header knows nothing of lanes, so it has none."""
+    config = tg.Config.from_env(env | dict(LOOP_LANES="1"))
+    model = shaken_model(config.architecture())
+    data = tg.pack(model, config)
+    header, raw, codec = tg.unseal("artifact", data, "here", 1 << 28, lambda *parts: parts)
+    assert header["architecture"].pop("loop_lanes") == 1
+    read, found, _ = tg.load_model(tg.seal("artifact", codec, header, [raw]), "here")
+    assert (found, read.core.lanes) == (config.architecture(), None)
+
+
+def test_health_and_help_name_what_is_there(env: dict[str, str]) -> None:
+    model = shaken_model(architecture())
+    health = tg.recurrence_health(model, tokens(1), tg.Mode(3))
+    assert [row["layer"] for row in health] == list(range(8))
+    assert all(math.isfinite(value) for row in health for value in row.values())
+    assert json.loads(json.dumps(health)) == health
+    text = tg.answer(["--help", "LOOP_LANES"])
+    assert "LOOP_LANES=1" in text and "Acts only with NUM_LOOPS>1." in text
+    assert "LOOP_LANES=1" in tg.help_text()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (dict(LOOP_LANES="2", NUM_LOOPS="1"), "LOOP_LANES=2 cannot act here: NUM_LOOPS=1"),
+        (dict(LOOP_LANES="3"), "LOOP_LANES=3 is out of range: 1 to 2"),
+        (dict(LOOP_LANES="0"), "LOOP_LANES=0 is out of range: 1 to 2"),
+    ],
+)
+def test_it_is_refused_where_it_cannot_act(values: dict[str, str], message: str) -> None:
+    with pytest.raises(tg.InputError, match=message):
+        tg.Config.from_env(values)
+
+
+@pytest.mark.parametrize("name", ["LOOP_LANES", "PASS_SCALE_INIT"])
+def test_off_may_be_said_anywhere(name: str) -> None:
+    assert tg.Config.from_env({name: "1", "NUM_LOOPS": "1"}) == tg.Config.from_env(
+        dict(NUM_LOOPS="1")
+    )
+
+
+def test_it_has_a_row_in_the_table_of_runs() -> None:
+    table = tomllib.loads((ROOT / "records" / "runs.toml").read_text(encoding="utf-8"))["run"]
+    row = table["loop_lanes"]
+    assert row["series"] == "components"
+    values = {name: str(value) for name, value in row["set"].items()}
+    config = tg.Config.from_env(values)
+    (baseline,) = row["baselines"]
+    off = {name: str(value) for name, value in table[baseline]["set"].items()}
+    assert config.loop_lanes == 2
+    assert tg.replace(config, loop_lanes=1) == tg.Config.from_env(off)
