@@ -39,6 +39,7 @@ import train_gpt as tg
 from records.tools import common, race
 from records.tools.dryrun import roofline
 from records.tools.dryrun.dryrun import title_of
+from records.tools.plain import Plain
 
 ROOT = Path(__file__).resolve().parents[2]
 ESTIMATES = Path(__file__).resolve().parent / "dryrun/estimates.json"
@@ -249,7 +250,7 @@ def presets(out: Figures, options: Options) -> None:
 def race_of_two(out: Figures, options: Options) -> None:
     """200 steps of T in turn with the plain implementation, after a check that both are one."""
     settings = settings_of("T") | options.data
-    plain = race.Plain(compile=True, attention="cudnn")
+    plain = Plain(compile=True, attention="cudnn")
     cases = dict(ours=race.Case(settings), plain=race.Case(settings, plain=plain))
     try:
         eager = {
