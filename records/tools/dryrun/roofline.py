@@ -79,15 +79,15 @@ def read_trace(path: Path) -> list[Event]:
     part = ""
     events = []
     for text in path.read_text().splitlines():
-        fields = text.split("\t")
-        if len(fields) != 6:
-            raise ValueError(f"{path}: {text!r} is no line of a trace")
-        kind, name = fields[:2]
-        a, b, c, d = map(int, fields[2:])
+        try:
+            kind, name, a, b, c, d = text.split("\t")
+            numbers = int(a), int(b), int(c), int(d)
+        except ValueError:
+            raise ValueError(f"{path}: {text!r} is no line of a trace") from None
         if kind == "mark":
             part = name
         else:
-            events.append(Event(part, kind, name, (a, b, c, d)))
+            events.append(Event(part, kind, name, numbers))
     return events
 
 
