@@ -214,21 +214,19 @@ def host_waits(call: Callable[[], Any]) -> int:
     return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
 
 
-def settings_of(preset: str, **more: str) -> dict[str, str]:
-    """Variables of a preset with an eighth of its batch."""
+def variables_of(preset: str, **more: str) -> dict[str, str]:
+    """A preset with an eighth of its batch."""
     named = {} if preset == "T" else dict(PRESET=preset)
     whole = tg.Config.from_env(named).train_batch_tokens
-    return dict(TRAIN_BATCH_TOKENS=str(whole // RANKS), **more)
+    return named | dict(TRAIN_BATCH_TOKENS=str(whole // RANKS), **more)
 
 
 def measure_step(out: Figures, options: Options, preset: str, level: str, times: int) -> None:
     """Records steps of a preset under the title that its estimate has."""
-    settings = settings_of(preset, COMPILE=level)
-    named = {} if preset == "T" else dict(PRESET=preset)
     torch.cuda.empty_cache()
-    out[title_of(preset, settings, step=True)] = Stand(settings | named | options.data).measure(
-        2, times
-    )
+    title = title_of(preset, dict(COMPILE=level), step=True, share=RANKS)
+    stand = Stand(variables_of(preset, COMPILE=level) | options.data)
+    out[title] = stand.measure(2, times)
 
 
 def levels(out: Figures, options: Options) -> None:
@@ -238,8 +236,11 @@ def levels(out: Figures, options: Options) -> None:
 
 
 def presets(out: Figures, options: Options) -> None:
-    """Five steps of every preset at full size; one that fails does not stop the others."""
-    for preset in tg.SYSTEMS:
+    """Five steps of every preset at full size; one that fails does not stop the others.
+
+    From the last one on: the time may end before they do, and those are the most unlike T.
+    """
+    for preset in reversed(tg.SYSTEMS):
         torch._dynamo.reset()
         try:
             measure_step(out, options, preset, "block", 3)
@@ -249,7 +250,7 @@ def presets(out: Figures, options: Options) -> None:
 
 def race_of_two(out: Figures, options: Options) -> None:
     """200 steps of T in turn with the plain implementation, after a check that both are one."""
-    settings = settings_of("T") | options.data
+    settings = variables_of("T") | options.data
     plain = Plain(compile=True, attention="cudnn")
     cases = dict(ours=race.Case(settings), plain=race.Case(settings, plain=plain))
     try:
@@ -270,8 +271,10 @@ def race_of_two(out: Figures, options: Options) -> None:
     out["ms"] = {name: race.spread(ms) for name, ms in rounds.ms.items()}
     out["recompiled"] = rounds.recompiles
     out["speed against the plain implementation"] = medians["plain"] / medians["ours"]
-    flop = sum(race.flop_per_token(tg.Config()).values()) * 65536
-    out["MFU"] = flop / (medians["ours"] / 1e3) / 989e12
+    config, world = cases["ours"].config(), warm["ours"].contestant.world
+    flop = sum(race.flop_per_token(config).values()) * config.train_batch_tokens
+    peak = race.peak_flops(config, world, 0.0)
+    out["MFU"] = flop / (medians["ours"] / 1e3) / peak if peak else "unknown for this GPU"
     out["MHz, W, degrees"] = readings[:: max(1, len(readings) // 10)]
 
 

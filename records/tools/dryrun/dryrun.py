@@ -46,6 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--step", action="store_true", help="a whole step, not one micro-batch")
     parser.add_argument("--eval", action="store_true", help="the graph of validation")
     parser.add_argument("--ranks", type=int, default=8, help="of which this is one")
+    parser.add_argument("--share", type=int, default=1, help="a batch of 1/SHARE of its tokens")
     parser.add_argument("--top", type=int, default=0, help="so many of the most expensive kernels")
     parser.add_argument("--json", type=Path, help="where the reports go as well")
     parser.add_argument("--exec", nargs=argparse.REMAINDER, help="a Python's arguments: run that")
@@ -60,11 +61,13 @@ def read_settings(options: argparse.Namespace) -> dict[str, str]:
     return settings
 
 
-def title_of(preset: str, settings: dict[str, str], step: bool, validation: bool = False) -> str:
+def title_of(
+    preset: str, settings: dict[str, str], step: bool, share: int = 1, validation: bool = False
+) -> str:
     """The name of a case, by which an estimate and a measurement find each other."""
     words = [preset, *(f"{name}={value}" for name, value in sorted(settings.items()))]
     if step:
-        words.append("step")
+        words.append("step" if share == 1 else f"step of 1/{share} of a batch")
     if validation:
         words.append("validation")
     return " ".join(words)
@@ -135,12 +138,13 @@ def run(options: argparse.Namespace) -> None:
 
     settings = read_settings(options)
     case = session.Case(
-        options.script.resolve(),
-        options.preset,
-        settings,
-        options.ranks,
-        options.step,
-        options.eval,
+        script=options.script.resolve(),
+        preset=options.preset,
+        settings=settings,
+        ranks=options.ranks,
+        share=options.share,
+        whole_step=options.step,
+        validation=options.eval,
     )
     trace = session.Trace(standins.home() / f"trace.{os.getpid()}")
     session.tell_traffic(trace)
@@ -149,7 +153,7 @@ def run(options: argparse.Namespace) -> None:
     if options.mode is not None:
         modes = [modes[options.mode]]
     reports = []
-    title = title_of(options.preset, settings, options.step, options.eval)
+    title = title_of(options.preset, settings, options.step, options.share, options.eval)
     with running.attention():
         for mode in modes:
             reports.append(running.run(mode))

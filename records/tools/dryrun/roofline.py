@@ -117,7 +117,7 @@ def attention_call(shape: Attention, backward: bool) -> Cost:
     return Cost(max(flop / ATTENTION_FORWARD, moved / BANDWIDTH, FLOOR), flop, moved)
 
 
-def all_reduce(moved: int, ranks: int = 8) -> Cost:
+def all_reduce(moved: int, ranks: int) -> Cost:
     """A ring: every rank sends and receives all bytes but its own share, twice."""
     return Cost(max(2 * (ranks - 1) / ranks * moved / NVLINK, FLOOR), 0.0, moved)
 
@@ -151,7 +151,7 @@ def line_of(event: Event, shape: Attention) -> Line:
         cost = Cost(max(moved / BANDWIDTH, FLOOR), 0.0, moved)
         return Line(part, "triton", name, 1, cost, registers, spilled)
     if kind == "nccl":
-        return Line(part, "nccl", name, 1, all_reduce(numbers[2]))
+        return Line(part, "nccl", name, 1, all_reduce(numbers[2], numbers[3]))
     if kind == "copy":
         return Line(part, "copy", name, 1, Cost(bytes=numbers[0]))
     if kind == "kernel" and (taken := attention_kernel(name)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import importlib.util
 import math
 import os
@@ -39,6 +40,7 @@ class Case(NamedTuple):
     preset: str
     settings: dict[str, str]  # options of the script, in capitals
     ranks: int = 8
+    share: int = 1  # of the batch is a step's: one GPU with the work of one of 8 ranks has 1/8
     whole_step: bool = (
         False  # all micro-batches of a rank, then the optimizers; else one micro-batch
     )
@@ -156,7 +158,8 @@ def alone(script: Any, ranks: int, trace: Trace) -> Any:
 
     class Alone(script.World):
         def all_reduce(self, x: Tensor) -> Tensor:
-            trace.log("nccl", "allreduce", x.numel(), 0, x.numel() * x.itemsize, 0)
+            if ranks > 1:
+                trace.log("nccl", "allreduce", x.numel(), 0, x.numel() * x.itemsize, ranks)
             trace.mark("optimizer")
             return x
 
@@ -179,7 +182,9 @@ class Session:
         self.trace = trace
         self.script: Any = load_script(case.script)
         preset = {} if case.preset == "T" else {"PRESET": case.preset}
-        self.config = self.script.Config.from_env(preset | case.settings)
+        config = self.script.Config.from_env(preset | case.settings)
+        batch = config.train_batch_tokens // case.share
+        self.config = dataclasses.replace(config, train_batch_tokens=batch)
         self.world = alone(self.script, case.ranks, trace)
         self.batches = self.script.Batches(None, self.config, self.world)
         torch.manual_seed(self.config.seed)

@@ -124,7 +124,7 @@ static ncclResult_t begin(ncclComm_t c, enum kind kind, const void *send, void *
     *o = (struct operation){
         .kind = kind, .root = root, .type = type, .send = send, .recv = recv, .count = count};
     o->done = c->aborted;
-    dryrun_launch("nccl", names[kind], count, type, count * width(type), 0, stream);
+    dryrun_launch("nccl", names[kind], count, type, count * width(type), c->size, stream);
     pthread_mutex_lock(&c->lock);
     if (c->tail)
         c->tail->next = o;
