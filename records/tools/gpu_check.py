@@ -223,6 +223,7 @@ def variables_of(preset: str, **more: str) -> dict[str, str]:
 
 def measure_step(out: Figures, options: Options, preset: str, level: str, times: int) -> None:
     """Records steps of a preset under the title that its estimate has."""
+    torch._dynamo.reset()  # what another case has compiled would not be counted
     torch.cuda.empty_cache()
     title = title_of(preset, dict(COMPILE=level), step=True, share=RANKS)
     stand = Stand(variables_of(preset, COMPILE=level) | options.data)
@@ -241,7 +242,6 @@ def presets(out: Figures, options: Options) -> None:
     From the last one on: the time may end before they do, and those are the most unlike T.
     """
     for preset in reversed(tg.SYSTEMS):
-        torch._dynamo.reset()
         try:
             measure_step(out, options, preset, "block", 3)
         except (RuntimeError, tg.InputError) as error:
