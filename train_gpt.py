@@ -2991,8 +2991,8 @@ def choose_cuda(device: str, size: int) -> bool:
     way_out = "install a build of PyTorch with CUDA"
     if torch.version.cuda:
         way_out = (
-            "CUDA 13 needs driver 580 or newer, CUDA 12.8 driver 570: update the driver, or install "
-            "a PyTorch for the driver at hand (README: which releases work)"
+            "CUDA 13 needs driver 580 or newer, CUDA 12.8 driver 570: update the driver, or "
+            "install a PyTorch for the driver at hand (README: which releases work)"
         )
     advice = f"{built} and sees no GPU.{found} {way_out}. DEVICE=cpu trains on the CPU"
     require(device != "cuda", f"DEVICE=cuda: {advice}")
