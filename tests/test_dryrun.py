@@ -5,6 +5,7 @@ DRYRUN_PYTHON names a Python with a CUDA build of torch (records/tools/dryrun/RE
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from records.tools import gpu_check
+from records.tools.dryrun import dryrun as dryrun_tool
 from records.tools.dryrun import roofline, standins
 from records.tools.dryrun.dryrun import title_of
 from records.tools.dryrun.roofline import Attention, Cost, Event
@@ -248,6 +250,13 @@ def test_without_a_gpu_the_check_says_so(tmp_path: Path) -> None:
     assert done.stderr == "PyTorch sees no GPU here\n"
 
 
+@pytest.mark.parametrize("tool", [dryrun_tool, gpu_check], ids=["dryrun", "gpu_check"])
+def test_help_is_in_sentences_with_defaults(tool: Any) -> None:
+    for action in tool.make_parser()._actions[1:]:
+        assert re.match(r"[A-Z].*\.$", action.help), action.dest
+        assert "(default: " in action.help or not action.default, action.dest
+
+
 # ---- the script under the pretended GPU ----------------------------------------------------------
 
 
@@ -296,6 +305,21 @@ def test_T_lowers_to_one_graph_that_the_host_does_not_wait_for(dryrun: DryRun) -
     assert calls == {("forward", 14), ("backward", 14)}
     # What is kept for the backward pass is there at the peak.
     assert 0 < mode["saved_gb"] < mode["peak_gb"] < 79.19 * 1.0737
+
+
+@needs_cuda_build
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--set", "K"], "--set K: it is not NAME=VALUE\n"),
+        (["--preset", "naive", "--mode", "1"], "--mode 1: there are 1 modes\n"),
+        (["--set", "NUM_LOOPS=x"], "NUM_LOOPS='x' is not an integer\n"),
+    ],
+)
+def test_a_mistake_is_told_in_a_line(words: list[str], told: str) -> None:
+    command = [cuda_python(), str(TOOL), *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, told)
 
 
 @needs_cuda_build

@@ -515,20 +515,50 @@ def table(parts: dict[str, Any], estimates: dict[str, Any]) -> list[str]:
     return common.markdown_table(("case", "", "estimated", "measured", "ratio"), cells)
 
 
-def parse_arguments() -> argparse.Namespace:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     names = [part.name for part in PARTS]
-    parser.add_argument("--out", type=Path, default=Path("logs/gpu_check"))
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="for all parts together")
-    parser.add_argument("--only", nargs="*", choices=names, default=names, metavar="PART")
-    parser.add_argument("--part", choices=names, help=argparse.SUPPRESS)
-    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    add = parser.add_argument
+    add(
+        "--out",
+        type=Path,
+        default=Path("logs/gpu_check"),
+        help="A folder for figures, outputs and runs (default: %(default)s).",
+    )
+    add(
+        "--minutes",
+        type=float,
+        default=MINUTES,
+        help="Time for all parts together, which have their shares of it (default: %(default)s).",
+    )
+    add(
+        "--only",
+        nargs="*",
+        choices=names,
+        metavar="PART",
+        help=f"Some of the parts {', '.join(names)} (default: all).",
+    )
+    add("--part", choices=names, help="What this tool starts itself with for a part.")
+    add("--seconds", type=float, help="The part's time.")
+    return parser
 
 
-def main() -> int:
-    given = parse_arguments()
+def check(out: Path, chosen: list[Part], scale: float) -> dict[str, Any]:
+    """What every part found, in gpu_check.json as well; `scale`: of the time they have."""
+    data = find_data(out)
+    found = {}
+    for part in chosen:
+        options = Options(out, data, part.seconds * scale)
+        found[part.name] = done = run_part(part, options, data)
+        common.say(f"{part.name}: {done['seconds']} s {done['failure']}")
+        common.write_json(out / "gpu_check.json", found)
+    return found
+
+
+def work(given: argparse.Namespace) -> int:
+    """The exit code: 0 if no part failed."""
     out = given.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     if given.part:
@@ -536,23 +566,18 @@ def main() -> int:
         data = {name: os.environ[name] for name in ("DATA_PATH", "TOKENIZER_PATH")}
         part.run(Figures(file_of(part, out, "json")), Options(out, data, given.seconds))
         return 0
-    if not torch.cuda.is_available():
-        print("PyTorch sees no GPU here", file=sys.stderr)
-        return 2
-    data = find_data(out)
-    scale = given.minutes / MINUTES
-    found = {}
-    for part in PARTS:
-        if part.name in given.only:
-            options = Options(out, data, part.seconds * scale)
-            found[part.name] = done = run_part(part, options, data)
-            common.say(f"{part.name}: {done['seconds']} s {done['failure']}")
-            common.write_json(out / "gpu_check.json", found)
+    tg.require(torch.cuda.is_available(), "PyTorch sees no GPU here")
+    chosen = [part for part in PARTS if not given.only or part.name in given.only]
+    found = check(out, chosen, given.minutes / MINUTES)
     estimates = json.loads(ESTIMATES.read_text()) if ESTIMATES.exists() else {}
     lines = table(found, estimates)
     (out / "gpu_check.md").write_text("\n".join(lines) + "\n")
     common.say("\n".join(lines))
     return 1 if any(done["failure"] for done in found.values()) else 0
+
+
+def main() -> int:
+    return common.run_tool(work, make_parser().parse_args())
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Compiles and steps train_gpt.py for an H100 where there is none, and estimates what that costs.
 
-    dryrun.py                                     a micro-batch of preset T, 65,536 tokens
-    dryrun.py --preset growing --mode -1 --micro-batch 98304
-    dryrun.py --step --ranks 8 --json T.json      a step of one of 8 ranks, with the optimizers
-    dryrun.py --exec -m torch.distributed.run --nproc_per_node=2 train_gpt.py
+    python records/tools/dryrun/dryrun.py                      # a micro-batch of preset T
+    python records/tools/dryrun/dryrun.py --preset growing --mode -1 --micro-batch 98304
+    python records/tools/dryrun/dryrun.py --step --json T.json # a step of one of 8 ranks
+    python records/tools/dryrun/dryrun.py --exec -m torch.distributed.run --nproc_per_node=2 \\
+        train_gpt.py
 
 Needs a CUDA build of torch and gcc; no GPU and no driver. Libraries that stand in for NVIDIA's are
 preloaded, so that torch's own code runs: its choice of attention kernel, its allocator, Dynamo,
@@ -30,32 +31,47 @@ from records.tools.dryrun import roofline, standins
 if TYPE_CHECKING:
     from records.tools.dryrun.session import ModeReport
 
-ROOT = Path(__file__).resolve().parents[3]
+SCRIPT = Path(__file__).resolve().parents[3] / "train_gpt.py"
 
 
-def parse_arguments() -> argparse.Namespace:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("--script", type=Path, default=ROOT / "train_gpt.py")
-    parser.add_argument("--preset", default="T", help="all: each of them, in a process of its own")
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="options of it")
-    parser.add_argument(
-        "--mode", type=int, help="only this one of its training modes; -1: the last"
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--micro-batch", type=int, metavar="TOKENS", help="MICRO_BATCH_TOKENS")
-    parser.add_argument("--step", action="store_true", help="a whole step, not one micro-batch")
-    parser.add_argument("--eval", action="store_true", help="the graph of validation")
-    parser.add_argument("--ranks", type=int, default=8, help="of which this is one")
-    parser.add_argument("--share", type=int, default=1, help="a batch of 1/SHARE of its tokens")
-    parser.add_argument("--top", type=int, default=0, help="so many of the most expensive kernels")
-    parser.add_argument("--json", type=Path, help="where the reports go as well")
-    parser.add_argument("--exec", nargs=argparse.REMAINDER, help="a Python's arguments: run that")
-    return parser.parse_args()
+    add = parser.add_argument
+    add("--script", type=Path, default=SCRIPT, help="The script (default: %(default)s).")
+    add(
+        "--preset",
+        default="T",
+        help="Its preset; all: each of them, in a process of its own (default: %(default)s).",
+    )
+    add("--set", nargs="*", default=[], metavar="NAME=VALUE", help="Options of the script.")
+    add("--mode", type=int, help="Only this of its modes; -1 is the last one (default: all).")
+    add("--micro-batch", type=int, metavar="TOKENS", help="The same as MICRO_BATCH_TOKENS.")
+    add("--step", action="store_true", help="A whole step, not one micro-batch.")
+    add("--eval", action="store_true", help="The graph of validation.")
+    add("--ranks", type=int, default=8, help="Ranks, of which this is one (default: %(default)s).")
+    add(
+        "--share",
+        type=int,
+        default=1,
+        help="The batch has 1/SHARE of its tokens, for the work of one rank by a run of one "
+        "(default: %(default)s).",
+    )
+    add("--top", type=int, default=0, help="Print so many of the most expensive kernels.")
+    add("--json", type=Path, help="A file of reports to add these to.")
+    add("--exec", nargs=argparse.REMAINDER, help="Run a Python with these arguments, no more.")
+    return parser
 
 
 def read_settings(options: argparse.Namespace) -> dict[str, str]:
     """The script's options that were given."""
-    settings = dict(setting.split("=", 1) for setting in options.set)
+    settings = {}
+    for setting in options.set:
+        name, sign, value = setting.partition("=")
+        if not sign:
+            raise standins.InputError(f"--set {setting}: it is not NAME=VALUE")
+        settings[name] = value
     if options.micro_batch:
         settings["MICRO_BATCH_TOKENS"] = str(options.micro_batch)
     return settings
@@ -132,11 +148,22 @@ def run_all(options: argparse.Namespace) -> int:
     return failed
 
 
+def chosen(modes: list[Any], number: int | None) -> list[Any]:
+    """One of a case's modes, or all."""
+    if number is None:
+        return modes
+    if not -len(modes) <= number < len(modes):
+        raise standins.InputError(f"--mode {number}: there are {len(modes)} modes")
+    return [modes[number]]
+
+
 def run(options: argparse.Namespace) -> None:
-    # Imports torch, which only sees the pretended GPU in the process that was entered.
+    """One case, in a process that sees the pretended GPU."""
+    # Imports torch, which the process that starts this one does without.
     from records.tools.dryrun import session
 
     settings = read_settings(options)
+    title = title_of(options.preset, settings, options.step, options.share, options.eval)
     case = session.Case(
         script=options.script.resolve(),
         preset=options.preset,
@@ -149,13 +176,9 @@ def run(options: argparse.Namespace) -> None:
     trace = session.Trace(standins.home() / f"trace.{os.getpid()}")
     session.tell_traffic(trace)
     running = session.Session(case, trace)
-    modes = running.modes()
-    if options.mode is not None:
-        modes = [modes[options.mode]]
     reports = []
-    title = title_of(options.preset, settings, options.step, options.share, options.eval)
     with running.attention():
-        for mode in modes:
+        for mode in chosen(running.modes(), options.mode):
             reports.append(running.run(mode))
             print(f"{title}, {describe(reports[-1])}", flush=True)
             if options.top:
@@ -166,7 +189,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    options = parse_arguments()
+    options = make_parser().parse_args()
     try:
         if options.exec:
             standins.enter(options.exec)
@@ -174,10 +197,10 @@ def main() -> int:
             return run_all(options)
         if not standins.inside():
             standins.enter(sys.argv)
-    except standins.NoCudaBuild as error:
+        run(options)
+    except standins.InputError as error:
         print(error, file=sys.stderr)
         return 2
-    run(options)
     sys.stdout.flush()
     os._exit(0)  # what the stand-ins never made cannot be taken down
 

@@ -31,6 +31,7 @@ from records.tools.dryrun.roofline import (
     read_trace,
     tabulate,
 )
+from records.tools.dryrun.standins import InputError
 
 
 class Case(NamedTuple):
@@ -127,9 +128,7 @@ def tell_traffic(trace: Trace) -> None:
 
     def told(self: Any, *arguments: Any, stream: Any, **options: Any) -> Any:
         if not options.get("benchmark_run") and id(self) not in sizes:
-            sizes[id(self)] = traffic(
-                self, arguments
-            )  # before the launch: it may free its arguments
+            sizes[id(self)] = traffic(self, arguments)
         result = run(self, *arguments, stream=stream, **options)
         if not options.get("benchmark_run"):
             launcher = self.launchers[0]
@@ -142,8 +141,8 @@ def tell_traffic(trace: Trace) -> None:
 
 def load_script(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location("train_gpt", path)
-    if spec is None or spec.loader is None:
-        raise FileNotFoundError(path)
+    if spec is None or spec.loader is None or not path.exists():
+        raise InputError(f"{path} is no script")
     module = importlib.util.module_from_spec(spec)
     sys.modules["train_gpt"] = module
     spec.loader.exec_module(module)
@@ -182,7 +181,10 @@ class Session:
         self.trace = trace
         self.script: Any = load_script(case.script)
         preset = {} if case.preset == "T" else {"PRESET": case.preset}
-        config = self.script.Config.from_env(preset | case.settings)
+        try:
+            config = self.script.Config.from_env(preset | case.settings)
+        except self.script.InputError as error:
+            raise InputError(str(error)) from None
         batch = config.train_batch_tokens // case.share
         self.config = dataclasses.replace(config, train_batch_tokens=batch)
         self.world = alone(self.script, case.ranks, trace)

@@ -34,15 +34,15 @@ class Library(NamedTuple):
     options: tuple[str, ...] = ()
 
 
-class NoCudaBuild(RuntimeError):
-    """This Python's torch is not one for CUDA, or a tool is missing that the build needs."""
+class InputError(ValueError):
+    """What somebody can mend who uses the tool; told in one line."""
 
 
 def run(command: list[str]) -> str:
-    """What a command prints; NoCudaBuild with its complaint if it fails."""
+    """What a command prints; InputError with its complaint if it fails."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise NoCudaBuild(f"{' '.join(command[:3])} failed: {done.stderr[-2000:]}")
+        raise InputError(f"{' '.join(command[:3])} failed: {done.stderr[-2000:]}")
     return done.stdout
 
 
@@ -129,10 +129,10 @@ def build() -> Path:
     if folder.exists():
         return folder
     if not (SITE / "torch/lib/libtorch_cuda.so").exists():
-        raise NoCudaBuild(f"{sys.executable} has no CUDA build of torch: see README.md")
+        raise InputError(f"{sys.executable} has no CUDA build of torch: see README.md")
     for tool in ("gcc", "nm"):
         if not shutil.which(tool):
-            raise NoCudaBuild(f"{tool} is not installed")
+            raise InputError(f"{tool} is not installed")
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
     unfinished.mkdir(parents=True)
     for library in libraries():
