@@ -338,3 +338,30 @@ def test_a_part_that_is_cut_off_is_recorded_and_the_next_one_runs(tmp_path: Path
     assert done.returncode == 1
     parts = json.loads((tmp_path / "gpu_check.json").read_text())
     assert all("cut off" in part["failure"] for part in parts.values())
+
+
+@needs_cuda_build
+@pytest.mark.parametrize("system", ["T", "growing"])
+def test_eight_ranks_train_export_and_score(
+    system: str, tmp_path: Path, corpus: dict[str, str]
+) -> None:
+    """PyTorch's process group for NCCL, and gloo's beside it; in the end all ranks agree."""
+    settings = dict(
+        PRESET=f"{system},tiny",
+        COMPILE="off",
+        ITERATIONS="6",
+        WARMUP_STEPS="1",
+        LOG_DIR=str(tmp_path),
+        RUN_ID="run",
+        DRYRUN_GPUS="8",
+    )
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=8"]
+    command = [cuda_python(), str(TOOL), "--exec", *launch, str(ROOT / "train_gpt.py")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | corpus | settings
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["world_size"] == 8
+    assert result["steps"] == 6
+    assert "NVIDIA H100" in result["versions"]["device"]
