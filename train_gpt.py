@@ -580,6 +580,10 @@ class Config(Architecture):
             self.resume != "auto" or self.run_id, "RESUME=auto needs the RUN_ID of the checkpoints"
         )
         require(
+            self.run_id == Path(self.run_id).name,
+            f"RUN_ID={self.run_id} is a path: RUN_ID names a folder in LOG_DIR",
+        )
+        require(
             bits or not qat,
             "MATRIX_BITS=0, chosen after training, rules out QAT_FRACTION and QAT_LR_FACTOR",
         )
@@ -1689,10 +1693,10 @@ class Values:
     def take_stored(self, name: str, kind: str, p: nn.Parameter) -> Tensor:
         """The float32 value of parameter `p`, which is stored as `kind`."""
         if role_of(p).bits:
-            require(kind in INTEGERS, f"{name} is stored as {kind}, not one of {INTEGERS}")
+            require(kind in INTEGERS, f"{name} is stored as {kind!r:.80}, not one of {INTEGERS}")
             value = dequantize_rows(self.take("<i1", p.shape), self.take("<f2", p.shape[:1]))
         else:
-            require(kind in FLOATS, f"{name} is stored as {kind}, not one of {[*FLOATS]}")
+            require(kind in FLOATS, f"{name} is stored as {kind!r:.80}, not one of {[*FLOATS]}")
             value = self.take(FLOATS[kind], p.shape).float()
         require(value.isfinite().all(), f"{name} is not finite")
         return value
@@ -1717,7 +1721,7 @@ def unpack(header: Any, raw: bytes, codec: str) -> Unpacked:
         expected = list(GPT(architecture).named_parameters())
     values, tensors, kinds = Values(raw), {}, []
     for (name, p), (given, kind) in zip(expected, header["tensors"], strict=True):
-        require(given == name, f"{given} is stored where {name} is due")
+        require(given == name, f"{given!r:.80} is stored where {name} is due")
         tensors[name] = values.take_stored(name, kind, p)
         if role_of(p).optimizer == "muon":
             kinds.append(kind)
@@ -1744,7 +1748,7 @@ def check_artifact_tokenizer(data: bytes, origin: str, config: Config) -> None:
     require(
         not theirs or not ours or ours == theirs,
         f"{origin} was trained with another tokenizer than TOKENIZER_PATH={path}: SHA-256 "
-        f"{str(theirs)[:12]}..., not {ours[:12]}...",
+        f"{str(theirs)[:12]!r}..., not {ours[:12]!r}...",
     )
 
 
@@ -2149,7 +2153,8 @@ class ByteCounter:
             byte = [sp.is_byte(i) for i in range(vocab_size)]
             pieces = [sp.id_to_piece(i) for i in range(vocab_size)]
         except (OSError, RuntimeError, ValueError) as error:
-            raise InputError(f"TOKENIZER_PATH={path} cannot be used: {error!r:.300}") from None
+            reason = str(error) if isinstance(error, InputError) else f"{error!r:.300}"
+            raise InputError(f"TOKENIZER_PATH={path} cannot be used: {reason}") from None
         size, space = [], []
         for piece, is_silent, is_byte in zip(pieces, silent, byte):
             text = "" if is_silent or is_byte else piece.removeprefix(SPACE)
@@ -2694,7 +2699,7 @@ class Reporter:
             if step < planned / 2:
                 self.log(
                     f"WARNING: the time was up after {step:,} of {planned:,} planned steps: raise "
-                    "MAX_WALLCLOCK_SECONDS, or lower ITERATIONS and what is planned by it"
+                    "MAX_WALLCLOCK_SECONDS, or lower ITERATIONS and the options that count steps"
                 )
 
     def validation(
@@ -2729,6 +2734,20 @@ class Progress(NamedTuple):
     seconds: float = 0.0  # of training
     per_step: float = 0.0  # seconds
     due: int = 1  # step at which the clock is read next
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], iterations: int) -> Progress:
+        """From a checkpoint's header; ValueError if it is malformed."""
+        require(values.keys() == set(cls._fields), f"counters {sorted(values)}")
+        seconds, per_step = float(values["seconds"]), float(values["per_step"])
+        step, averaged, due = (int(values[name]) for name in ("step", "averaged", "due"))
+        require(
+            0 <= step <= iterations and 0 <= averaged <= step and 0 <= due < 1 << 32,
+            f"counters step {step}, averaged {averaged}, due {due}",
+        )
+        good = all(0 <= x < 1e9 for x in (seconds, per_step))
+        require(good, f"counters seconds {seconds}, per_step {per_step}")
+        return cls(step, averaged, seconds, per_step, due)
 
 
 class Checkpoint(NamedTuple):
@@ -2831,7 +2850,8 @@ class Checkpoints:
             if whole and code != EXIT_NON_FINITE and not aborted:
                 self.save(trainer)
                 wait(self.pending)
-                self.log(f"to go on: {command_to_go_on(self.config, self.world, self.log.folder)}")
+                command = command_to_go_on(self.config, self.world, self.log.folder)
+                self.log(f"to resume: {command}")
             self.log.to_file(f"ended: {end}")
             raise
         finally:
@@ -2848,12 +2868,12 @@ def find_checkpoint(config: Config, trainer: Trainer, log_later: list[str]) -> C
     values: list[np.ndarray] = []
 
     def read(header: Any, raw: bytes, _: str) -> Checkpoint:
+        check_same_run(config, dict(header["config"]), int(header["tokens"]), tokens)
         found = np.frombuffer(raw, np.float32)
         require(len(found) == size, f"{len(found)} numbers where {size} are due")
         require(np.isfinite(found).all(), "it holds numbers that are not finite")
-        check_same_run(config, dict(header["config"]), int(header["tokens"]), tokens)
         values.append(found)
-        progress = Progress(**header["progress"])
+        progress = Progress.from_json(header["progress"], config.iterations)
         return Checkpoint("", progress, int(header["metrics"]), int(header["threads"]))
 
     def find() -> Checkpoint | None:
@@ -2982,11 +3002,13 @@ def choose_cuda(device: str, size: int) -> bool:
     built = f"PyTorch {torch.__version__} is built for CUDA {torch.version.cuda}"
     if not torch.version.cuda:
         built = f"PyTorch {torch.__version__} is built without CUDA"
-    advice = (
-        f"{built} and sees no GPU.{found} CUDA 13 needs driver 580 or newer, CUDA 12.8 driver 570: "
-        "update the driver, or install a PyTorch for the driver at hand (README: which releases "
-        "work). DEVICE=cpu trains on the CPU"
-    )
+    way_out = "install a build of PyTorch with CUDA"
+    if torch.version.cuda:
+        way_out = (
+            "CUDA 13 needs driver 580 or newer, CUDA 12.8 driver 570: update the driver, or "
+            "install a PyTorch for the driver at hand (README: which releases work)"
+        )
+    advice = f"{built} and sees no GPU.{found} {way_out}. DEVICE=cpu trains on the CPU"
     require(device != "cuda", f"DEVICE=cuda: {advice}")
     require(not has_gpu, advice)
     require(size == 1, f"WORLD_SIZE={size} ranks without a GPU: {advice}")
@@ -3078,7 +3100,8 @@ class World:
         self.watchdog.trusting = True  # it saves what there is
         time.sleep(GRACE + 1)  # until beats have ceased to come
         silent = self.watchdog.silent(GRACE - 1)
-        self.is_main = self.rank == min({*range(self.size)} - {*silent})  # the first left saves
+        left = {*range(self.size)} - {*silent}
+        self.is_main = self.rank == min(left, default=self.rank)  # the first that is left saves
         lost = self.watchdog.missing(GRACE - 1) or "a collective failed"
         reason = str(error).splitlines()[0]
         return Ended(EXIT_LOST, f"{self.place}: {lost} ({reason})")
@@ -3231,7 +3254,12 @@ class Watchdog:
         return ""
 
     def silent(self, patience: int) -> list[int]:
-        """The ranks that have sent no beat for that long."""
+        """The ranks that have sent no beat for that long.
+
+        If the own beat does not come back, the store is gone, and with it rank 0 or torchrun.
+        """
+        if self.quiet[self.world.rank] > patience:
+            return [0]
         return [rank for rank, quiet in enumerate(self.quiet) if quiet > patience]
 
     def missing(self, patience: int) -> str:
@@ -3347,6 +3375,7 @@ class Log:
         self.folder, self.metrics, self.is_main = folder, folder / "metrics.jsonl", is_main
         self.tracker = Tracker(tracker, folder) if tracker != "none" and is_main else None
         self.watched = is_main and sys.stderr is not None and sys.stderr.isatty()
+        self.objections: list[str] = []  # why this run is not a submission
 
     def size(self) -> int:
         """Bytes of metrics.jsonl."""
@@ -3364,6 +3393,11 @@ class Log:
             append_line(self.folder / name, line)
         except OSError as error:  # a full disk is no reason to end training
             say(sys.stderr, f"warning: not logged: {error}: {line[:200]}")
+
+    def object(self, reason: str) -> None:
+        """Says why the run is not a submission, as result.json will."""
+        self.objections.append(reason)
+        self(f"not a submission: {reason}")
 
     def __call__(self, text: str) -> None:
         self.progress("")
@@ -3656,7 +3690,7 @@ SCALES: dict[str, Preset] = {
             micro_batch_tokens=8192,
             val_batch_size=16384,
             iterations=100,
-            max_wallclock_seconds=110.0,
+            max_wallclock_seconds=0.0,
             warmup_steps=1,
             warmdown_iters=50,
             val_loss_every=0,
@@ -3675,10 +3709,15 @@ def preset_values(preset: str) -> dict[str, Any]:
     names = preset.split(",") if preset else []
     systems = [name for name in names if name in SYSTEMS]
     scales = [name for name in names if name in SCALES]
+    for name in names:
+        known = [*SYSTEMS, *SCALES]
+        alike = [k for k in known if k.lower() == name.lower()]
+        alike += difflib.get_close_matches(name, known, 1, 0.6)
+        hint = f"; did you mean {alike[0]}?" if alike else f": there are {', '.join(known)}"
+        require(name in known, f"PRESET={preset}: {name} is not a preset{hint}")
     require(
-        len(systems) <= 1 and len(scales) <= 1 and len(systems) + len(scales) == len(names),
-        f"PRESET={preset}: one system of {', '.join(SYSTEMS)} and/or one scale of "
-        f"{', '.join(SCALES)}",
+        len(systems) <= 1 and len(scales) <= 1,
+        f"PRESET={preset} names more than one system or scale",
     )
     values = PLAIN | SYSTEMS[systems[0]].values if systems else {}
     if not scales:
@@ -3783,19 +3822,32 @@ ORDINARY = frozenset(
 )
 
 
+def looks_like(name: str, ours: list[str]) -> str:
+    """The option that `name` may be meant for; "" if it looks like none.
+
+    It does in other letters, as the beginning of an option, by a typing error, or as a rate.
+    """
+    if name.upper() in ours:
+        return name.upper()
+    begins = [option for option in ours if "_" in name and option.startswith(f"{name}_")]
+    close = difflib.get_close_matches(name, ours, 1, 0.8)
+    rates = [option for option in ours if name.endswith("_LR") and option.endswith("_LR")]
+    return next(iter([*begins, *close, *rates]), "")
+
+
 def questionable_names(env: Mapping[str, str]) -> tuple[list[str], list[str]]:
     """What is wrong with names in `env` that are no options, and what only deserves a warning."""
     ours = [f.name.upper() for f in fields(Config)]
     errors, ignored = [], []
     for name in sorted(env.keys() - {*ours, "USE_DEPTH_EMBED"}):
-        alike = difflib.get_close_matches(name, ours, 1, 0.8)
+        alike = looks_like(name, ours)
         problem = ""
         if name in INSTEAD:
             problem = f"{name} is read by other scripts of the contest; set {INSTEAD[name]} instead"
         elif name in UNSUPPORTED:
             problem = f"{name} is read by other scripts of the contest and has no counterpart here"
         elif alike:
-            problem = f"{name} is not an option; did you mean {alike[0]}?"
+            problem = f"{name} is not an option; did you mean {alike}?"
         if problem and name in ORDINARY:
             ignored.append(name)
         elif problem:
@@ -3864,17 +3916,28 @@ def need_text(need: str) -> str:
     return f"{name.upper()}{sign}{value}"
 
 
+def help_for(name: str) -> str:
+    """What `--help NAME` says of an option or a preset; InputError if it is neither."""
+    preset = (SYSTEMS | SCALES).get(name)
+    if preset:
+        values = [f"{key.upper()}={show(value)}" for key, value in preset.values.items()]
+        text = f"PRESET={name}: {preset.what}. It sets, on top of every technique switched off:"
+        if name in SCALES:
+            text = f"PRESET={name}: {preset.what}. It sets:"
+        return textwrap.fill(text, 80) + "\n" + hanging("  ", " ".join(values), 80)
+    known = {f.name.upper(): f for f in fields(Config)}
+    errors, _ = questionable_names({name.upper(): ""})
+    alike = difflib.get_close_matches(name.upper(), known, 1, 0.6)
+    hint = f"; did you mean {alike[0]}?" if alike else ""
+    require(name.upper() in known, errors[0] if errors else f"{name} is not an option{hint}")
+    return option_text(known[name.upper()])
+
+
 def answer(arguments: list[str]) -> str:
     """What to print for command-line arguments; InputError if they are not --help [NAME]."""
     if arguments[0] in ("-h", "--help"):
-        known = {f.name.upper(): f for f in fields(Config)}
-        for name in arguments[1:]:
-            alike = difflib.get_close_matches(name.upper(), known, 1, 0.6)
-            hint = f"; did you mean {alike[0]}?" if alike else ""
-            require(name.upper() in known, f"{name} is not an option{hint}")
-        if arguments[1:]:
-            return "\n\n".join(option_text(known[name.upper()]) for name in arguments[1:])
-        return help_text()
+        names = arguments[1:]
+        return "\n\n".join(help_for(name) for name in names) if names else help_text()
     words = re.split(r"[= ]", " ".join(arguments))
     name = words[0].lstrip("-").replace("-", "_").upper()
     value = words[1] if len(words) > 1 else "..."
@@ -3935,16 +3998,14 @@ def open_log(config: Config, world: World) -> Log:
 
     def make() -> bool:
         known = folder.exists()
-        if known:
-            world.lock = lock_folder(folder)
+        finished = (folder / "result.json").exists()
+        require(not finished, f"{folder} holds a finished run: choose another RUN_ID")
         require(
             not known or config.resume == "auto",
             f"{folder} exists and would be overwritten: choose another RUN_ID, or RESUME=auto",
         )
-        require(not (folder / "result.json").exists(), f"{folder} holds a finished run")
-        if not known:
-            folder.mkdir(parents=True)
-            world.lock = lock_folder(folder)
+        folder.mkdir(parents=True, exist_ok=known)
+        world.lock = lock_folder(folder)
         return known
 
     known = world.on_main(make)
@@ -3982,10 +4043,10 @@ def command_to_go_on(config: Config, world: World, folder: Path) -> str:
     ours |= dict(RUN_ID=folder.name, RESUME="auto")
     variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in ours.items())
     script = shlex.quote(sys.argv[0] or "train_gpt.py")
-    launcher = (
-        f"torchrun --standalone --nproc_per_node={world.size}" if world.size > 1 else "python"
-    )
-    return f"{variables} {launcher} {script}"
+    python = shlex.quote(os.path.relpath(sys.executable))
+    if world.size > 1:
+        python += f" -m torch.distributed.run --standalone --nproc_per_node={world.size}"
+    return f"{variables} {python} {script}"
 
 
 class Artifact(NamedTuple):
@@ -4016,9 +4077,7 @@ def round_trip(scorer: Scorer, artifact: Artifact, compiler: Compiler, log: Log)
     scores = score_artifact(scorer, artifact, compiler, log)
     spent = sum(score.eval_seconds for score in scores.values())
     if spent > config.eval_limit_seconds:
-        log(
-            f"not a submission: {spent:.1f} s exceed EVAL_LIMIT_SECONDS={config.eval_limit_seconds}"
-        )
+        log.object(f"{spent:.1f} s exceed EVAL_LIMIT_SECONDS={config.eval_limit_seconds}")
     read = [*scorer.tokens.paths, find_file(config.tokenizer_path)]
     text = b"".join(path.read_bytes() for path in read)
     hashes = dict(
@@ -4031,7 +4090,7 @@ def round_trip(scorer: Scorer, artifact: Artifact, compiler: Compiler, log: Log)
     over = total - config.size_limit_bytes
     if over > 0:
         limit = config.size_limit_bytes
-        log(f"not a submission: {total} bytes exceed SIZE_LIMIT_BYTES={limit} by {over}")
+        log.object(f"{total} bytes exceed SIZE_LIMIT_BYTES={limit} by {over}")
     sizes = dict(bytes_code=script, bytes_model=len(data), bytes_total=total, fits=over <= 0)
     return {name: score._asdict() for name, score in scores.items()} | hashes | sizes
 
@@ -4152,6 +4211,8 @@ def log_setup(trainer: Trainer, log: Log) -> None:
     )
     if world.on_cuda:
         log(f"gpu:{gpu_state(world)}")
+    elif config.model_dim * config.train_batch_tokens >= 1 << 27:
+        log("warning: a step of this size takes minutes on a CPU, and gigabytes; try PRESET=tiny")
     log(f"train_loader:shards:{len(batches.tokens.paths)} tokens:{batches.tokens.total}")
     train = check_tokenizer(find_file(config.tokenizer_path), batches.tokens)
     log(f"tokenizer of the train shards: {train}")
@@ -4206,7 +4267,7 @@ def export(trainer: Trainer, trained: Trained, validation: Validation, log: Log)
             log(f"AVERAGE={config.average} of {average.count} weights; of none, the last are taken")
             score = validation(trainer, seconds, trainer.model.scoring, weights=config.average)
         if 0 < config.max_wallclock_seconds < seconds:
-            log(f"not a submission: training and calibration took {seconds:.1f} s")
+            log.object(f"training and calibration took {seconds:.1f} s")
         world.enter("export")
         # By a thread: signals wait until a codec returns, with brotli for half a minute.
         with ThreadPoolExecutor(1) as thread:
@@ -4250,8 +4311,8 @@ def train_and_export(
     log_setup(trainer, log)
     reporter = Reporter(config, log)
     validation = Validation(scorer, reporter, trainer.model, config.train_seq_len)
-    if world.on_cuda or trainer.compiler.level != "off":
-        log("compiling and warming up: a minute or so, outside the training time")
+    steps = config.warmup_steps * len(training_modes(config))
+    log(f"warming up: {steps} steps that are undone, and compiling; it does not count as training")
     trainer.warm_up(log)
     if config.resume:
         restore(trainer, checkpoint, log)
@@ -4282,7 +4343,10 @@ def do_run(config: Config, world: World) -> int:
     artifact = None
     result: dict[str, Any] = {}
     if config.eval_only:
-        artifact = read_artifact(Path(config.eval_only), config, world)
+        path = Path(config.eval_only)
+        path = path / ARTIFACT if path.is_dir() else path
+        require(path.exists(), f"EVAL_ONLY={config.eval_only}: there is no {path}")
+        artifact = read_artifact(path, config, world)
         config = artifact.config
     if config.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
@@ -4298,6 +4362,7 @@ def do_run(config: Config, world: World) -> int:
     world.enter("scoring of the artifact")
     result |= round_trip(scorer, artifact, compiler, log)
     result |= dict(config=asdict(artifact.config), versions=versions(world), world_size=world.size)
+    result["not_a_submission"] = log.objections
     text = json.dumps(result, indent=1).encode()
     world.on_main(lambda: write_atomically(log.folder / "result.json", text))
     log(f"finished:{log.folder}")

@@ -424,11 +424,12 @@ def files_read() -> Iterator[set[Path]]:
 def foreign(audit: Audit, paths: set[Path]) -> list[str]:
     """Files that are no part of script or artifact.
 
-    Not foreign are validation shards, tokenizer, script, Python's libraries, the system's files and
-    what the audit itself has made.
+    Not foreign are validation shards and their manifest, tokenizer, script, Python's libraries, the
+    system's files and what the audit itself has made.
     """
     tools = common.ROOT / "records" / "tools"
     own = [*audit.shards("val"), audit.tokenizer, audit.script_path, tools]
+    own += [audit.shards("val")[0].parent / "manifest.json"]
     own += [Path(str(module.__file__)).parents[1] for module in (np, spm, torch)]
     own += [Path(str(train_gpt.__file__)), audit.scratch, Path(sys.prefix), Path(sys.base_prefix)]
     own += [Path("/proc"), Path("/sys"), Path("/dev")]
