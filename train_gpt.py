@@ -1693,10 +1693,10 @@ class Values:
     def take_stored(self, name: str, kind: str, p: nn.Parameter) -> Tensor:
         """The float32 value of parameter `p`, which is stored as `kind`."""
         if role_of(p).bits:
-            require(kind in INTEGERS, f"{name} is stored as {kind}, not one of {INTEGERS}")
+            require(kind in INTEGERS, f"{name} is stored as {kind!r:.80}, not one of {INTEGERS}")
             value = dequantize_rows(self.take("<i1", p.shape), self.take("<f2", p.shape[:1]))
         else:
-            require(kind in FLOATS, f"{name} is stored as {kind}, not one of {[*FLOATS]}")
+            require(kind in FLOATS, f"{name} is stored as {kind!r:.80}, not one of {[*FLOATS]}")
             value = self.take(FLOATS[kind], p.shape).float()
         require(value.isfinite().all(), f"{name} is not finite")
         return value
@@ -1721,7 +1721,7 @@ def unpack(header: Any, raw: bytes, codec: str) -> Unpacked:
         expected = list(GPT(architecture).named_parameters())
     values, tensors, kinds = Values(raw), {}, []
     for (name, p), (given, kind) in zip(expected, header["tensors"], strict=True):
-        require(given == name, f"{given} is stored where {name} is due")
+        require(given == name, f"{given!r:.80} is stored where {name} is due")
         tensors[name] = values.take_stored(name, kind, p)
         if role_of(p).optimizer == "muon":
             kinds.append(kind)
@@ -1748,7 +1748,7 @@ def check_artifact_tokenizer(data: bytes, origin: str, config: Config) -> None:
     require(
         not theirs or not ours or ours == theirs,
         f"{origin} was trained with another tokenizer than TOKENIZER_PATH={path}: SHA-256 "
-        f"{str(theirs)[:12]}..., not {ours[:12]}...",
+        f"{str(theirs)[:12]!r}..., not {ours[:12]!r}...",
     )
 
 
@@ -2735,6 +2735,20 @@ class Progress(NamedTuple):
     per_step: float = 0.0  # seconds
     due: int = 1  # step at which the clock is read next
 
+    @classmethod
+    def from_json(cls, values: dict[str, Any], iterations: int) -> Progress:
+        """From a checkpoint's header; ValueError if it is malformed."""
+        require(values.keys() == set(cls._fields), f"counters {sorted(values)}")
+        seconds, per_step = float(values["seconds"]), float(values["per_step"])
+        step, averaged, due = (int(values[name]) for name in ("step", "averaged", "due"))
+        require(
+            0 <= step <= iterations and 0 <= averaged <= step and 0 <= due < 1 << 32,
+            f"counters step {step}, averaged {averaged}, due {due}",
+        )
+        good = all(0 <= x < 1e9 for x in (seconds, per_step))
+        require(good, f"counters seconds {seconds}, per_step {per_step}")
+        return cls(step, averaged, seconds, per_step, due)
+
 
 class Checkpoint(NamedTuple):
     """A checkpoint that was found good."""
@@ -2859,7 +2873,7 @@ def find_checkpoint(config: Config, trainer: Trainer, log_later: list[str]) -> C
         require(len(found) == size, f"{len(found)} numbers where {size} are due")
         require(np.isfinite(found).all(), "it holds numbers that are not finite")
         values.append(found)
-        progress = Progress(**header["progress"])
+        progress = Progress.from_json(header["progress"], config.iterations)
         return Checkpoint("", progress, int(header["metrics"]), int(header["threads"]))
 
     def find() -> Checkpoint | None:
@@ -3086,7 +3100,8 @@ class World:
         self.watchdog.trusting = True  # it saves what there is
         time.sleep(GRACE + 1)  # until beats have ceased to come
         silent = self.watchdog.silent(GRACE - 1)
-        self.is_main = self.rank == min({*range(self.size)} - {*silent})  # the first left saves
+        left = {*range(self.size)} - {*silent}
+        self.is_main = self.rank == min(left, default=self.rank)  # the first that is left saves
         lost = self.watchdog.missing(GRACE - 1) or "a collective failed"
         reason = str(error).splitlines()[0]
         return Ended(EXIT_LOST, f"{self.place}: {lost} ({reason})")
@@ -3239,7 +3254,12 @@ class Watchdog:
         return ""
 
     def silent(self, patience: int) -> list[int]:
-        """The ranks that have sent no beat for that long."""
+        """The ranks that have sent no beat for that long.
+
+        If the own beat does not come back, the store is gone, and with it rank 0 or torchrun.
+        """
+        if self.quiet[self.world.rank] > patience:
+            return [0]
         return [rank for rank, quiet in enumerate(self.quiet) if quiet > patience]
 
     def missing(self, patience: int) -> str:
@@ -3978,17 +3998,14 @@ def open_log(config: Config, world: World) -> Log:
 
     def make() -> bool:
         known = folder.exists()
-        if known:
-            world.lock = lock_folder(folder)
         finished = (folder / "result.json").exists()
         require(not finished, f"{folder} holds a finished run: choose another RUN_ID")
         require(
             not known or config.resume == "auto",
             f"{folder} exists and would be overwritten: choose another RUN_ID, or RESUME=auto",
         )
-        if not known:
-            folder.mkdir(parents=True)
-            world.lock = lock_folder(folder)
+        folder.mkdir(parents=True, exist_ok=known)
+        world.lock = lock_folder(folder)
         return known
 
     known = world.on_main(make)

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import socket
 import struct
 import subprocess
@@ -118,7 +119,23 @@ def become_rank(job: Callable[[], int], env: dict[str, str], out: Path) -> None:
         del os.environ[name]
     os.environ.update(env)
     torch.set_num_threads(THREADS)
+    default_signals()
     os._exit(job())
+
+
+def default_signals() -> None:
+    """As a shell in the foreground leaves them; below one in the background, some are ignored."""
+    for number in tg.STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def wait_for(condition: Callable[[], Any], what: str) -> None:
+    """Waits until something is so; `what` is said if that takes too long on any machine."""
+    end = time.monotonic() + HANG
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.05)
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

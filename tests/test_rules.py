@@ -5,11 +5,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from helpers import HANG, ROOT, clean_environment
+from helpers import HANG, ROOT, clean_environment, default_signals, wait_for
 
 HANDLERS = """
 import os
@@ -69,7 +68,7 @@ def test_that_must_not_begin():
 
 
 def begin(folder: Path, text: str, *words: str, threads: str = "1") -> subprocess.Popen[str]:
-    """Runs a file of tests under our rules, in a process group as a terminal would make it."""
+    """Runs a file of tests under our rules, as a terminal would: a process group that hears it."""
     (folder / "test_child.py").write_text(text)
     env = clean_environment() | {"OMP_NUM_THREADS": threads}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
@@ -81,14 +80,8 @@ def begin(folder: Path, text: str, *words: str, threads: str = "1") -> subproces
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=default_signals,
     )
-
-
-def wait_for(path: Path) -> None:
-    end = time.monotonic() + HANG
-    while not path.exists():
-        assert time.monotonic() < end, f"{path} did not come"
-        time.sleep(0.05)
 
 
 def alive(group: int) -> list[str]:
@@ -116,12 +109,9 @@ def test_threads_and_handlers(tmp_path: Path) -> None:
 def test_ctrl_c_ends_the_tests(tmp_path: Path, words: tuple[str, ...]) -> None:
     """Amid a run in the test process, on forked ranks, in a process of xdist's; nobody is left."""
     child = begin(tmp_path, ENDLESS, *words)
-    wait_for(tmp_path / "begun")
+    wait_for((tmp_path / "begun").exists, "no run began")
     os.killpg(child.pid, signal.SIGINT)
     said, _ = child.communicate(timeout=HANG)
     assert child.returncode == pytest.ExitCode.INTERRUPTED and "KeyboardInterrupt" in said, said
     assert not (tmp_path / "too far").exists()
-    end = time.monotonic() + HANG
-    while left := alive(child.pid):
-        assert time.monotonic() < end, f"these outlive the tests: {left}"
-        time.sleep(0.05)
+    wait_for(lambda: not alive(child.pid), f"these outlive the tests: {alive(child.pid)}")
