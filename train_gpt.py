@@ -1364,9 +1364,8 @@ class GPT(nn.Module):
         x = x.to(self.dtype)
         if self.smear != "none":
             share = torch.sigmoid(self.smear_gate).to(x.dtype)
-            if (
-                self.smear == "document"
-            ):  # a document's first token takes nothing from the one before
+            if self.smear == "document":
+                # A document's first token takes nothing from the one before.
                 share = share * (ids != BOS)[..., None]
             before = F.pad(x[:, :-1], (0, 0, 1, 0))
             x = torch.lerp(x, before, share)
@@ -3103,8 +3102,8 @@ class World:
         left = {*range(self.size)} - {*silent}
         self.is_main = self.rank == min(left, default=self.rank)  # the first that is left saves
         lost = self.watchdog.missing(GRACE - 1) or "a collective failed"
-        reason = str(error).splitlines()[0]
-        return Ended(EXIT_LOST, f"{self.place}: {lost} ({reason})")
+        reason = str(error).splitlines()[0]  # gloo's is long
+        return Ended(EXIT_LOST, f"{self.place}: {lost} ({reason:.160})")
 
     def all_reduce(self, x: Tensor) -> Tensor:
         self.collective(functools.partial(dist.all_reduce, x))
@@ -3291,10 +3290,12 @@ class Watchdog:
 
         Why it `failed`, if it did, goes to the others.
         """
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # this rank is about to end
         self.failed = failed
         self.leaving.set()
         self.telling.join(3)
-        if failed:
+        if failed and not self.world.signal:
             time.sleep(2)  # of all ranks' beats: rank 0 may take the store with it
 
 
