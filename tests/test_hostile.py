@@ -41,7 +41,6 @@ from helpers import (
     ARTIFACT_MAGIC,
     CHECKPOINT_MAGIC,
     EXACT,
-    THREADS,
     one_rank,
     parts_of,
     sealed,
@@ -114,7 +113,7 @@ def child(parser: Parser, inputs: Iterator[tuple[int, bytes]], path: Path, repor
     faulthandler.disable()
     for alarm in (signal.SIGALRM, signal.SIGPROF):
         signal.signal(alarm, signal.SIG_DFL)
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(1)  # OpenMP's other threads did not come along through the fork
     hints = get_type_hints(tg.Architecture)  # evaluates our own annotations: no event of an input
     pytest.MonkeyPatch().setattr(tg, "get_type_hints", {tg.Architecture: hints}.get)
     space = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + SPACE
