@@ -1550,9 +1550,8 @@ def quantize_rows(w: Tensor, clip: Tensor, bits: int, floor: float) -> tuple[Ten
     """Integers as int8 [r, c] and float16 steps [r] of w [r, c]; rows saturate at `clip` [r]."""
     step = row_steps(clip, bits, floor)
     stored = step.half()
-    if (
-        bits < 8
-    ):  # as PR 855 and PR 1230 do; at 8 bits the rounding of a step is too small to matter
+    # As PR 855 and PR 1230 do: at 8 bits the rounding of a step is too small to matter.
+    if bits < 8:
         step = stored.float()
     clipped = w.clamp(-clip[:, None], clip[:, None])
     return round_to_steps(clipped, step[:, None], bits).to(torch.int8), stored
@@ -2474,9 +2473,9 @@ class Trainer:
         clock = self.clock
         if self.step == self.config.iterations:
             return "iterations"
-        reserve = (
-            2 * clock.per_step if self.step > 1 else 0.0
-        )  # the first step's time is no measure
+        reserve = 0.0
+        if self.step > 1:  # the first step's time is no measure
+            reserve = 2 * clock.per_step
         return "wallclock_cap" if seconds + reserve > clock.cap else ""
 
     def train(self, reporter: Reporter, checkpoints: Checkpoints, validate: Validate) -> Trained:
@@ -2849,8 +2848,9 @@ class Checkpoints:
             if whole and code != EXIT_NON_FINITE and not aborted:
                 self.save(trainer)
                 wait(self.pending)
-                command = command_to_go_on(self.config, self.world, self.log.folder)
-                self.log(f"to resume: {command}")
+                if any(self.log.folder.glob("step_*.ckpt")):
+                    command = command_to_resume(self.config, self.world, self.log.folder)
+                    self.log(f"to resume: {command}")
             self.log.to_file(f"ended: {end}")
             raise
         finally:
@@ -3913,8 +3913,8 @@ def need_text(need: str) -> str:
     """One entry of `needs` as variables are written: NUM_LOOPS>1, TIE_EMBEDDINGS=0."""
     if need.startswith("!"):
         return f"{need[1:].upper()}=0"
-    name, sign, value = re.fullmatch(r"(\w+)([>=]?)(\w*)", need).groups()  # type: ignore[union-attr]
-    return f"{name.upper()}{sign}{value}"
+    name = re.split("[>=]", need)[0]
+    return need.replace(name, name.upper(), 1)
 
 
 def help_for(name: str) -> str:
@@ -4037,7 +4037,7 @@ def settings(config: Config) -> str:
     return " ".join(texts) or "nothing beside the preset"
 
 
-def command_to_go_on(config: Config, world: World, folder: Path) -> str:
+def command_to_resume(config: Config, world: World, folder: Path) -> str:
     """The command that resumes a run, with the variables of this one."""
     options = [f.name.upper() for f in fields(Config)] + ["USE_DEPTH_EMBED"]
     ours = {name: os.environ[name] for name in options if name in os.environ}
@@ -4060,7 +4060,14 @@ class Artifact(NamedTuple):
 
 
 def read_artifact(path: Path, config: Config, world: World) -> Artifact:
-    data = world.on_main(path.read_bytes)
+    """An artifact, or that of a run's folder, which rank 0 alone needs to see."""
+
+    def read() -> bytes:
+        file = path / ARTIFACT if path.is_dir() else path
+        require(file.exists(), f"EVAL_ONLY={path}: there is no {file}")
+        return file.read_bytes()
+
+    data = world.on_main(read)
     check_artifact_tokenizer(data, str(path), config)
     model, architecture, kind = load_model(data, str(path), config.eval_passes)
     return Artifact(replace(config, **asdict(architecture)), data, model.to(world.device), kind)
@@ -4114,7 +4121,8 @@ def score_artifact(
             scorer.warm_up(forward, learner)
         stride = 0 if name == "roundtrip" else config.eval_stride
         score = scores[name] = scorer.score(forward, stride, learner)
-        label, loss, bpb = f"final_{artifact.kind.replace('+', '_')}_{name}", *score[:2]
+        loss, bpb = score.val_loss, score.val_bpb
+        label = f"final_{artifact.kind.replace('+', '_')}_{name}"
         took = f"eval_time:{1e3 * score.eval_seconds:.0f}ms"
         log(f"{label} val_loss:{loss:.4f} val_bpb:{bpb:.4f} {took}")
         log(f"{label}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
@@ -4344,10 +4352,7 @@ def do_run(config: Config, world: World) -> int:
     artifact = None
     result: dict[str, Any] = {}
     if config.eval_only:
-        path = Path(config.eval_only)
-        path = path / ARTIFACT if path.is_dir() else path
-        require(path.exists(), f"EVAL_ONLY={config.eval_only}: there is no {path}")
-        artifact = read_artifact(path, config, world)
+        artifact = read_artifact(Path(config.eval_only), config, world)
         config = artifact.config
     if config.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
@@ -4372,7 +4377,8 @@ def do_run(config: Config, world: World) -> int:
 
 def main(arguments: Iterable[str] = ()) -> int:
     """The exit code of a run, or of help. What a user can mend is one line without a traceback."""
-    arguments, world, failed = [*arguments], None, ""
+    arguments = [*arguments]
+    world, failed = None, ""
     try:
         if arguments:
             say(sys.stdout, answer(arguments))
@@ -4389,10 +4395,13 @@ def main(arguments: Iterable[str] = ()) -> int:
     except (Ended, SystemError, *KNOWN) as error:
         # SystemError is what C code may make of a signal that comes amid it.
         cause = error.__cause__ if isinstance(error, SystemError) else error
-        code, failed = cause.code if isinstance(cause, Ended) else EXIT_INPUT, str(cause or error)
+        code = cause.code if isinstance(cause, Ended) else EXIT_INPUT
+        failed = str(cause or error)
         say(sys.stderr, f"[rank {os.environ.get('RANK', 0)}] {failed}")
     except Exception as error:
-        code, failed = 1, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        code = 1
+        first_line = str(error).partition("\n")[0]
+        failed = f"{type(error).__name__}: {first_line}"
         say(sys.stderr, traceback.format_exc())
     if dist.is_initialized():
         if world and world.watchdog:
