@@ -23,12 +23,13 @@ import numpy as np
 import pytest
 import sample
 import torch
-from helpers import NAMES, ON_CPU, THREADS, write_manifest
+from helpers import NAMES, ON_CPU, THREADS, default_signals, write_manifest
 from hypothesis import HealthCheck, settings
 
 import train_gpt as tg
 
 torch.set_num_threads(THREADS)
+default_signals()  # what a test starts inherits them; a shell's background job ignores SIGINT
 # No example has a time limit: a loaded machine is no fault of the code.
 settings.register_profile("any load", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any load")

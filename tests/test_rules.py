@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import HANG, ROOT, clean_environment, default_signals, wait_for
+from helpers import HANG, ROOT, clean_environment, wait_for
 
 HANDLERS = """
 import os
@@ -80,7 +80,6 @@ def begin(folder: Path, text: str, *words: str, threads: str = "1") -> subproces
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=default_signals,
     )
 
 

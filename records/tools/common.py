@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -21,7 +21,6 @@ import train_gpt as tg
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = frozenset(name.upper() for name in tg.Config.__dataclass_fields__) | {"USE_DEPTH_EMBED"}
-LOADED = itertools.count()
 BAR = "=" * 100  # ends the script in logs whose first line does not give its length
 
 
@@ -36,14 +35,22 @@ def warn(text: str) -> None:
 def load_script(path: Path) -> types.ModuleType:
     """The script as a new module each time: what one keeps, the next does not know.
 
-    Its source is what runs, never a cached file beside it.
+    Its source is what runs, never a cached file beside it. The newest module of a source takes the
+    place of the one before, which lives as long as somebody uses it: an audit loads dozens.
     """
-    name = f"{path.stem}_loaded_{next(LOADED)}"
+    source = path.read_bytes()
+    name = f"{path.stem}_{hashlib.sha256(source).hexdigest()[:16]}"
     module = types.ModuleType(name)
     module.__file__ = str(path)
     sys.modules[name] = module  # dataclasses look their module up
-    exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
+    exec(compiled(source, str(path)), module.__dict__)
     return module
+
+
+@functools.lru_cache(maxsize=8)
+def compiled(source: bytes, name: str) -> types.CodeType:
+    """The code of a source text, for tracebacks that name it so."""
+    return compile(source, name, "exec")
 
 
 def without_options(environment: Mapping[str, str]) -> dict[str, str]:
