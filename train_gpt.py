@@ -2683,11 +2683,12 @@ class Reporter:
         """A bar of steps or of time, whichever ends first, and what is left."""
         step, iterations, clock = trainer.step, self.config.iterations, trainer.clock
         left = min((iterations - step) * clock.per_step, clock.cap - seconds)
+        rest = f"{duration(left)} left" if left >= 0.5 else "validating"
         done = max(step / iterations, seconds / clock.cap)
-        bar = ("=" * round(20 * done)).ljust(20)
+        bar = ("=" * round(8 * done)).ljust(8)
         return (
             f"[{bar}] {done:4.0%}  step {step:,}/{iterations:,}  loss {loss:.3f}  "
-            f"{duration(left)} left  {speed:,.0f} tokens/s"
+            f"{rest}  {speed:,.0f} tokens/s"
         )
 
     def end(self, trainer: Trainer, seconds: float, why: str) -> None:

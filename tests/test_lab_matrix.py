@@ -2,7 +2,9 @@
 
 import fcntl
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +12,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
+from typing import cast
 
 import pytest
 
@@ -47,6 +50,7 @@ if env["PRESET"] == "D":
 (folder / "result.json").write_text(json.dumps(
     dict(config=config, roundtrip=dict(val_bpb=1), fits=True, env=env)))
 """
+REFUSE = 'print("[rank 0] no such data", file=sys.stderr), sys.exit(2)'
 
 
 def command(out: Path, *words: str, given: Mapping[str, str] = MappingProxyType({})) -> list[str]:
@@ -187,6 +191,40 @@ def test_failures_are_told_and_the_rest_goes_on(
     told = capsys.readouterr().out
     assert "out of luck" in told and f"0 made, {2 + (not unknown)} there already" in told
     assert (tmp_path / "full" / "D" / "seed1337.unfinished1").is_dir()
+
+
+def test_bad_input_stops_the_matrix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What one run refuses would be told again for every other; what is finished is counted."""
+    words = ["run", "Ap", "D", "E", "--seeds", "2", "--out", str(tmp_path)]
+    refusing = FAKE.replace('sys.exit("[rank 0] out of luck")', REFUSE)
+    monkeypatch.setattr(
+        ablate.Run,
+        "command",
+        lambda run: [sys.executable, "-c", refusing, json.dumps(asdict(run.config()))],
+    )
+    assert call(monkeypatch, *words) == 1
+    told = capsys.readouterr().out
+    assert "D seed 1337: FAILED, exit code 2: [rank 0] no such data" in told
+    assert "Not begun: E seeds 1337, 1338; Ap seed 1338; D seed 1338." in told
+    assert "6 runs: 1 made, 0 there already, 1 failed, 4 not started" in told
+    assert call(monkeypatch, "run", "E", "--out", str(tmp_path)) == 0
+    assert call(monkeypatch, *words) == 1
+    told = capsys.readouterr().out
+    assert "Not begun: Ap seed 1338; D seed 1338; E seed 1338." in told
+    assert "6 runs: 0 made, 2 there already, 1 failed, 3 not started" in told
+
+
+def test_one_mistake_is_told_once(
+    fake: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["run", "Ap", "C", "--seeds", "2", "--out", str(tmp_path), "--set", "NUM_HEADS=3"]
+    assert call(monkeypatch, *words) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("Ap seeds 1337, 1338; C seeds 1337, 1338: FAILED, ")
+    assert lines[1] == "4 runs: 0 made, 0 there already, 4 failed, 0 not started"
+    assert len(lines) == 3 and "NUM_HEADS" in lines[0], lines
 
 
 def test_a_folder_with_another_configuration_is_neither_used_nor_lost(
@@ -377,6 +415,48 @@ def test_a_board_tells_progress_and_time_left(
     board.left.remove(runs[0])
     board.tick(runs[1], 60.0)
     assert capsys.readouterr().out == "[2/2] C seed 2: 1 min, 3 min left of all\n"
+    board.tick(runs[1], 300.0)
+    assert capsys.readouterr().out == "[2/2] C seed 2: 5 min\n", "it takes longer than the others"
+
+
+@pytest.mark.parametrize(
+    ("printed", "doing"),
+    [
+        ("step:99/100 train_loss:4.1 train_time:9ms", "0 s left of it"),
+        ("step:100/100 train_loss:4.1 train_time:9ms", "validating"),
+        ("stopping_early: wallclock_cap train_time:9ms step:99/100", "validating"),
+        ("step:100/100 train_loss:4.1\npeak memory allocated: 0 MiB", "packing the model"),
+        ("peak memory allocated: 0 MiB\nCode size: 9 bytes", "scoring the packed model"),
+    ],
+)
+def test_a_board_tells_what_follows_the_last_step(
+    printed: str, doing: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the lines of train_gpt.py, as in the first run's committed log."""
+    given = dict(PRESET="C,tiny", ITERATIONS="100", MAX_WALLCLOCK_SECONDS="9")
+    run = ablate.Run("C", 1, "full", given, tmp_path / "C" / "seed1", 1)
+    run.folder.mkdir(parents=True)
+    (run.folder / "metrics.jsonl").write_text('{"step": 99, "train_seconds": 8.95}\n')
+    run.beside(".console").write_text(f"step:98/100 train_loss:4.2\n{printed}\n")
+    ablate.Board([run]).tick(run, 61.0)
+    assert capsys.readouterr().out == f"[1/1] C seed 1: 1 min, step 99 of 100 (99%), {doing}\n"
+    for line in ablate.AFTER_TRAINING:
+        log = (common.ROOT / "records" / "tiny_T" / "train.log").read_text()
+        assert re.search(line, log), line
+
+
+@pytest.mark.parametrize(("step", "rest"), [(10_000, "2.8 h left"), (20_000, "validating")])
+def test_a_terminal_tells_what_follows_the_last_step(step: int, rest: str) -> None:
+    """The script's own bar, of a run that takes a second a step."""
+    config = tg.Config.from_env(
+        dict(PRESET="tiny", ITERATIONS="20000", WARMDOWN_ITERS="1", MAX_WALLCLOCK_SECONDS="0")
+    )
+    clock = SimpleNamespace(per_step=1.0, cap=math.inf)
+    trainer = cast(tg.Trainer, SimpleNamespace(step=step, clock=clock))
+    reporter = tg.Reporter(config, cast(tg.Log, None))
+    shown = reporter.progress(trainer, loss=3.0, seconds=float(step), speed=8e6)
+    assert shown.endswith(f"loss 3.000  {rest}  8,000,000 tokens/s")
+    assert len(shown) < 80, "a line that a terminal breaks is not replaced as a whole"
 
 
 # ---- The matrix, with the script
@@ -431,9 +511,10 @@ def test_torchrun_starts_two_ranks_and_their_failure_is_named(corpus: dict, tmp_
         == 2
     )
     done = ablate_run(
-        tmp_path, "D", "--nproc", "2", given=corpus | SMALL | {"DATA_PATH": "nowhere"}
+        tmp_path, "D", "E", "--nproc", "2", given=corpus | SMALL | {"DATA_PATH": "nowhere"}
     )
     assert done.returncode == 1 and "DATA_PATH=nowhere holds no fineweb_val" in done.stdout
+    assert "Not begun: E seed 1337." in done.stdout, "torchrun makes exit code 1 of 2"
 
 
 def test_submitit_runs_the_same_command(corpus: dict, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -39,6 +40,12 @@ FIELDS = {f.name: f.default for f in fields(tg.Config)}
 SET_ELSEWHERE = {"SEED", "LOG_DIR", "RUN_ID", "EVAL_ONLY"}  # by the matrix itself
 WATCH_SECONDS = 60.0  # between lines about a run in progress, where there is no terminal
 TAIL = 1 << 16  # bytes at the end of metrics.jsonl that surely hold a row
+REFUSAL = re.compile(rf"(?m)^\s*exitcode\s*: {tg.EXIT_INPUT} \(")  # as torchrun writes it
+AFTER_TRAINING = {  # a line of a run's output: what the run does from then on
+    r"(?m)^(step:(\d+)/\2 train_loss|stopping_early):": "validating",
+    r"(?m)^peak memory": "packing the model",
+    r"(?m)^Code size:": "scoring the packed model",
+}
 
 # ---- 1. The table --------------------------------------------------------------------------------
 
@@ -230,6 +237,10 @@ class Failed(RuntimeError):
     """A run that did not end with a result; the message is its cause."""
 
 
+class Refused(Failed):
+    """A run whose input the script refused: data, tokenizer or device, as a rule for all runs."""
+
+
 class Busy(Failed):
     """Another process is making this run."""
 
@@ -288,6 +299,15 @@ def cause(console: Path, code: int) -> str:
     return f"exit code {code}: {reason} ({console})"
 
 
+def is_refusal(console: Path, code: int) -> bool:
+    """Whether the script ended with the exit code for bad input.
+
+    torchrun itself ends with 1, and tells the exit code of its ranks.
+    """
+    told = REFUSAL.search(console.read_text(errors="replace"))
+    return code == tg.EXIT_INPUT or told is not None
+
+
 def launch(run: Run, lock: int, tick: Callable[[float], None]) -> int:
     """Starts a run and waits for its end; `tick` is told the seconds meanwhile. The exit code."""
     started = time.time()
@@ -321,7 +341,8 @@ def execute(run: Run, tick: Callable[[float], None]) -> bool:
         script, started, console = commit(), time.time(), run.beside(".console")
         code = launch(run, lock, tick)
         if not finished(run):
-            raise Failed(cause(console, code))
+            kind = Refused if is_refusal(console, code) else Failed
+            raise kind(cause(console, code))
         record = dict(
             row=run.row,
             seed=run.seed,
@@ -349,15 +370,28 @@ class Progress(NamedTuple):
         return f"step {self.step} of {self.iterations} ({self.share:.0%})"
 
 
-def last_row(path: Path) -> dict[str, Any] | None:
-    """The last whole row of a metrics.jsonl that may be growing; None if there is none yet."""
+def tail(path: Path) -> bytes:
+    """The end of a file that may be growing; nothing if it is not there yet."""
     try:
         with open(path, "rb") as file:
             file.seek(max(path.stat().st_size - TAIL, 0))
-            lines = file.read().split(b"\n")
+            return file.read()
     except FileNotFoundError:
-        return None
-    rows = (common.parse_row(line) for line in reversed(lines))
+        return b""
+
+
+def after_training(run: Run) -> str:
+    """What a run does after its last step, by what it printed; empty while it trains."""
+    text, doing = tail(run.beside(".console")).decode(errors="replace"), ""
+    for line, what in AFTER_TRAINING.items():
+        if re.search(line, text):
+            doing = what
+    return doing
+
+
+def last_row(path: Path) -> dict[str, Any] | None:
+    """The last whole row of a metrics.jsonl that may be growing; None if there is none yet."""
+    rows = (common.parse_row(line) for line in reversed(tail(path).split(b"\n")))
     return next((row for row in rows if row is not None), None)
 
 
@@ -426,11 +460,16 @@ class Board:
         self.looked = seconds
         told = [f"{self.place()} {run}: {common.duration(seconds)}"]
         left, now = self.seconds_left(), progress(run)
+        doing = after_training(run)
         if now is not None:
+            told.append(str(now))
+        if doing:
+            told.append(doing)
+        elif now is not None and now.share < 1:
             rest = seconds * (1 - now.share) / now.share
-            told += [str(now), f"{common.duration(rest)} left of it"]
-        if left is not None:
-            told.append(f"{common.duration(max(left - seconds, 0))} left of all")
+            told.append(f"{common.duration(rest)} left of it")
+        if left is not None and left > seconds:
+            told.append(f"{common.duration(left - seconds)} left of all")
         self.say(", ".join(told), passing=self.watched)
 
     def done(self, run: Run, made: bool) -> None:
@@ -445,12 +484,32 @@ class Board:
         result, left = common.read_result(run.folder / "result.json"), self.seconds_left()
         large = "" if result["fits"] else "; TOO LARGE for a submission"
         score = f"val_bpb {result['roundtrip']['val_bpb']:.4f}{large}"
-        self.say(f"{place} {run}: {score}, {common.duration(left or 0)} left of all")
+        rest = f", {common.duration(left)} left of all" if left else ""
+        self.say(f"{place} {run}: {score}{rest}")
 
     def failed(self, run: Run, why: str) -> None:
         self.say(f"{self.place()} {run}: FAILED, {why}")
         self.left.remove(run)
         self.failures[run] = why
+
+    def impossible(self, errors: dict[Run, str]) -> None:
+        """Runs that cannot begin, each error once with all runs that have it."""
+        for why, runs in by_reason(errors).items():
+            self.say(f"{named(runs)}: FAILED, {why}")
+        for run, why in errors.items():
+            self.left.remove(run)
+            self.failures[run] = why
+
+    def stop(self) -> None:
+        """Says which runs are not begun, after one whose input was refused."""
+        for run in list(self.left):
+            if finished(run):
+                self.done(run, False)
+        if self.left:
+            self.say(
+                "stopped: what one run refuses as bad input, the others as a rule would, too. Not "
+                f"begun: {named(self.left)}. Once it is mended, the same command goes on"
+            )
 
     def summary(self) -> int:
         """Prints what came of it; the exit code."""
@@ -458,8 +517,8 @@ class Board:
             f"{len(self.runs)} runs: {self.made} made, {self.found} there already, "
             f"{len(self.failures)} failed, {len(self.left)} not started"
         )
-        for run, why in self.failures.items():
-            self.say(f"  {run}: {why}")
+        for why, runs in by_reason(self.failures).items():
+            self.say(f"  {named(runs)}: {why}")
         return 1 if self.failures or self.left else 0
 
 
@@ -472,6 +531,26 @@ def wall_seconds(path: Path) -> float | None:
     return seconds if isinstance(seconds, (int, float)) else None
 
 
+def by_reason(errors: dict[Run, str]) -> dict[str, list[Run]]:
+    """The runs that have the same error."""
+    found: dict[str, list[Run]] = {}
+    for run, why in errors.items():
+        found.setdefault(why, []).append(run)
+    return found
+
+
+def named(runs: Iterable[Run]) -> str:
+    """Runs by row, as in `Ap seeds 1337, 1338; Bp seed 1337`."""
+    seeds: dict[str, list[str]] = {}
+    for run in runs:
+        seeds.setdefault(run.row, []).append(str(run.seed))
+    told = []
+    for row, of_row in seeds.items():
+        plural = "s" if len(of_row) > 1 else ""
+        told.append(f"{row} seed{plural} {', '.join(of_row)}")
+    return "; ".join(told)
+
+
 def tell_damage(board: Board, run: Run) -> None:
     """Says why a run that has a result is made again."""
     if (run.folder / "result.json").exists() and (what := damage(run.folder)):
@@ -479,7 +558,7 @@ def tell_damage(board: Board, run: Run) -> None:
 
 
 def run_here(board: Board) -> None:
-    """One run after the other; a failure does not stop the rest."""
+    """One run after the other. A failure does not stop the rest, unless it is bad input."""
     for run in list(board.left):
 
         def tick(seconds: float, run: Run = run) -> None:
@@ -488,6 +567,10 @@ def run_here(board: Board) -> None:
         try:
             tell_damage(board, run)
             board.done(run, execute(run, tick))
+        except Refused as error:
+            board.failed(run, str(error))
+            board.stop()
+            return
         except (Failed, tg.InputError, OSError) as error:
             board.failed(run, str(error))
 
@@ -570,13 +653,14 @@ def show_table(table: Table, names: list[str]) -> None:
 def run_matrix(table: Table, options: argparse.Namespace) -> int:
     """Every run is checked before the first is launched; one that cannot run is a failure."""
     runs = plan(table, options)
-    board = Board(runs)
+    board, errors = Board(runs), {}
     for run in runs:
         try:
             finished(run)
             run.config()
         except tg.InputError as error:
-            board.failed(run, str(error))
+            errors[run] = str(error)
+    board.impossible(errors)
     try:
         if options.cluster:
             run_by_jobs(board, options)
