@@ -29,12 +29,15 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train_gpt as tg
 from records.tools import common
 from records.tools.common import OPTIONS, ROOT
+
+if TYPE_CHECKING:  # it needs records/tools/requirements.txt, and `run` does not
+    from records.tools import report
 
 FIELDS = {f.name: f.default for f in fields(tg.Config)}
 SET_ELSEWHERE = {"SEED", "LOG_DIR", "RUN_ID", "EVAL_ONLY"}  # by the matrix itself
@@ -671,13 +674,33 @@ def run_matrix(table: Table, options: argparse.Namespace) -> int:
     return board.summary()
 
 
+def intended(table: Table, name: str) -> report.Intended:
+    """What a scale asks of every row, in words and as configurations."""
+    from records.tools import report
+
+    scale, options = table.scales.get(name), set[str]()
+    what = "every row at the size and length of its source"
+    if scale is not None:
+        what = scale.what
+    elif name in tg.SCALES:
+        what, options = tg.SCALES[name].what, set(tg.SCALES[name].values)
+    rows = {}
+    for row in table.rows.values():
+        try:
+            asked = variables(row, scale, name, {})
+            config = tg.Config.from_env(asked)
+        except tg.InputError:  # a row of another version of the script
+            continue
+        rows[row.name] = report.Asked(config, options | {option.lower() for option in asked})
+    return report.Intended(f"Scale {name}" if name else "Full size", what, rows)
+
+
 def show_report(table: Table, options: argparse.Namespace) -> int:
     from records.tools import report  # optional: records/tools/requirements.txt
 
-    name, scale = options.scale or "full", table.scales.get(options.scale)
-    what = f"Scale {name}: {scale.what}." if scale else f"Scale {name} of train_gpt.py."
-    folder = options.out.resolve() / name
-    for path in report.write(folder, table, what, options.to or folder):
+    folder = options.out.resolve() / (options.scale or "full")
+    asked = intended(table, options.scale)
+    for path in report.write(folder, table, asked, options.to or folder):
         common.say(str(path))
     return 0
 
