@@ -19,11 +19,9 @@ import train_gpt
 from records.tools import checks
 from records.tools.audit_scoring import EXACT_LINE
 from records.tools.audited import Audit, Failed, Run, Skipped, demand
+from records.tools.common import FINEWEB_BYTES, FINEWEB_DOCUMENTS, FINEWEB_SPREAD
 from records.tools.logs import same
 
-FINEWEB_DOCUMENTS = 50_000  # of the validation split
-FINEWEB_BYTES = 151_080_891  # PR 1804
-FINEWEB_SPREAD = 30_000  # bytes by which tokenizers differ (PR 1289)
 FOLDED = 2e-4  # the same as a share: what a tokenizer that folds text may change of --text
 UNLOGGED = 0.1  # seconds of training that result.json may have and the log, between lines, not
 SCORES = ("roundtrip", "sliding", "ttt")

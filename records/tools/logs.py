@@ -73,6 +73,7 @@ KINDS = (  # the last line that matches counts, whichever pattern of its figure 
     kind("model", r"^Serialized model \S+: NUMBER bytes"),
     kind("total", r"^Total submission size \S+: NUMBER bytes"),
     kind("tokens", r"\bval_tokens: ?NUMBER\b"),
+    kind("bytes", r"^val_tokens:\d+ val_bytes:NUMBER\b"),
     kind("ranks", r"(?:^|\s)world_size: ?(\d+)"),
 )
 WORDS = {  # likewise, for texts
@@ -176,6 +177,20 @@ class Log:
         chosen = self.words.get("final", "").removesuffix("_exact")
         times = [score.ms for score in self.scores if score.evaluation == chosen]
         return next((ms for ms in times if ms is not None), None)
+
+    @property
+    def data(self) -> str:
+        """What was scored, as far as the log says it."""
+        counts = [
+            f"{self.values[name]:,.0f} {name}"
+            for name in ("bytes", "tokens")
+            if name in self.values
+        ]
+        path = self.run.settings().get("DATA_PATH")
+        parts = [" in ".join(counts)] if counts else []
+        if path:
+            parts.append(f"DATA_PATH={path}")
+        return ", ".join(parts) or "data that the log does not name"
 
     def settings(self) -> dict[str, str]:
         """The configuration, without what may differ between the runs of one system."""

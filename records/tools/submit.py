@@ -185,6 +185,21 @@ def idle_options(config: tg.Config) -> set[str]:
     return idle
 
 
+def data_variables(log: Log) -> dict[str, str]:
+    """DATA_PATH and TOKENIZER_PATH of a run where they are not the defaults.
+
+    What lies in this repository is named relative to it.
+    """
+    found = {}
+    for name in ("DATA_PATH", "TOKENIZER_PATH"):
+        path, usual = Path(log.run.settings()[name]), Path(getattr(tg.Config, name.lower()))
+        if path.is_relative_to(common.ROOT):
+            path = path.relative_to(common.ROOT)
+        if path != usual:
+            found[name] = str(path)
+    return found
+
+
 def command(log: Log) -> str:
     """How the run is repeated: what its configuration changes of the defaults and can act in it."""
     settings, kinds = log.settings(), tg.get_type_hints(tg.Config)
@@ -196,7 +211,7 @@ def command(log: Log) -> str:
     defaults = {f.name.upper(): tg.show(f.default) for f in dataclass_fields(tg.Config)}
     words = [
         f"{name}={shlex.quote(value)}"
-        for name, value in settings.items()
+        for name, value in (settings | data_variables(log)).items()
         if name not in idle and value != defaults.get(name)
     ]
     ranks = int(log.values["ranks"])
@@ -242,6 +257,8 @@ def make(given: argparse.Namespace) -> Path:
             told = "\n".join(map(str, wrong))
             raise tg.InputError(f"the runs make no valid submission:\n{told}")
         os.rename(draft, folder)
+    for finding in found:
+        common.say(str(finding))
     return folder
 
 
@@ -329,7 +346,7 @@ def summary(log: Log) -> str:
     spent = log.values.get("eval_ms")
     evaluation = "" if spent is None else f", evaluation {spent / 1e3:.1f} s"
     training = checks.training_time(log) if log.train_and_calibrate_ms else "no training time"
-    return f"found {log.path.name}: {name}, {score}, {training}{evaluation}"
+    return f"found {log.path.name}: {name}, {score}, {training}{evaluation}, scored on {log.data}"
 
 
 def run(given: argparse.Namespace) -> int:
