@@ -1933,8 +1933,8 @@ SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 
 
 ADVICE = (
-    "for the sample corpus run `python data/sample.py` and set PRESET=tiny, for FineWeb run "
-    "`python data/fineweb.py` (data/README.md)"
+    f"for the sample corpus run `{shlex.quote(sys.executable)} data/sample.py` and set "
+    f"PRESET=tiny, for FineWeb run `{shlex.quote(sys.executable)} data/fineweb.py` (data/README.md)"
 )
 
 
