@@ -5,6 +5,8 @@ import importlib
 import json
 import os
 import re
+import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import train_gpt as tg
-from records.tools import common, rate, step_times
+from records.tools import common, packages, rate, step_times
 
 TOOLS = [
     "ablate",
@@ -94,6 +96,37 @@ def test_every_tool_starts_by_its_path(tmp_path: Path) -> None:
     assert helps[1::2] == TOOLS, done.stderr
     for tool, text in zip(TOOLS, helps[::2]):
         assert f"python records/tools/{tool}.py" in text
+
+
+def test_a_report_is_also_made_by_its_own_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(SCRIPTS / "report.py"), "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: ablate.py report ")
+
+
+@pytest.mark.parametrize("tool", [*TOOLS, "gpu_check", "report", "fault_job"])
+def test_a_missing_package_is_one_line(tool: str, tmp_path: Path) -> None:
+    """-S: Python does without what is installed. The line is a command that mends it."""
+    command = [sys.executable, "-S", str(SCRIPTS / f"{tool}.py"), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    python, root = shlex.quote(sys.executable), re.escape(shlex.quote(str(common.ROOT)))
+    assert re.fullmatch(
+        rf"{tool}.py: the package (numpy|torch|sentencepiece) is missing: {python} -m pip install -r "
+        rf"{root}/(records/tools/)?requirements.txt\n",
+        done.stderr,
+    ), done.stderr
+
+
+def test_a_module_of_ours_that_is_missing_is_no_package() -> None:
+    """A mistake of ours has its traceback, and so has an import by another module."""
+    for module, missing in (("__main__", "records.nothing"), ("records.tools.race", "absent")):
+        with pytest.raises(ModuleNotFoundError), packages.told_if_missing(module):
+            importlib.import_module(missing)
 
 
 # ---- rate.py and step_times.py

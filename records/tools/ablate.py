@@ -25,16 +25,19 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import train_gpt as tg
-from records.tools import common
-from records.tools.common import OPTIONS, ROOT
+from records.tools.packages import told_if_missing
+
+with told_if_missing(__name__):
+    import train_gpt as tg
+    from records.tools import common
+    from records.tools.common import OPTIONS, ROOT
 
 if TYPE_CHECKING:  # it needs records/tools/requirements.txt, and `run` does not
     from records.tools import report
@@ -591,8 +594,9 @@ def job_words(run: Run, options: argparse.Namespace) -> list[str]:
 
 def run_by_jobs(board: Board, options: argparse.Namespace) -> None:
     """Hands every run that is not there to submitit, each as a job of its own; waits."""
-    import submitit  # optional: records/tools/requirements.txt
-    from submitit.helpers import CommandFunction
+    with told_if_missing("__main__"):  # runs on this machine do without it
+        import submitit
+        from submitit.helpers import CommandFunction
 
     folder = options.out.resolve() / "jobs"
     executor = submitit.AutoExecutor(folder, cluster=options.cluster)
@@ -696,7 +700,8 @@ def intended(table: Table, name: str) -> report.Intended:
 
 
 def show_report(table: Table, options: argparse.Namespace) -> int:
-    from records.tools import report  # optional: records/tools/requirements.txt
+    with told_if_missing("__main__"):  # `run` does without its packages
+        from records.tools import report
 
     folder = options.out.resolve() / (options.scale or "full")
     asked = intended(table, options.scale)
@@ -739,7 +744,9 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="ablate.py",  # which report.py is another name of
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = top.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("list", help="Show the rows of the table.")
@@ -790,8 +797,9 @@ def work(options: argparse.Namespace) -> int:
     return run_matrix(table, options)
 
 
-def main() -> int:
-    return common.run_tool(work, parser().parse_args())
+def main(words: Sequence[str] | None = None) -> int:
+    """The exit code of a command; without words those of the command line."""
+    return common.run_tool(work, parser().parse_args(words))
 
 
 if __name__ == "__main__":

@@ -26,11 +26,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from records.tools import audit_files, audit_scoring, audited, checks, common
-from records.tools.audited import Audit, Failed, Skipped
+from records.tools.packages import told_if_missing
+
+with told_if_missing(__name__):
+    import torch
+
+    from records.tools import audit_files, audit_scoring, audited, checks, common
+    from records.tools.audited import Audit, Failed, Skipped
 
 
 def check_sliding_causality(audit: Audit) -> str:

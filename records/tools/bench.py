@@ -35,15 +35,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-import torch.distributed as dist
-from torch import nn
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import train_gpt as tg
-from records.tools import common, plain, race
-from records.tools.race import Case, Contestant, Mismatch
+from records.tools.packages import TRAINING, told_if_missing
+
+with told_if_missing(__name__, TRAINING):
+    import numpy as np
+    import torch
+    import torch.distributed as dist
+    from torch import nn
+
+    import train_gpt as tg
+    from records.tools import common, plain, race
+    from records.tools.race import Case, Contestant, Mismatch
 
 # ---- 1. One step by kind of kernel ---------------------------------------------------------------
 KERNEL_KINDS = (  # the first that matches a kernel's name

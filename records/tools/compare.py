@@ -22,40 +22,43 @@ from statistics import fmean
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import train_gpt as tg
-from records.tools import figures
-from records.tools.common import say
-from records.tools.page import (
-    Cell,
-    Picture,
-    Sheet,
-    badge,
-    change,
-    drawn,
-    number,
-    plain_table,
-    signed,
-    spread,
-    templates,
-    word,
-)
-from records.tools.results import (
-    CONFIDENCE,
-    KINDS,
-    Comparison,
-    Measure,
-    Reading,
-    Result,
-    Trace,
-    compare,
-    evenly,
-    load_seeds,
-    measure,
-    over_steps,
-    over_time,
-    over_training,
-    seed_folders,
-)
+from records.tools.packages import told_if_missing
+
+with told_if_missing(__name__):
+    import train_gpt as tg
+    from records.tools import figures
+    from records.tools.common import say
+    from records.tools.page import (
+        Cell,
+        Picture,
+        Sheet,
+        badge,
+        change,
+        drawn,
+        number,
+        plain_table,
+        signed,
+        spread,
+        templates,
+        word,
+    )
+    from records.tools.results import (
+        CONFIDENCE,
+        KINDS,
+        Comparison,
+        Measure,
+        Reading,
+        Result,
+        Trace,
+        compare,
+        evenly,
+        load_seeds,
+        measure,
+        over_steps,
+        over_time,
+        over_training,
+        seed_folders,
+    )
 
 # ---- 1. The two sides ----------------------------------------------------------------------------
 

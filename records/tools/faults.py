@@ -30,25 +30,28 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import train_gpt as tg
-from records.tools import common
-from records.tools.fault_cases import CASES, DISK, SAVED, Case
-from records.tools.fault_job import (
-    BASE,
-    PLACES,
-    STEPS,
-    WORK,
-    Job,
-    difference,
-    digest,
-    finish,
-    metrics,
-    prepare,
-    same_course,
-)
+from records.tools.packages import TRAINING, told_if_missing
+
+with told_if_missing(__name__, TRAINING):
+    import torch
+
+    import train_gpt as tg
+    from records.tools import common
+    from records.tools.fault_cases import CASES, DISK, SAVED, Case
+    from records.tools.fault_job import (
+        BASE,
+        PLACES,
+        STEPS,
+        WORK,
+        Job,
+        difference,
+        digest,
+        finish,
+        metrics,
+        prepare,
+        same_course,
+    )
 
 Row = dict[str, Any]
 Write = Callable[[Row], None]

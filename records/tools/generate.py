@@ -15,13 +15,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import sentencepiece as spm
-import torch
-from torch import Tensor
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import train_gpt as tg
-from records.tools import common
+from records.tools.packages import TRAINING, told_if_missing
+
+with told_if_missing(__name__, TRAINING):
+    import sentencepiece as spm
+    import torch
+    from torch import Tensor
+
+    import train_gpt as tg
+    from records.tools import common
 
 
 class Model(NamedTuple):

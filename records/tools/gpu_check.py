@@ -29,17 +29,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import train_gpt as tg
-from records.tools import common, race
-from records.tools.dryrun import roofline
-from records.tools.dryrun.dryrun import title_of
-from records.tools.plain import Plain
+from records.tools.packages import TRAINING, told_if_missing
+
+with told_if_missing(__name__, TRAINING):
+    import torch
+    import torch.nn.functional as F
+    from torch import Tensor
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    import train_gpt as tg
+    from records.tools import common, race
+    from records.tools.dryrun import roofline
+    from records.tools.dryrun.dryrun import title_of
+    from records.tools.plain import Plain
 
 ROOT = Path(__file__).resolve().parents[2]
 ESTIMATES = Path(__file__).resolve().parent / "dryrun/estimates.json"

@@ -26,12 +26,15 @@ from statistics import mean, stdev
 from typing import Any, NamedTuple
 from unittest import mock
 
-import numpy as np
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import train_gpt as tg
-from records.tools import common, logs
+from records.tools.packages import TRAINING, told_if_missing
+
+with told_if_missing(__name__, TRAINING):
+    import numpy as np
+    import torch
+
+    import train_gpt as tg
+    from records.tools import common, logs
 
 CODECS = [codec for codec in tg.CODECS if codec != "none"]
 LITE = dict(quant_clip="matrix", quant_scale_floor=1 / 127)  # what PR 1230 calls GPTQ-lite

@@ -2,7 +2,8 @@
 
 `python records/tools/ablate.py report` calls `write`, which makes report.html (one file that needs
 no other and no network), report.md with the same tables, and two pictures for a README. Everything
-is read from the runs' own result.json and metrics.jsonl; nothing is typed in.
+is read from the runs' own result.json and metrics.jsonl; nothing is typed in. Started by its path,
+this file is the same command.
 """
 
 from __future__ import annotations
@@ -19,42 +20,45 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import train_gpt as tg
-from records.tools import figures
-from records.tools.common import ROOT, read_result, warn
-from records.tools.page import (
-    Cell,
-    Picture,
-    Sheet,
-    badge,
-    change,
-    drawn,
-    finding,
-    number,
-    signed,
-    spread,
-    templates,
-    tone,
-    word,
-)
-from records.tools.results import (
-    ALPHA,
-    CONFIDENCE,
-    KINDS,
-    Comparison,
-    Measure,
-    Result,
-    adjust,
-    adjusted,
-    compare,
-    delta,
-    equal_time,
-    load_seeds,
-    nan,
-    not_compared,
-    over_training,
-    seed_folders,
-)
+from records.tools.packages import told_if_missing
+
+with told_if_missing(__name__):
+    import train_gpt as tg
+    from records.tools import figures
+    from records.tools.common import ROOT, read_result, warn
+    from records.tools.page import (
+        Cell,
+        Picture,
+        Sheet,
+        badge,
+        change,
+        drawn,
+        finding,
+        number,
+        signed,
+        spread,
+        templates,
+        tone,
+        word,
+    )
+    from records.tools.results import (
+        ALPHA,
+        CONFIDENCE,
+        KINDS,
+        Comparison,
+        Measure,
+        Result,
+        adjust,
+        adjusted,
+        compare,
+        delta,
+        equal_time,
+        load_seeds,
+        nan,
+        not_compared,
+        over_training,
+        seed_folders,
+    )
 
 Found = dict[str, list[Result]]  # the runs of every row, in the order of their seeds
 
@@ -708,3 +712,9 @@ def write(folder: Path, table: Any, intended: Intended, to: Path) -> list[Path]:
     for name, data in files.items():
         tg.write_atomically(to / name, data)
     return [to / name for name in files]
+
+
+if __name__ == "__main__":
+    from records.tools import ablate
+
+    sys.exit(ablate.main(["report", *sys.argv[1:]]))

@@ -18,11 +18,14 @@ from statistics import median
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import train_gpt as tg
-from records.tools import common
+from records.tools.packages import TRAINING, told_if_missing
+
+with told_if_missing(__name__, TRAINING):
+    import torch
+
+    import train_gpt as tg
+    from records.tools import common
 
 ROWS: dict[str, dict[str, str]] = {
     "plain": dict(

@@ -31,9 +31,12 @@ from statistics import mean, stdev
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import train_gpt as tg
-from records.tools import checks, common, logs
-from records.tools.logs import Log
+from records.tools.packages import told_if_missing
+
+with told_if_missing(__name__):
+    import train_gpt as tg
+    from records.tools import checks, common, logs
+    from records.tools.logs import Log
 
 SET_ASIDE = re.compile(r"\.unfinished\d+$")  # by ablate.py
 
