@@ -632,7 +632,7 @@ def command_line() -> argparse.ArgumentParser:
     option("--variant", default="sp1024", help=variant)
     shards_help = f"Number of train shards, 200 MB each (default: {DEFAULT_SHARDS})."
     option("--train-shards", type=int, metavar="N", help=shards_help)
-    root = "Folder that datasets/ and tokenizers/ are made in (default: %(default)s)."
+    root = "Folder in which datasets/ and tokenizers/ are made (default: %(default)s)."
     option("--root", type=Path, default=Path(__file__).resolve().parent, help=root)
     verify = "Read every file again and replace broken ones; needs the network only for those."
     option("--verify", action="store_true", help=verify)

@@ -715,7 +715,7 @@ def command_line() -> argparse.ArgumentParser:
     option("--seed", type=int, default=1337, help=seed)
     share = "Share of the documents that is held out for validation (default: %(default)s)."
     option("--val-share", type=float, default=0.01, help=share)
-    size = "Tokens in a file, of 2 bytes each (default: %(default)s)."
+    size = "Most tokens in a shard, of 2 bytes each (default: %(default)s)."
     option("--shard-tokens", type=int, default=100_000_000, help=size)
     key = "JSON field or Parquet column that holds the text (default: %(default)s)."
     option("--key", default="text", help=key)

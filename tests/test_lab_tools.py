@@ -57,23 +57,41 @@ def parser_of(tool: str) -> argparse.ArgumentParser:
     return module.make_parser() if hasattr(module, "make_parser") else module.parser()
 
 
-def actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    """All options of a parser and of its commands."""
+def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """A parser and those of its commands."""
+    yield parser
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for sub in action.choices.values():
-                yield from actions(sub)
-        elif not isinstance(action, argparse._HelpAction):
-            yield action
+                yield from parsers(sub)
 
 
-@pytest.mark.parametrize("tool", TOOLS)
+def actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """All options of a parser and of its commands."""
+    for one in parsers(parser):
+        for action in one._actions:
+            if not isinstance(action, argparse._HelpAction | argparse._SubParsersAction):
+                yield action
+
+
+@pytest.mark.parametrize("tool", [*TOOLS, "gpu_check", "dryrun.dryrun"])
 def test_help_is_in_sentences_with_defaults(tool: str) -> None:
     for action in actions(parser_of(tool)):
         name, text = action.option_strings or [action.dest], action.help or ""
         assert re.match(r"[A-Z].*\.$", text), f"{tool} {name}: {text!r}"
         if action.default not in (None, False, [], argparse.SUPPRESS) and action.option_strings:
             assert "(default: " in text, f"{tool} {name}: {text!r}"
+
+
+@pytest.mark.parametrize("tool", [*TOOLS, "gpu_check", "dryrun.dryrun"])
+def test_help_is_readable_at_80_columns(tool: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No line is broken by the terminal, and none of the description runs into the next."""
+    monkeypatch.setenv("COLUMNS", "80")
+    for parser in parsers(parser_of(tool)):
+        for line in parser.format_help().splitlines():
+            assert len(line) <= 80, f"{tool}: {line}"
+        for line in (parser.description or "").splitlines():
+            assert not re.search(r"\S {4,}[^ #]", line), f"{tool}: {line}"
 
 
 START_ALL = """
@@ -116,8 +134,8 @@ def test_a_missing_package_is_one_line(tool: str, tmp_path: Path) -> None:
     assert done.returncode == 2
     python, root = shlex.quote(sys.executable), re.escape(shlex.quote(str(common.ROOT)))
     assert re.fullmatch(
-        rf"{tool}.py: the package (numpy|torch|sentencepiece) is missing: {python} -m pip install -r "
-        rf"{root}/(records/tools/)?requirements.txt\n",
+        rf"{tool}.py: the package (numpy|torch|sentencepiece) is missing: {python} "
+        rf"-m pip install -r {root}/(records/tools/)?requirements.txt\n",
         done.stderr,
     ), done.stderr
 

@@ -1,17 +1,21 @@
-"""The run matrix: the rows of runs.toml, each with several seeds, one folder a run.
+r"""The run matrix: the rows of runs.toml, each with several seeds.
 
-    python records/tools/ablate.py list                                   # rows, series, hypotheses
-    python records/tools/ablate.py run series1 wins --seeds 3 --nproc 8   # one run after the other
-    python records/tools/ablate.py run all --seeds 3 --nproc 8 --cluster slurm \
-        --job slurm_partition=gpu
-    python records/tools/ablate.py report                                 # tables, pictures
+    python records/tools/ablate.py list         # rows, series and hypotheses
+    python records/tools/ablate.py run series1 wins --seeds 3 --nproc 8
+    python records/tools/ablate.py run all --seeds 3 --nproc 8 \
+        --cluster slurm --job slurm_partition=gpu
+    python records/tools/ablate.py report       # tables and pictures
 
-A run is `train_gpt.py` with the variables of its row, of the scale and of `--set`; other options of
-the script that happen to stand in the environment do not reach it. It lives in
-<out>/<scale>/<row>/seed<n>/, where run.json says how it was started. `run` can be stopped and
-started again at any time: a finished run is left alone, one that was cut off or whose files are
-damaged is set aside and made again, a failed one is tried again. What it prints may go to a closed
-pipe or a full disk: the runs go on.
+A run is train_gpt.py with the variables of its row, of the scale and of
+--set. Other options of the script that happen to stand in the environment do
+not reach it. Every run has a folder, <out>/<scale>/<row>/seed<n>/, where
+run.json says how it was started.
+
+`run` can be stopped at any time, and the same command goes on: finished runs
+are left alone, one that was cut off or whose files are damaged is set aside
+and made again, a failed one is tried again. It stops by itself at a run that
+ends with exit code 2 (bad input), as the others would end in the same way.
+Nothing ends if its own output goes to a closed pipe or a full disk.
 """
 
 from __future__ import annotations
@@ -712,8 +716,8 @@ def show_report(table: Table, options: argparse.Namespace) -> int:
 
 def add_run_options(run: argparse.ArgumentParser) -> None:
     add = run.add_argument
-    add("names", nargs="+", help="Runs by name or by series, or all.")
-    add("--seeds", type=int, default=1, help="Number of seeds (default: %(default)s).")
+    add("names", nargs="+", help="Rows by name or by series, or all.")
+    add("--seeds", type=int, default=1, help="Number of seeds of every row (default: %(default)s).")
     add(
         "--first-seed",
         type=int,
@@ -724,14 +728,20 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
         "--nproc",
         type=int,
         default=1,
-        help="Ranks, one a GPU; torchrun starts more than one (default: %(default)s).",
+        help="Ranks of a run, one for each GPU (default: %(default)s).",
     )
-    add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="Variables for every run.")
+    add(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="Options of train_gpt.py for every run; they win over those of row and scale.",
+    )
     add(
         "--cluster",
         choices=("slurm", "local"),
         default="",
-        help="Hand every run to submitit as a job of its own (default: run them here).",
+        help="Hand every run to submitit as a job (default: run one after the other here).",
     )
     add(
         "--job",
@@ -749,10 +759,15 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = top.add_subparsers(dest="command", required=True)
-    listing = commands.add_parser("list", help="Show the rows of the table.")
-    run = commands.add_parser("run", help="Make the runs that are not there yet.")
-    report = commands.add_parser("report", help="Write tables and pictures of finished runs.")
-    listing.add_argument("names", nargs="*", help="Runs by name or by series (default: all).")
+    texts = dict(
+        list="Show the rows of the table with their hypotheses and baselines.",
+        run="Make the runs that are not there yet.",
+        report="Write tables and pictures of the finished runs.",
+    )
+    listing, run, report = (
+        commands.add_parser(name, help=text, description=text) for name, text in texts.items()
+    )
+    listing.add_argument("names", nargs="*", help="Rows by name or by series (default: all).")
     add_run_options(run)
     report.add_argument(
         "--to", type=Path, help="Folder for the report (default: that of the runs)."
@@ -761,7 +776,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--scale",
             default="",
-            help="A scale of runs.toml or of train_gpt.py (default: full size).",
+            help="A scale of runs.toml (micro) or of train_gpt.py (tiny) (default: full size).",
         )
         sub.add_argument(
             "--out",

@@ -1,12 +1,15 @@
-"""Whether one run, or one system over several seeds, is better than another, and how sure that is.
+r"""Is one run, or one system over several seeds, better than another?
 
     python records/tools/compare.py logs/first logs/second
-    python records/tools/compare.py logs/lab/tiny/T logs/lab/tiny/O --html compare.html
-    python records/tools/compare.py 'logs/a_seed*' logs/b_1,logs/b_2 --png compare.png
+    python records/tools/compare.py logs/lab/tiny/T logs/lab/tiny/O \
+        --html compare.html
+    python records/tools/compare.py 'logs/a_seed*' logs/b_1,logs/b_2 \
+        --png compare.png
 
-A side is the folder of a run, that of a row (with seed*/ below it), a pattern in quotes, or several
-of these with commas between them. Runs of one side are seeds of one system. Nothing is trained or
-scored: what the runs logged is compared.
+A side is the folder of a run, that of a row (with seed*/ below it), a pattern
+in quotes, or several of these with commas between them. The runs of one side
+are seeds of one system. Nothing is trained or scored: what the runs logged is
+compared, and the answer says how sure it is.
 """
 
 from __future__ import annotations

@@ -1,13 +1,15 @@
-"""Rate and distortion: one trained model under every rounding and every codec.
+r"""Rate and distortion: one trained model under every rounding and every codec.
 
-    python records/tools/rate.py --set PRESET=T,tiny [KEY=VALUE ...] --seeds 3 \
-        --out records/rate/NAME.json
+    python records/tools/rate.py --set PRESET=T,tiny [KEY=VALUE ...] \
+        --seeds 3 --out records/rate/NAME.json
 
-Makes a run of train_gpt.py in this process for each seed, takes the weights and GPTQ's Hessians
-that it exports, and exports them again with each setting of `ROUNDINGS`. For each: the bytes that
-every codec makes of the parameters, with a byte an integer (what artifacts hold) and with the
-integers' bits packed tightly; val_bpb of the reloaded artifact; seconds to round, to compress and
-to score. Prints a table, writes JSON. Brotli is left out where it is missing.
+For each seed it makes a run of train_gpt.py in this process, takes the
+weights and GPTQ's Hessians that the run exports, and exports them again with
+each setting of ROUNDINGS. It tells the bytes that every codec makes of the
+parameters, with a byte an integer (what artifacts hold) and with the
+integers' bits packed tightly; val_bpb of the reloaded artifact; and the
+seconds to round, to compress and to score. It prints a table and writes JSON.
+Brotli is left out where its package is missing.
 """
 
 from __future__ import annotations

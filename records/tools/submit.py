@@ -1,15 +1,19 @@
-"""Makes a submission folder from finished runs, and checks any such folder against its own logs.
+r"""Makes a submission folder from finished runs, and checks any such folder.
 
-    python records/tools/submit.py logs/lab/full/T/seed* --track 10min_16mb --name looped-T \
-        --author "A. Name" --github-id aname --blurb "What it is." \
-        [--baseline records/track_10min_16mb/<folder>]
-    python records/tools/submit.py --check records/track_10min_16mb/<folder> [--baseline <folder>]
+    python records/tools/submit.py logs/lab/full/T/seed* --track 10min_16mb \
+        --name looped-T --author "A. Name" --github-id aname \
+        --blurb "What it is." [--baseline FOLDER]
+    python records/tools/submit.py --check FOLDER [--baseline FOLDER]
 
-Every number of submission.json and of the table in README.md is parsed from the logs, and the
-script is the one that the logs carry. A folder that fails its own check is not left behind. --check
-starts the folder's script (with nothing to train); --no-start only compiles it, for folders whose
-code is not trusted. The exit code is 0 if nothing is wrong, 1 if the check found a fault, 2 for
-input that cannot be read.
+Every number of submission.json and of the table in README.md is parsed from
+the logs, and the script is the one that the logs carry. A folder that fails
+its own check is not left behind. A submission needs scores on FineWeb's
+validation set; the notes say which data was scored.
+
+--check also starts the folder's script, with nothing to train; --no-start
+only compiles it, for folders whose code you do not trust. The exit code is 0
+if nothing is wrong, 1 if the check found a fault, 2 for input that cannot be
+read.
 """
 
 from __future__ import annotations
