@@ -51,7 +51,9 @@ SET_ELSEWHERE = {"SEED", "LOG_DIR", "RUN_ID", "EVAL_ONLY"}  # by the matrix itse
 WATCH_SECONDS = 60.0  # between lines about a run in progress, where there is no terminal
 TAIL = 1 << 16  # bytes at the end of metrics.jsonl that surely hold a row
 REFUSAL = re.compile(rf"(?m)^\s*exitcode\s*: {tg.EXIT_INPUT} \(")  # as torchrun writes it
-AFTER_TRAINING = {  # a line of a run's output: what the run does from then on
+BESIDE_TRAINING = {  # a line of a run's output: what the run does from then on
+    r"(?m)^warming up:": "warming up",
+    r"(?m)^step:\d+/\d+ (passes|train_loss):": "",
     r"(?m)^(step:(\d+)/\2 train_loss|stopping_early):": "validating",
     r"(?m)^peak memory": "packing the model",
     r"(?m)^Code size:": "scoring the packed model",
@@ -390,10 +392,10 @@ def tail(path: Path) -> bytes:
         return b""
 
 
-def after_training(run: Run) -> str:
-    """What a run does after its last step, by what it printed; empty while it trains."""
+def beside_training(run: Run) -> str:
+    """What a run does before its first step or after its last, by what it printed; else empty."""
     text, doing = tail(run.beside(".console")).decode(errors="replace"), ""
-    for line, what in AFTER_TRAINING.items():
+    for line, what in BESIDE_TRAINING.items():
         if re.search(line, text):
             doing = what
     return doing
@@ -470,7 +472,7 @@ class Board:
         self.looked = seconds
         told = [f"{self.place()} {run}: {common.duration(seconds)}"]
         left, now = self.seconds_left(), progress(run)
-        doing = after_training(run)
+        doing = beside_training(run)
         if now is not None:
             told.append(str(now))
         if doing:
