@@ -417,8 +417,14 @@ def test_a_board_tells_progress_and_time_left(
     assert capsys.readouterr().out == "[2/2] C seed 2: 1 min, 3 min left of all\n"
     runs[1].folder.mkdir(parents=True)
     runs[1].beside(".console").write_text("device:cpu\nwarming up: 1 steps that are undone\n")
-    board.tick(runs[1], 200.0)
-    assert capsys.readouterr().out.startswith("[2/2] C seed 2: 3 min, warming up, 40 s left of all")
+    board.tick(runs[1], 150.0)
+    assert capsys.readouterr().out == "[2/2] C seed 2: 2 min, warming up, 2 min left of all\n"
+    (runs[1].folder / "metrics.jsonl").write_text('{"step": 80, "train_seconds": 60}\n')
+    runs[1].beside(".console").write_text("step:80/100 train_loss:4\n")
+    board.tick(runs[1], 220.0)
+    assert capsys.readouterr().out.endswith(", 55 s left of it, 55 s left of all\n"), "not 20 s"
+    runs[1].beside(".console").write_text("warming up: 1 steps that are undone\n")
+    (runs[1].folder / "metrics.jsonl").unlink()
     board.tick(runs[1], 300.0)
     assert capsys.readouterr().out == "[2/2] C seed 2: 5 min, warming up\n", "longer than others"
 

@@ -475,13 +475,14 @@ class Board:
         doing = beside_training(run)
         if now is not None:
             told.append(str(now))
+        rest = 0.0
         if doing:
             told.append(doing)
         elif now is not None and now.share < 1:
             rest = seconds * (1 - now.share) / now.share
             told.append(f"{common.duration(rest)} left of it")
         if left is not None and left > seconds:
-            told.append(f"{common.duration(left - seconds)} left of all")
+            told.append(f"{common.duration(max(left - seconds, rest))} left of all")
         self.say(", ".join(told), passing=self.watched)
 
     def done(self, run: Run, made: bool) -> None:
