@@ -61,6 +61,7 @@ class Scale(NamedTuple):
     what: str
     divide: dict[str, int]
     set: dict[str, str]
+    clock: str = ""  # row whose time on an H100 every row has; "": all make ITERATIONS steps
 
 
 class Claim(NamedTuple):
@@ -75,6 +76,7 @@ class Table(NamedTuple):
     rows: dict[str, Row]
     scales: dict[str, Scale]
     claims: dict[str, Claim]
+    milliseconds: dict[str, list[float]]  # of a row's step at full size, in each of its modes
 
     def pick(self, names: Iterable[str]) -> list[Row]:
         """The rows that are named, by themselves, by their series or as `all`.
@@ -98,15 +100,16 @@ def texts(values: dict[str, Any]) -> dict[str, str]:
     return {name: tg.show(value) for name, value in values.items()}
 
 
-def read_section(
-    path: Path, data: dict[str, Any], section: str, kind: Callable[..., Any], keys: tuple[str, ...]
-) -> dict[str, Any]:
-    """The entries of a section by name; InputError for one that has other keys."""
+def read_section(path: Path, data: dict[str, Any], section: str, kind: Any) -> dict[str, Any]:
+    """The entries of a section by name, each a `kind`; InputError for one that has other keys."""
+    keys = {*kind._fields} - {"name"}
+    needed = keys - kind._field_defaults.keys()
     made = {}
     for name, entry in data.get(section, {}).items():
-        if entry.keys() != {*keys}:
+        if not needed <= entry.keys() <= keys:
             told = f"{path}: {section}.{name} has {', '.join(entry)}"
-            raise tg.InputError(f"{told}; it needs {', '.join(keys)}")
+            known = ", ".join(key for key in kind._fields if key in needed)
+            raise tg.InputError(f"{told}; it needs {known}")
         if "set" in entry:
             entry = entry | {"set": texts(entry["set"])}
         made[name] = kind(name, **entry)
@@ -120,11 +123,15 @@ def read_table(path: Path) -> Table:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise tg.InputError(f"{path}: {error}") from None
     table = Table(
-        read_section(path, data, "run", Row, Row._fields[1:]),
-        read_section(path, data, "scale", Scale, Scale._fields[1:]),
-        read_section(path, data, "claim", Claim, Claim._fields[1:]),
+        read_section(path, data, "run", Row),
+        read_section(path, data, "scale", Scale),
+        read_section(path, data, "claim", Claim),
+        data.get("milliseconds", {}),
     )
     named = {f"run {row.name}": row.baselines for row in table.rows.values()}
+    named["milliseconds"] = list(table.milliseconds)
+    for scale in table.scales.values():
+        named[f"scale {scale.name}"] = [scale.clock] if scale.clock else []
     for claim in table.claims.values():
         named[f"claim {claim.name}"] = [name for pair in claim.pairs for name in pair]
     for entry, names in named.items():
@@ -153,6 +160,60 @@ def variables(
             )
         divided[name] = str(value)
     return scale.set | row.set | divided | given
+
+
+class Stretch(NamedTuple):
+    """A part of a run in one mode of training."""
+
+    begins: float  # as a fraction of the time
+    ends: float
+    passes: int
+    ms: float  # of a step
+
+
+def stretches(row: Row, values: dict[str, str], table: Table) -> list[Stretch]:
+    """The parts of a run, by its PASSES_SCHEDULE; InputError without a table of their times."""
+    schedule = tg.Config.from_env(values).schedule()
+    costs = table.milliseconds.get(row.name, [])
+    if len(costs) != len(schedule):
+        raise tg.InputError(
+            f"{row.name} has {len(schedule)} modes of training and {len(costs)} entries in "
+            "[milliseconds]: its steps in equal time are not known"
+        )
+    begins = [when for when, _ in schedule]
+    if max(begins) >= 1:
+        raise tg.InputError(
+            f"PASSES_SCHEDULE of {row.name} counts steps; a scale with a clock needs fractions"
+        )
+    ends = [*begins[1:], 1.0]
+    return [
+        Stretch(begin, end, passes, ms)
+        for begin, end, (_, passes), ms in zip(begins, ends, schedule, costs)
+    ]
+
+
+def in_equal_time(row: Row, values: dict[str, str], table: Table, clock_row: str) -> dict[str, str]:
+    """`values` with as many steps as take the time that those of `values` take the clock's row.
+
+    Time is that of an H100 at full size (the table's milliseconds), so that what a step costs on
+    the processor at hand decides nothing. The warm-down and the parts of PASSES_SCHEDULE keep
+    their shares of the time.
+    """
+    parts = stretches(row, values, table)
+    if clock_row not in table.milliseconds:
+        raise tg.InputError(f"{clock_row}, the clock's row, has no entry in [milliseconds]")
+    config, tick = tg.Config.from_env(values), table.milliseconds[clock_row][0]
+    seconds = config.iterations * tick
+    cooling = 1 - config.warmdown_iters / config.iterations  # when the warm-down begins
+    schedule, steps, warmdown = [], 0.0, 0.0
+    for part in parts:
+        schedule.append(f"{round(steps)}:{part.passes}")
+        steps += (part.ends - part.begins) * seconds / part.ms
+        warmdown += max(part.ends - max(part.begins, cooling), 0.0) * seconds / part.ms
+    made = dict(ITERATIONS=str(round(steps)), WARMDOWN_ITERS=str(round(warmdown)))
+    if len(schedule) > 1:
+        made["PASSES_SCHEDULE"] = ",".join(schedule)
+    return values | made
 
 
 @dataclass(frozen=True, eq=False)
@@ -551,6 +612,8 @@ def plan(table: Table, options: argparse.Namespace) -> list[Run]:
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         for row in table.pick(options.names):
             values = variables(row, scale, options.scale, given)
+            if scale is not None and scale.clock:
+                values = in_equal_time(row, values, table, scale.clock)
             folder = options.out.resolve() / name / row.name / f"seed{seed}"
             runs.append(Run(row.name, seed, name, values, folder, options.nproc))
     return runs
