@@ -199,6 +199,17 @@ class Architecture:
         "Convex (Birkhoff) mix a x + (1-a) x0, a in (0, 1) per channel; off: two free weights.",
         neutral=False,
     )
+    mix_init: float = option(
+        0.0,
+        "Initial logit of the convex mix: 0 halves x and x0, 4 keeps nearly all of x.",
+        low=-16,
+        high=16,
+        needs="use_birkhoff_mix",
+        neutral=0.0,
+    )
+    mix_once_a_pass: bool = option(
+        False, "Mix x0 into the core only where a pass begins.", needs="num_shared"
+    )
     use_timestep_scale: bool = option(
         True, "Scale both branches of an effective layer by a learned gamma.", neutral=False
     )
@@ -692,6 +703,7 @@ class Layer(NamedTuple):
     skip: int = NONE  # U-Net: index of the weight of the kept output that is added to its input
     value: int = NONE  # row of the value embedding's scales
     xsa: bool = False  # exclusive self-attention
+    mix: bool = True  # x0 is mixed in before it
 
 
 def make_plan(a: Architecture, passes: int = 0) -> tuple[Layer, ...]:
@@ -732,6 +744,7 @@ def make_plan(a: Architecture, passes: int = 0) -> tuple[Layer, ...]:
                     opens=visit if i == prelude else NONE,
                     closes=visit if i == prelude + core - 1 else NONE,
                     value=value_row(i),
+                    mix=i == prelude or not a.mix_once_a_pass,
                 )
             )
     for t in range(coda):
@@ -963,8 +976,10 @@ class Mix(nn.Module):
     def __init__(self, a: Architecture) -> None:
         super().__init__()
         self.convex = a.use_birkhoff_mix
-        free = torch.stack((torch.ones(a.model_dim), torch.zeros(a.model_dim)))
-        self.weight = parameter("scalar", torch.zeros(a.model_dim) if self.convex else free)
+        start = torch.stack((torch.ones(a.model_dim), torch.zeros(a.model_dim)))
+        if self.convex:
+            start = torch.full((a.model_dim,), a.mix_init)
+        self.weight = parameter("scalar", start)
 
     def weights(self) -> tuple[Tensor, Tensor]:
         """The weights of x and of x0, [D] each."""
@@ -978,6 +993,17 @@ class Mix(nn.Module):
         if self.convex:
             return torch.lerp(x0, x, carried)
         return torch.addcmul(x * carried, x0, anchor)
+
+
+class NoMix(nn.Module):
+    """The stream as it is, before layers inside a pass with MIX_ONCE_A_PASS=1."""
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """The weights of x and of x0."""
+        return torch.ones(1), torch.zeros(1)
+
+    def forward(self, x: Tensor, x0: Tensor) -> Tensor:
+        return x
 
 
 class Attention(nn.Module):
@@ -1327,7 +1353,7 @@ class GPT(nn.Module):
             self.lm_head = parameter("head", torch.zeros(V, D))
         attns = {layer.attn: layer for layer in trained}
         mlps = {layer.mlp: layer for layer in trained}
-        self.mix = modules(Mix(a) for _ in attns)
+        self.mix = modules(Mix(a) if layer.mix else NoMix() for layer in attns.values())
         self.attn = modules(Attention(a, layer.core) for layer in attns.values())
         self.mlp = modules(MLP(a, x.core, has_input_norm(a, x)) for x in mlps.values())
         self.cond = Conditioning(a, trained)

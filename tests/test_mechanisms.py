@@ -1,0 +1,162 @@
+"""Ways to make a loop worth its time, each against its formula in float64, off and on."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_lanes import SMALL, Written, make_steps, norm, tokens, trainer_of
+from test_lanes import env as env  # a fixture
+from torch import Tensor
+
+import train_gpt as tg
+
+
+def architecture(**values: Any) -> tg.Architecture:
+    return tg.Architecture(**SMALL | values)
+
+
+def fresh_model(a: tg.Architecture) -> tg.GPT:
+    torch.manual_seed(0)
+    return tg.GPT(a, 0.05)
+
+
+def shaken_model(a: tg.Architecture) -> tg.GPT:
+    """A model none of whose parameters is at its start, so that every branch has a say."""
+    model = fresh_model(a)
+    generator = torch.Generator().manual_seed(1)
+    for p in model.parameters():
+        p.data += 0.2 * torch.randn(p.shape, generator=generator)
+    return model
+
+
+class Formula(Written):
+    """The model of one sequence in float64, without lanes, with the mechanisms of this file."""
+
+    def mixed(self, x: Tensor, x0: Tensor, stored: int) -> Tensor:
+        """The stream before a layer, from itself and the embedding."""
+        first, behind = self.a.num_prelude, self.a.num_prelude + self.a.num_shared
+        if self.a.mix_once_a_pass and first < stored < behind:
+            return x
+        weight = self.w[f"mix.{stored}.weight"]
+        if not self.a.use_birkhoff_mix:
+            return weight[0] * x + weight[1] * x0
+        share = 1 / (1 + torch.exp(-weight))
+        return share * x + (1 - share) * x0
+
+    def layer(self, x: Tensor, x0: Tensor, stored: int, row: int) -> Tensor:
+        w, D = self.w, self.a.model_dim
+        code = torch.tensor([math.sin(row / 10000 ** (i / D)) for i in range(D)])
+        x = self.mixed(x, x0, stored) + code.double()
+        gamma, beta = w["cond.gamma"][row].clamp(-4, 4), w["cond.beta"][row]
+        scale = w[f"attn.{stored}.scale"] * gamma[0]
+        x = x + scale * self.attention(norm(x), stored) + beta[0]
+        inner = x @ w[f"mlp.{stored}.fc.weight"].T
+        inner = torch.where(inner > 0, inner, 0.5 * inner) ** 2
+        scale = w[f"mlp.{stored}.scale"] * gamma[1]
+        return x + scale * norm(inner @ w[f"mlp.{stored}.proj.weight"].T) + beta[1]
+
+    def hidden(self, ids: Tensor, passes: int) -> Tensor:
+        a = self.a
+        x = x0 = norm(self.w["tok_emb"])[ids]
+        for i in range(a.num_prelude):
+            x = self.layer(x, x0, i, i)
+        for number in range(passes):
+            x = self.core_pass(x, x0, number)
+        for t in range(a.num_coda):
+            stored = a.num_prelude + a.num_shared + t
+            x = self.layer(x, x0, stored, stored + a.num_shared * (a.num_loops - 1))
+        return norm(x)
+
+
+def check_formula(passes: int = 3, **options: Any) -> None:
+    """The state that a model with these options comes to is that of its formula."""
+    a = architecture(eval_passes=4, **options)
+    model = shaken_model(a)
+    written = Formula(model, a)
+    expected = torch.stack([written.hidden(row, passes) for row in tokens()])
+    with torch.no_grad():
+        found = model.hidden(tokens(), tg.Mode(passes))[0].double()
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+
+
+def check_carried(env: Mapping[str, str], folder: Path) -> None:
+    """An artifact and a checkpoint carry what the variables switch on; all of it is trained.
+
+    The run has one pass and then two.
+    """
+    config = tg.Config.from_env(env)
+    trainer = trainer_of(config)
+    before = [p.detach().clone() for p in trainer.params]
+    make_steps(trainer, 2)
+    log = tg.Log(folder / "run", True)
+    log.folder.mkdir()
+    checkpoints = tg.Checkpoints(config, trainer.world, trainer.batches.tokens.total, log)
+    with checkpoints.kept(trainer):
+        checkpoints.save(trainer)
+    make_steps(trainer, 4)
+    for (name, p), start in zip(trainer.model.named_parameters(), before):
+        if name != "mix.0.weight":  # before the first layer x is x0
+            assert not p.equal(start), f"{name} is not trained"
+    (path,) = log.folder.glob("*.ckpt")
+    config = tg.replace(config, resume=str(path))
+    again = trainer_of(config)
+    tg.restore(again, tg.find_checkpoint(config, again, []), log)
+    make_steps(again, 4)
+    for one, other in zip(trainer.state(), again.state(), strict=True):
+        assert one.equal(other)
+    read, found, _ = tg.load_model(tg.pack(trainer.model, config), "here")
+    assert found == config.architecture()
+    for (name, p), stored in zip(trainer.model.named_parameters(), read.parameters(), strict=True):
+        torch.testing.assert_close(stored, p, rtol=0.02, atol=0.02, msg=name)
+
+
+# ---- Where and how x0 is mixed in
+
+
+@pytest.mark.parametrize("convex", [True, False])
+@pytest.mark.parametrize("passes", [1, 2, 3, 4])
+def test_x0_is_mixed_into_the_core_once_a_pass(passes: int, convex: bool) -> None:
+    check_formula(passes, num_shared=3, mix_once_a_pass=True, use_birkhoff_mix=convex)
+
+
+def test_a_mix_that_starts_at_a_logit_keeps_that_share_of_x() -> None:
+    """And draws the same other weights; at 0 the mix is what it was, to the last bit."""
+    plain, kept = fresh_model(architecture()), fresh_model(architecture(mix_init=3.0))
+    for (name, p), q in zip(plain.named_parameters(), kept.parameters(), strict=True):
+        if name.startswith("mix."):
+            assert p.equal(torch.zeros(16)) and q.equal(torch.full((16,), 3.0))
+        else:
+            assert p.equal(q)
+    x, x0 = torch.randn(2, 5, 16), torch.randn(2, 5, 16)
+    share = 1 / (1 + math.exp(-3))
+    torch.testing.assert_close(kept.mix[1](x, x0), share * x + (1 - share) * x0)
+
+
+def test_layers_inside_a_pass_have_no_mix_and_the_health_says_so() -> None:
+    model = fresh_model(architecture(num_shared=3, mix_once_a_pass=True))
+    names = {name for name, _ in model.named_parameters() if name.startswith("mix.")}
+    assert names == {"mix.0.weight", "mix.1.weight", "mix.4.weight"}
+    health = tg.recurrence_health(model, tokens(1), tg.Mode(3))
+    inside = [row for row in health if row["layer"] in (2, 3, 5, 6, 8, 9)]
+    assert all((row["mix"], row["mix_x0"]) == (1.0, 0.0) for row in inside)
+    assert all(row["mix"] == 0.5 for row in health if row not in inside)
+
+
+def test_a_mix_once_a_pass_is_trained_and_carried(env: dict[str, str], tmp_path: Path) -> None:
+    given = dict(MIX_ONCE_A_PASS="1", MIX_INIT="2", LOOP_LANES="1")
+    check_carried(env | given, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (dict(MIX_INIT="2", USE_BIRKHOFF_MIX="0"), "MIX_INIT=2.0 cannot act here: USE_BIRKHOFF"),
+        (dict(MIX_ONCE_A_PASS="1", NUM_SHARED="0"), "MIX_ONCE_A_PASS=1 cannot act here"),
+    ],
+)
+def test_what_cannot_act_is_refused(values: dict[str, str], message: str) -> None:
+    with pytest.raises(tg.InputError, match=message):
+        tg.Config.from_env(values)
