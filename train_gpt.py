@@ -189,6 +189,13 @@ class Architecture:
         needs="num_loops>1",
         neutral=1,
     )
+    core_branch_scale: float = option(
+        0.0,
+        "Scale of the core's branches, as lambda in lambda / (N L^0.5) for N = NUM_LOOPS passes "
+        "over L = NUM_SHARED layers; 0 leaves it out.",
+        high=64,
+        needs="num_shared",
+    )
     use_peri_norm: bool = option(
         True,
         "Output-LN (peri norm): normalise the MLP branch at its output instead of its input.",
@@ -1281,6 +1288,11 @@ class Conditioning(nn.Module):
             scale_in[:, 0] = scale
             mlp = scale_out if a.use_peri_norm else scale_in
             mlp[:, 1] = scale
+        if a.core_branch_scale:
+            # The updates of shared weights are alike, so N passes add up to N of them: 1 / N, not
+            # the 1 / N^0.5 of layers of their own (arXiv 2606.18524).
+            rows = [layer.row for layer in plan if layer.core]
+            scale_out[rows] *= a.core_branch_scale / (a.num_loops * a.num_shared**0.5)
         self.add("scale_in", False, scale_in)
         self.add("scale_out", False, scale_out)
 

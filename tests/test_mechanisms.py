@@ -46,11 +46,20 @@ class Formula(Written):
         share = 1 / (1 + torch.exp(-weight))
         return share * x + (1 - share) * x0
 
+    def branch_scale(self, stored: int) -> float:
+        """Of both branches, but not of their shifts."""
+        a = self.a
+        inside = a.num_prelude <= stored < a.num_prelude + a.num_shared
+        if not a.core_branch_scale or not inside:
+            return 1.0
+        return a.core_branch_scale / (a.num_loops * math.sqrt(a.num_shared))
+
     def layer(self, x: Tensor, x0: Tensor, stored: int, row: int) -> Tensor:
         w, D = self.w, self.a.model_dim
         code = torch.tensor([math.sin(row / 10000 ** (i / D)) for i in range(D)])
         x = self.mixed(x, x0, stored) + code.double()
         gamma, beta = w["cond.gamma"][row].clamp(-4, 4), w["cond.beta"][row]
+        gamma = gamma * self.branch_scale(stored)
         scale = w[f"attn.{stored}.scale"] * gamma[0]
         x = x + scale * self.attention(norm(x), stored) + beta[0]
         inner = x @ w[f"mlp.{stored}.fc.weight"].T
@@ -150,9 +159,32 @@ def test_a_mix_once_a_pass_is_trained_and_carried(env: dict[str, str], tmp_path:
     check_carried(env | given, tmp_path)
 
 
+# ---- The core's branches scaled by the number of passes
+
+
+@pytest.mark.parametrize("passes", [1, 2, 3, 4])
+def test_branches_of_the_core_are_scaled_by_the_passes(passes: int) -> None:
+    check_formula(passes, num_shared=3, core_branch_scale=2.0)
+    check_formula(passes, num_loops=2, core_branch_scale=0.5)
+
+
+def test_a_scale_of_one_is_no_scale() -> None:
+    """lambda = N L^0.5 computes what no scale computes, to the last bit."""
+    a = architecture(num_shared=4, core_branch_scale=6.0)
+    scaled, plain = shaken_model(a), shaken_model(tg.replace(a, core_branch_scale=0.0))
+    with torch.no_grad():
+        expected = plain.hidden(tokens(), tg.Mode(3))[0]
+        assert scaled.hidden(tokens(), tg.Mode(3))[0].equal(expected)
+
+
+def test_scaled_branches_are_trained_and_carried(env: dict[str, str], tmp_path: Path) -> None:
+    check_carried(env | dict(CORE_BRANCH_SCALE="1.5", LOOP_LANES="1"), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        (dict(CORE_BRANCH_SCALE="1", NUM_SHARED="0"), "CORE_BRANCH_SCALE=1.0 cannot act here"),
         (dict(MIX_INIT="2", USE_BIRKHOFF_MIX="0"), "MIX_INIT=2.0 cannot act here: USE_BIRKHOFF"),
         (dict(MIX_ONCE_A_PASS="1", NUM_SHARED="0"), "MIX_ONCE_A_PASS=1 cannot act here"),
     ],
