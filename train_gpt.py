@@ -446,6 +446,12 @@ class Config(Architecture):
         0.005, "Standard deviation of the tied embedding's initial weights.", needs="tie_embeddings"
     )
     matrix_lr: float = option(0.04, "Muon's learning rate of matrices.")
+    core_lr_power: float = option(
+        0.0,
+        "Muon's learning rate of the core's matrices is divided by a step's passes to this power.",
+        high=4,
+        needs="num_shared num_loops>1",
+    )
     scalar_lr: float = option(0.04, "Adam's learning rate of scales, gains, tables, projections.")
     muon_wd: float = option(0.0, "Decoupled weight decay of matrices: W <- W (1 - lr wd).")
     adam_wd: float = option(0.0, "Decoupled weight decay of embeddings and their projections.")
@@ -1502,7 +1508,9 @@ class Muon(torch.optim.Optimizer):
     def __init__(
         self, params: list[nn.Parameter], lr: float, momentum: float, steps: int, decay: float = 0.0
     ) -> None:
-        super().__init__(params, dict(lr=lr, momentum=momentum))
+        # `core_factor` is that of the core's learning rate: a step has a fixed length, and moves the
+        # function as often as a matrix is used.
+        super().__init__(params, dict(lr=lr, momentum=momentum, core_factor=1.0))
         self.steps, self.decay = steps, decay
         self.state.update({p: dict(velocity=torch.zeros_like(p)) for p in params})
         self.dtype = torch.bfloat16 if params[0].is_cuda else torch.float32
@@ -1512,21 +1520,26 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             params = group["params"]
+            rates = [group["lr"] * self.factor(p, group["core_factor"]) for p in params]
             grads = [p.grad for p in params]
             velocities = [self.state[p]["velocity"] for p in params]
-            torch._foreach_mul_(params, 1 - group["lr"] * self.decay)
+            torch._foreach_mul_(params, [1 - rate * self.decay for rate in rates])
             torch._foreach_mul_(velocities, group["momentum"])
             torch._foreach_add_(velocities, grads)
             directions = torch._foreach_add(grads, velocities, alpha=group["momentum"])
-            for stack in self.stacks(params, directions, group["lr"]):
+            for stack in self.stacks(params, directions, rates):
                 self.apply(stack)
 
+    def factor(self, p: nn.Parameter, of_core: float) -> float:
+        """What the learning rate of `p` is multiplied by."""
+        return of_core if role_of(p) is ROLES["core matrix"] else 1.0
+
     def stacks(
-        self, params: list[nn.Parameter], directions: Iterable[Tensor], lr: float
+        self, params: list[nn.Parameter], directions: Iterable[Tensor], rates: list[float]
     ) -> Iterable[list[Update]]:
         """The updates of all matrices, those of one shape together."""
         by_shape: dict[tuple[int, ...], list[Update]] = {}
-        for p, direction in zip(params, directions):
+        for p, direction, lr in zip(params, directions, rates):
             for w, u in zip(parts_of(p), parts_of(p, direction)):
                 rows, columns = w.shape
                 rate = -lr * max(1.0, rows / columns) ** 0.5
@@ -2432,18 +2445,19 @@ class Trainer:
         if config.grad_clip_norm:
             self.grad_norm = gradients.clip(config.grad_clip_norm)
         self.lr_factor = lr_factor(config, step, seconds)
-        self.set_rates(self.lr_factor, muon_momentum(config, step))
+        self.set_rates(self.lr_factor, muon_momentum(config, step), mode.passes)
         for optimizer in self.optimizers:
             optimizer.step()
         if config.reference_bf16:
             self.round_to_bfloat16()
 
-    def set_rates(self, factor: float, momentum: float) -> None:
+    def set_rates(self, factor: float, momentum: float, passes: int) -> None:
         for optimizer, rates in zip(self.optimizers, self.base_lrs):
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate * factor
         for group in self.optimizers.muon.param_groups:
             group["momentum"] = momentum
+            group["core_factor"] = passes**-self.config.core_lr_power
 
     @torch.no_grad()
     def round_to_bfloat16(self) -> None:

@@ -172,7 +172,7 @@ def case(preset: str, given: dict[str, str]) -> tuple:
     return preset, tuple(sorted(values.items())), tuple(passes)
 
 
-TIMELESS = ("PRESET", "COMPILE", "MATRIX_LR", "MIX_INIT")
+TIMELESS = ("PRESET", "COMPILE", "MATRIX_LR", "CORE_LR_POWER")
 
 
 def test_milliseconds_are_those_of_the_dry_run() -> None:

@@ -181,9 +181,51 @@ def test_scaled_branches_are_trained_and_carried(env: dict[str, str], tmp_path: 
     check_carried(env | dict(CORE_BRANCH_SCALE="1.5", LOOP_LANES="1"), tmp_path)
 
 
+# ---- The core's learning rate by the number of passes
+
+
+def moves(env: Mapping[str, str], last: int) -> dict[str, Tensor]:
+    """How far step `last` (counted from 1) moves every matrix, the steps before being without."""
+    off = tg.Config.from_env(env | dict(CORE_LR_POWER="0"))
+    trainer = trainer_of(off)
+    make_steps(trainer, last - 1)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.config = tg.Config.from_env(env)
+    make_steps(trainer, last)
+    return {
+        name: (p.detach() - before[name]).double()
+        for name, p in trainer.model.named_parameters()
+        if tg.role_of(p).optimizer == "muon"
+    }
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0])
+@pytest.mark.parametrize(("step", "passes"), [(1, 1), (4, 2)])
+def test_the_core_moves_less_the_more_passes_use_it(
+    step: int, passes: int, power: float, env: dict[str, str]
+) -> None:
+    """Its step and its decay, by passes^-power; nothing else moves otherwise."""
+    given = env | dict(LOOP_LANES="1", MUON_WD="0.5", WARMDOWN_ITERS="0")
+    plain = moves(given, step)
+    powered = moves(given | dict(CORE_LR_POWER=str(power)), step)
+    core = {f"{kind}.{i}.{w}.weight" for i in (1, 2) for kind, w in CORE_MATRICES}
+    assert core < plain.keys()
+    for name, move in plain.items():
+        expected = move * passes**-power if name in core else move
+        torch.testing.assert_close(powered[name], expected, rtol=1e-4, atol=1e-7, msg=name)
+
+
+CORE_MATRICES = [("attn", "qkv"), ("attn", "proj"), ("mlp", "fc"), ("mlp", "proj")]
+
+
+def test_a_smaller_rate_of_the_core_is_carried(env: dict[str, str], tmp_path: Path) -> None:
+    check_carried(env | dict(CORE_LR_POWER="1", LOOP_LANES="1"), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        (dict(CORE_LR_POWER="1", NUM_LOOPS="1"), "CORE_LR_POWER=1.0 cannot act here: NUM_LOOPS=1"),
         (dict(CORE_BRANCH_SCALE="1", NUM_SHARED="0"), "CORE_BRANCH_SCALE=1.0 cannot act here"),
         (dict(MIX_INIT="2", USE_BIRKHOFF_MIX="0"), "MIX_INIT=2.0 cannot act here: USE_BIRKHOFF"),
         (dict(MIX_ONCE_A_PASS="1", NUM_SHARED="0"), "MIX_ONCE_A_PASS=1 cannot act here"),
