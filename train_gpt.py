@@ -163,6 +163,13 @@ class Architecture:
     share_attn_only: bool = option(
         False, "Give every pass over the core MLPs of its own.", needs="num_shared num_loops>1"
     )
+    mlp_pool: int = option(
+        0,
+        "MLPs of the core, taken in turn by its layers, pass after pass: NUM_SHARED (one for each "
+        "layer) to NUM_SHARED * NUM_LOOPS (one for each layer and pass); 0: one for each layer.",
+        high=1024,
+        needs="num_shared num_loops>1 !share_attn_only",
+    )
     pass_scale_init: float = option(
         1.0,
         "Start of alpha in x + alpha (core(x) - x), learned per further pass; 1 leaves it out.",
@@ -309,6 +316,11 @@ class Architecture:
         require(
             layers <= 1024 and T * D // H <= 1 << 24,
             f"{layers} effective layers with TRAIN_SEQ_LEN={T} are too many",
+        )
+        pool, core = self.mlp_pool, self.num_shared
+        require(
+            not pool or core <= pool <= core * self.num_loops,
+            f"MLP_POOL={pool} is not 0 or {core} to {core * self.num_loops}",
         )
         require(
             not self.xsa_last_n or any(layer.xsa for layer in make_plan(self)),
@@ -732,9 +744,10 @@ def make_plan(a: Architecture, passes: int = 0) -> tuple[Layer, ...]:
     stored = prelude + core + coda
     skips = num_skips(a, prelude, coda)
     last = a.num_loops - 1
+    pool = core_mlps(a)
 
     def outer_layer(index: int, row: int, push: bool = False, skip: int = NONE) -> Layer:
-        mlp = row if a.share_attn_only else index
+        mlp = index if index < prelude else index + pool - core
         xsa = index >= stored - a.xsa_last_n
         return Layer(row, index, mlp, push=push, skip=skip, value=value_row(index), xsa=xsa)
 
@@ -751,7 +764,7 @@ def make_plan(a: Architecture, passes: int = 0) -> tuple[Layer, ...]:
                 Layer(
                     row,
                     attn=i,
-                    mlp=row if a.share_attn_only else i,
+                    mlp=prelude + (row - prelude) % pool,
                     gain=row - prelude if a.use_unique_norms else NONE,
                     core=True,
                     opens=visit if i == prelude else NONE,
@@ -764,6 +777,13 @@ def make_plan(a: Architecture, passes: int = 0) -> tuple[Layer, ...]:
         i = prelude + core + t
         layers.append(outer_layer(i, i + core * last, skip=t if t < skips else NONE))
     return tuple(layers)
+
+
+def core_mlps(a: Architecture) -> int:
+    """Stored MLPs of the core: one for each of its layers, one for each pass of it, or between."""
+    if a.share_attn_only:
+        return a.num_shared * a.num_loops
+    return a.mlp_pool or a.num_shared
 
 
 def num_skips(a: Architecture, prelude: int, coda: int) -> int:
@@ -1508,8 +1528,8 @@ class Muon(torch.optim.Optimizer):
     def __init__(
         self, params: list[nn.Parameter], lr: float, momentum: float, steps: int, decay: float = 0.0
     ) -> None:
-        # `core_factor` is that of the core's learning rate: a step has a fixed length, and moves the
-        # function as often as a matrix is used.
+        # Of the core's learning rate: a step has a fixed length, and moves the function as often as
+        # its matrix is used.
         super().__init__(params, dict(lr=lr, momentum=momentum, core_factor=1.0))
         self.steps, self.decay = steps, decay
         self.state.update({p: dict(velocity=torch.zeros_like(p)) for p in params})

@@ -46,6 +46,15 @@ class Formula(Written):
         share = 1 / (1 + torch.exp(-weight))
         return share * x + (1 - share) * x0
 
+    def mlp_of(self, stored: int, row: int) -> int:
+        """The MLPs of the core stand between those of prelude and coda and are taken in turn."""
+        a = self.a
+        if not a.mlp_pool or stored < a.num_prelude:
+            return stored
+        if stored >= a.num_prelude + a.num_shared:
+            return stored - a.num_shared + a.mlp_pool
+        return a.num_prelude + (row - a.num_prelude) % a.mlp_pool
+
     def branch_scale(self, stored: int) -> float:
         """Of both branches, but not of their shifts."""
         a = self.a
@@ -62,10 +71,11 @@ class Formula(Written):
         gamma = gamma * self.branch_scale(stored)
         scale = w[f"attn.{stored}.scale"] * gamma[0]
         x = x + scale * self.attention(norm(x), stored) + beta[0]
-        inner = x @ w[f"mlp.{stored}.fc.weight"].T
+        mlp = self.mlp_of(stored, row)
+        inner = x @ w[f"mlp.{mlp}.fc.weight"].T
         inner = torch.where(inner > 0, inner, 0.5 * inner) ** 2
-        scale = w[f"mlp.{stored}.scale"] * gamma[1]
-        return x + scale * norm(inner @ w[f"mlp.{stored}.proj.weight"].T) + beta[1]
+        scale = w[f"mlp.{mlp}.scale"] * gamma[1]
+        return x + scale * norm(inner @ w[f"mlp.{mlp}.proj.weight"].T) + beta[1]
 
     def hidden(self, ids: Tensor, passes: int) -> Tensor:
         a = self.a
@@ -181,10 +191,46 @@ def test_scaled_branches_are_trained_and_carried(env: dict[str, str], tmp_path: 
     check_carried(env | dict(CORE_BRANCH_SCALE="1.5", LOOP_LANES="1"), tmp_path)
 
 
+# ---- A pool of MLPs
+
+
+@pytest.mark.parametrize("pool", [2, 3, 5, 6])
+@pytest.mark.parametrize("passes", [1, 2, 3, 4])
+def test_layers_take_the_mlps_of_a_pool_in_turn(passes: int, pool: int) -> None:
+    check_formula(passes, mlp_pool=pool)
+
+
+def test_a_pool_lies_between_one_a_layer_and_one_a_pass() -> None:
+    """At its ends it is what there was, with the same weights, to the last bit."""
+    plans = {pool: tg.make_plan(architecture(mlp_pool=pool)) for pool in (0, 2, 4, 6)}
+    assert plans[2] == plans[0]
+    assert plans[6] == tg.make_plan(architecture(share_attn_only=True))
+    assert [layer.mlp for layer in plans[4]] == [0, 1, 2, 3, 4, 1, 2, 5]
+    assert [layer.attn for layer in plans[4]] == [0, 1, 2, 1, 2, 1, 2, 3]
+    one, other = (
+        fresh_model(architecture(mlp_pool=6)),
+        fresh_model(architecture(share_attn_only=True)),
+    )
+    for p, q in zip(one.parameters(), other.parameters(), strict=True):
+        assert p.equal(q)
+
+
+def test_gradients_reach_every_mlp_of_a_pool() -> None:
+    model = fresh_model(architecture(mlp_pool=5))
+    model(tokens(), tokens().roll(-1, 1), tg.Mode(3)).backward()
+    assert len(model.mlp) == 7
+    for mlp in model.mlp:
+        assert mlp.proj.weight.grad is not None and mlp.proj.weight.grad.any()
+
+
+def test_a_pool_is_trained_and_carried(env: dict[str, str], tmp_path: Path) -> None:
+    check_carried(env | dict(MLP_POOL="3", LOOP_LANES="1"), tmp_path)
+
+
 # ---- The core's learning rate by the number of passes
 
 
-def moves(env: Mapping[str, str], last: int) -> dict[str, Tensor]:
+def moves(env: dict[str, str], last: int) -> dict[str, Tensor]:
     """How far step `last` (counted from 1) moves every matrix, the steps before being without."""
     off = tg.Config.from_env(env | dict(CORE_LR_POWER="0"))
     trainer = trainer_of(off)
@@ -225,6 +271,10 @@ def test_a_smaller_rate_of_the_core_is_carried(env: dict[str, str], tmp_path: Pa
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        (dict(MLP_POOL="4", NUM_LOOPS="1"), "MLP_POOL=4 cannot act here: NUM_LOOPS=1"),
+        (dict(MLP_POOL="8", SHARE_ATTN_ONLY="1"), "MLP_POOL=8 cannot act here: SHARE_ATTN_ONLY=1"),
+        (dict(MLP_POOL="3"), "MLP_POOL=3 is not 0 or 4 to 12"),
+        (dict(MLP_POOL="13"), "MLP_POOL=13 is not 0 or 4 to 12"),
         (dict(CORE_LR_POWER="1", NUM_LOOPS="1"), "CORE_LR_POWER=1.0 cannot act here: NUM_LOOPS=1"),
         (dict(CORE_BRANCH_SCALE="1", NUM_SHARED="0"), "CORE_BRANCH_SCALE=1.0 cannot act here"),
         (dict(MIX_INIT="2", USE_BIRKHOFF_MIX="0"), "MIX_INIT=2.0 cannot act here: USE_BIRKHOFF"),
