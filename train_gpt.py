@@ -420,6 +420,13 @@ class Config(Architecture):
         "(steps or time, whichever is further), any other a step. Empty: NUM_LOOPS at once.",
         needs="num_loops>1",
     )
+    truncate_fraction: float = option(
+        0.0,
+        "First fraction of the run (steps or time, whichever is further) whose gradient goes "
+        "through the last pass over the core and around the others; rounding ends it.",
+        high=1,
+        needs="num_shared num_loops>1 !jacobian_weight",
+    )
     jacobian_weight: float = option(
         0.0, "Weight of the penalty on growth of the state in the core.", needs="num_shared"
     )
@@ -858,6 +865,7 @@ class Mode(NamedTuple):
     core: Rounding = Rounding()
     growth_weight: float = 0.0  # of the penalty on growth of the state in the core
     per_pass: bool = False  # penalise the growth of every pass
+    truncated: bool = False  # the gradient goes around all passes but the last
 
 
 def max_level(bits: int) -> int:
@@ -1274,6 +1282,15 @@ class PassBoundary(nn.Module):
         return self.scale[number - 1].item() if self.scaled and number > 0 else 1.0
 
 
+def around_passes(states: Iterable[Tensor], begun: Tensor) -> list[Tensor]:
+    """The states [B, T, D] after some passes, whose gradients go to `begun`, that before them.
+
+    Blocks add to the stream, so the best guess at what a pass does to a gradient is nothing. Merely
+    detached, the states would leave the prelude without a gradient.
+    """
+    return [state.detach() + (begun - begun.detach()) for state in states]
+
+
 def growth_penalty(before: Tensor, after: Tensor) -> Tensor:
     """relu(|after - before| / |before| - 1)^2, Frobenius norms over the whole batch (PR 1230)."""
     change = after.float() - before.float()
@@ -1451,9 +1468,14 @@ class GPT(nn.Module):
         starts: list[Tensor] = []  # of passes over the core
         ends: list[Tensor] = []
         lanes: Sequence[Tensor] = ()  # what goes past the core with LOOP_LANES=2
+        begun = x0  # the state before the first pass
         for layer, cond in zip(plan, conditions):
             if layer.skip != NONE:
                 x = torch.addcmul(x, kept.pop(), self.skip[layer.skip].to(self.dtype))
+            if layer.opens == 0:
+                begun = x
+            if mode.truncated and layer.opens == mode.passes - 1:
+                x, *lanes = around_passes([x, *lanes], begun)
             if layer.opens != NONE:
                 x, lanes = self.core.enter(x, lanes, layer.opens)
                 starts.append(x)
@@ -2325,11 +2347,12 @@ def training_mode(config: Config, step: int, seconds: float) -> Mode:
         begun[-1],
         growth_weight=config.jacobian_weight,
         per_pass=config.jacobian_per_pass,
+        truncated=begun[-1] > 1 and done < config.truncate_fraction,
     )
     near_end = config.qat_fraction > 0 and 1 - done <= config.qat_fraction
     if near_end or lr_factor(config, step, seconds) < config.qat_lr_factor:
         core = Rounding(config.bits("core_bits"), config.quant_scale_floor)
-        mode = mode._replace(core=core)
+        mode = mode._replace(core=core, truncated=False)
         if not config.qat_core_only:
             mode = mode._replace(outside=Rounding(config.matrix_bits, config.quant_scale_floor))
     return mode
@@ -2338,8 +2361,22 @@ def training_mode(config: Config, step: int, seconds: float) -> Mode:
 def training_modes(config: Config) -> list[Mode]:
     """Every mode that a step may have."""
     first, last = training_mode(config, 0, 0.0), training_mode(config, config.iterations, 0.0)
+    first, last = first._replace(truncated=False), last._replace(truncated=False)
     roundings = [first] if first._replace(passes=last.passes) == last else [first, last]
-    return [mode._replace(passes=passes) for mode in roundings for _, passes in config.schedule()]
+    modes = [mode._replace(passes=passes) for mode in roundings for _, passes in config.schedule()]
+    return [*truncated_modes(config, first), *modes]
+
+
+def truncated_modes(config: Config, mode: Mode) -> list[Mode]:
+    """Those with truncated gradients: of the passes that begin within TRUNCATE_FRACTION."""
+    if mode.core.bits:  # rounding from the start
+        return []
+    begun = [
+        passes
+        for when, passes in config.schedule()
+        if (when if when < 1 else when / max(config.iterations, 1)) < config.truncate_fraction
+    ]
+    return [mode._replace(passes=passes, truncated=True) for passes in begun if passes > 1]
 
 
 class Clock:
@@ -2718,7 +2755,8 @@ class Reporter:
         """Says what changes: passes and bits."""
         if mode != self.last_mode:
             bits = f"bits:{mode.outside.bits} core_bits:{mode.core.bits}"
-            self.log(f"{self.at(step)} passes:{mode.passes} {bits}")
+            tail = " gradient:last_pass" if mode.truncated else ""
+            self.log(f"{self.at(step)} passes:{mode.passes} {bits}{tail}")
         self.last_mode = mode
 
     def wants(self, step: int) -> bool:

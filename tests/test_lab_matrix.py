@@ -122,17 +122,25 @@ def test_a_scale_divides_and_the_later_word_wins() -> None:
 
 CLOCK = {"MATRIX_LR": "0.1"}
 GROWN = {"NUM_LOOPS": "3", "PASSES_SCHEDULE": "0:1,0.25:2,0.5:3"}
+CUT = {"NUM_LOOPS": "2", "PASSES_SCHEDULE": "0:1,0.25:2", "TRUNCATE_FRACTION": "0.5"}
 TIMED = ablate.Table(
     rows={
         "clock": ablate.Row("clock", "s", "", "", [], CLOCK),
         "slow": ablate.Row("slow", "s", "", "", [], {"MATRIX_LR": "0.2"}),
         "grown": ablate.Row("grown", "s", "", "", [], GROWN),
+        "cut": ablate.Row("cut", "s", "", "", [], CUT),
         "stepped": ablate.Row("stepped", "s", "", "", [], {"PASSES_SCHEDULE": "0:1,30:3"}),
         "unknown": ablate.Row("unknown", "s", "", "", [], {}),
     },
     scales={},
     claims={},
-    milliseconds={"clock": [10.0], "slow": [25.0], "grown": [5, 10, 20], "stepped": [5, 20]},
+    milliseconds={
+        "clock": [10.0],
+        "slow": [25.0],
+        "grown": [5, 10, 20],
+        "cut": [10, 5, 20],  # two passes, truncated; one; two
+        "stepped": [5, 20],
+    },
 )
 
 
@@ -149,7 +157,11 @@ def test_a_row_makes_the_steps_that_fit_into_the_time_of_the_clock() -> None:
     # 1,000 ms at 5, 1,000 ms at 10, 2,000 ms at 20; the warm-down all at 20
     grown = {"ITERATIONS": "400", "WARMDOWN_ITERS": "60", "PASSES_SCHEDULE": "0:1,200:2,300:3"}
     assert timed("grown") == GROWN | grown
-    tg.Config.from_env(timed("grown"))
+    # 1,000 ms at 5, 1,000 ms at 10, 2,000 ms at 20
+    cut = {"ITERATIONS": "400", "WARMDOWN_ITERS": "60", "PASSES_SCHEDULE": "0:1,200:2"}
+    assert timed("cut") == CUT | cut | {"TRUNCATE_FRACTION": "0.750000"}
+    for name in ("grown", "cut"):
+        tg.Config.from_env(timed(name))
 
 
 @pytest.mark.parametrize(

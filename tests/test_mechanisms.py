@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_lanes import SMALL, Written, make_steps, norm, tokens, trainer_of
+from test_lanes import BETWEEN, SMALL, Written, make_steps, norm, tokens, trainer_of
 from test_lanes import env as env  # a fixture
 from torch import Tensor
 
@@ -191,6 +191,103 @@ def test_scaled_branches_are_trained_and_carried(env: dict[str, str], tmp_path: 
     check_carried(env | dict(CORE_BRANCH_SCALE="1.5", LOOP_LANES="1"), tmp_path)
 
 
+# ---- Gradients through the last pass only
+
+
+def written_gradients(model: tg.GPT, a: tg.Architecture, passes: int) -> dict[str, Tensor]:
+    """Of the loss of one sequence, in float64, around all passes but the last."""
+    written = Formula(model, a)
+    for w in written.w.values():
+        w.requires_grad_()
+    ids, w = tokens(1)[0], written.w
+    x = x0 = norm(w["tok_emb"])[ids]
+    for i in range(a.num_prelude):
+        x = written.layer(x, x0, i, i)
+    begun = x
+    with torch.no_grad():
+        for number in range(passes - 1):
+            x = written.core_pass(x, x0, number)
+    x = begun + (x - begun).detach()
+    x = written.core_pass(x, x0, passes - 1)
+    for t in range(a.num_coda):
+        stored = a.num_prelude + a.num_shared + t
+        x = written.layer(x, x0, stored, stored + a.num_shared * (a.num_loops - 1))
+    logits = 30 * torch.tanh(norm(x) @ w["tok_emb"].T / 30)
+    torch.nn.functional.cross_entropy(logits, ids.roll(-1)).backward()
+    return {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in w.items()}
+
+
+@pytest.mark.parametrize("passes", [2, 3])
+@pytest.mark.parametrize("options", [{}, BETWEEN, dict(num_prelude=0), dict(mlp_pool=5)])
+def test_a_truncated_gradient_goes_through_the_last_pass_alone(
+    options: dict[str, Any], passes: int
+) -> None:
+    """Of all passes the value, of the last one the gradient; around the others it is whole."""
+    a = architecture(**options)
+    model, pair = shaken_model(a), (tokens(1), tokens(1).roll(-1, 1))
+    with torch.no_grad():
+        whole = model(*pair, tg.Mode(passes))
+    loss = model(*pair, tg.Mode(passes, truncated=True))
+    assert loss.equal(whole)
+    loss.backward()
+    for name, expected in written_gradients(model, a, passes).items():
+        grad = model.get_parameter(name).grad
+        found = torch.zeros_like(expected) if grad is None else grad.double()
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_a_truncated_gradient_reaches_every_lane() -> None:
+    model = fresh_model(architecture(loop_lanes=2))
+    pair = tokens(), tokens().roll(-1, 1)
+    loss = model(*pair, tg.Mode(3, truncated=True))
+    assert loss.equal(model(*pair, tg.Mode(3)))
+    loss.backward()
+    lanes = model.core.lanes
+    assert lanes is not None
+    for p in (lanes.read, lanes.mix, lanes.write):
+        assert p.grad is not None and not p.grad[:2].any() and p.grad[2].any()
+    assert model.attn[0].qkv.weight.grad is not None and model.tok_emb.grad is not None
+
+
+def test_truncation_ends_by_steps_or_time_and_where_rounding_begins() -> None:
+    base = tg.Config(iterations=100, max_wallclock_seconds=0.0, truncate_fraction=0.4)
+
+    def at(config: tg.Config, step: int, seconds: float = 0.0) -> bool:
+        return tg.training_mode(config, step, seconds).truncated
+
+    assert [at(base, step) for step in (0, 39, 40, 99)] == [True, True, False, False]
+    timed = tg.replace(base, max_wallclock_seconds=10.0)
+    assert [at(timed, 1, seconds) for seconds in (3.9, 4.0)] == [True, False]
+    grown = tg.replace(base, passes_schedule="0:1,0.2:3")
+    assert [at(grown, step) for step in (19, 20, 39, 40)] == [False, True, True, False]
+    rounded = tg.replace(base, qat_fraction=0.8)
+    assert [at(rounded, step) for step in (19, 20, 39)] == [True, False, False]
+    for config in (base, timed, grown, rounded):
+        modes = tg.training_modes(config)
+        assert {tg.training_mode(config, step, 0.0) for step in range(101)} <= set(modes)
+    assert len(tg.training_modes(base)) == len(tg.training_modes(grown)) - 1 == 2
+
+
+def test_truncation_is_one_graph_more() -> None:
+    torch._dynamo.reset()
+    model, graphs = shaken_model(architecture()), []
+
+    def count(module: Any, _: Any) -> Any:
+        graphs.append(module)
+        return module
+
+    compiled = torch.compile(model, backend=count, fullgraph=True, dynamic=False)
+    pair = tokens(), tokens().roll(-1, 1)
+    for mode in (tg.Mode(3, truncated=True), tg.Mode(3), tg.Mode(3, truncated=True)):
+        compiled(*pair, mode).backward()
+    assert len(graphs) == 2
+
+
+def test_a_run_with_truncation_goes_on(env: dict[str, str], tmp_path: Path) -> None:
+    given = dict(TRUNCATE_FRACTION="0.75", PASSES_SCHEDULE="", LOOP_LANES="2")
+    check_carried(env | given, tmp_path)
+
+
 # ---- A pool of MLPs
 
 
@@ -271,6 +368,14 @@ def test_a_smaller_rate_of_the_core_is_carried(env: dict[str, str], tmp_path: Pa
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        (
+            dict(TRUNCATE_FRACTION="0.5", NUM_LOOPS="1"),
+            "TRUNCATE_FRACTION=0.5 cannot act here: NUM_LOOPS=1",
+        ),
+        (
+            dict(TRUNCATE_FRACTION="0.5", JACOBIAN_WEIGHT="0.1"),
+            "TRUNCATE_FRACTION=0.5 cannot act here: JACOBIAN_WEIGHT=0.1",
+        ),
         (dict(MLP_POOL="4", NUM_LOOPS="1"), "MLP_POOL=4 cannot act here: NUM_LOOPS=1"),
         (dict(MLP_POOL="8", SHARE_ATTN_ONLY="1"), "MLP_POOL=8 cannot act here: SHARE_ATTN_ONLY=1"),
         (dict(MLP_POOL="3"), "MLP_POOL=3 is not 0 or 4 to 12"),

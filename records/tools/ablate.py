@@ -167,52 +167,57 @@ class Stretch(NamedTuple):
 
     begins: float  # as a fraction of the time
     ends: float
-    passes: int
     ms: float  # of a step
 
 
-def stretches(row: Row, values: dict[str, str], table: Table) -> list[Stretch]:
-    """The parts of a run, by its PASSES_SCHEDULE; InputError without a table of their times."""
-    schedule = tg.Config.from_env(values).schedule()
-    costs = table.milliseconds.get(row.name, [])
-    if len(costs) != len(schedule):
+def stretches(row: Row, config: tg.Config, table: Table) -> list[Stretch]:
+    """The parts of a run, by its options that are fractions of it; InputError without a table."""
+    modes, costs = tg.training_modes(config), table.milliseconds.get(row.name, [])
+    if len(costs) != len(modes):
         raise tg.InputError(
-            f"{row.name} has {len(schedule)} modes of training and {len(costs)} entries in "
+            f"{row.name} has {len(modes)} modes of training and {len(costs)} entries in "
             "[milliseconds]: its steps in equal time are not known"
         )
-    begins = [when for when, _ in schedule]
-    if max(begins) >= 1:
+    schedule = dict(config.schedule())
+    if max(schedule) >= 1:
         raise tg.InputError(
             f"PASSES_SCHEDULE of {row.name} counts steps; a scale with a clock needs fractions"
         )
-    ends = [*begins[1:], 1.0]
-    return [
-        Stretch(begin, end, passes, ms)
-        for begin, end, (_, passes), ms in zip(begins, ends, schedule, costs)
-    ]
+    cost_of = {(mode.passes, mode.truncated): ms for mode, ms in zip(modes, costs)}
+    begins = sorted({*schedule, config.truncate_fraction} - {1.0})
+    parts = []
+    for begin, end in zip(begins, [*begins[1:], 1.0]):
+        passes = next(schedule[when] for when in sorted(schedule, reverse=True) if when <= begin)
+        truncated = passes > 1 and begin < config.truncate_fraction
+        parts.append(Stretch(begin, end, cost_of[passes, truncated]))
+    return parts
 
 
 def in_equal_time(row: Row, values: dict[str, str], table: Table, clock_row: str) -> dict[str, str]:
     """`values` with as many steps as take the time that those of `values` take the clock's row.
 
     Time is that of an H100 at full size (the table's milliseconds), so that what a step costs on
-    the processor at hand decides nothing. The warm-down and the parts of PASSES_SCHEDULE keep
-    their shares of the time.
+    the processor at hand decides nothing. The warm-down, the parts of PASSES_SCHEDULE and
+    TRUNCATE_FRACTION keep their shares of the time.
     """
-    parts = stretches(row, values, table)
+    config = tg.Config.from_env(values)
+    parts = stretches(row, config, table)
     if clock_row not in table.milliseconds:
         raise tg.InputError(f"{clock_row}, the clock's row, has no entry in [milliseconds]")
-    config, tick = tg.Config.from_env(values), table.milliseconds[clock_row][0]
-    seconds = config.iterations * tick
-    cooling = 1 - config.warmdown_iters / config.iterations  # when the warm-down begins
-    schedule, steps, warmdown = [], 0.0, 0.0
-    for part in parts:
-        schedule.append(f"{round(steps)}:{part.passes}")
-        steps += (part.ends - part.begins) * seconds / part.ms
-        warmdown += max(part.ends - max(part.begins, cooling), 0.0) * seconds / part.ms
-    made = dict(ITERATIONS=str(round(steps)), WARMDOWN_ITERS=str(round(warmdown)))
-    if len(schedule) > 1:
-        made["PASSES_SCHEDULE"] = ",".join(schedule)
+    time = config.iterations * table.milliseconds[clock_row][0]
+
+    def steps_by(share: float) -> float:
+        """The steps in this share of the time."""
+        return sum(max(min(x.ends, share) - x.begins, 0.0) * time / x.ms for x in parts)
+
+    steps = round(steps_by(1.0))
+    cooling = steps_by(1 - config.warmdown_iters / config.iterations)
+    made = dict(ITERATIONS=str(steps), WARMDOWN_ITERS=str(steps - round(cooling)))
+    if config.passes_schedule:
+        entries = (f"{round(steps_by(when))}:{passes}" for when, passes in config.schedule())
+        made["PASSES_SCHEDULE"] = ",".join(entries)
+    if config.truncate_fraction:
+        made["TRUNCATE_FRACTION"] = f"{steps_by(config.truncate_fraction) / steps:.6f}"
     return values | made
 
 
