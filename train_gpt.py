@@ -559,6 +559,19 @@ class Config(Architecture):
         "Seconds of MAX_WALLCLOCK_SECONDS reserved for GPTQ's calibration.",
         needs="gptq_batches max_wallclock_seconds",
     )
+    refit_steps: int = option(
+        0,
+        "Steps that tune all that is not rounded (scales, tables, mixes) to the rounded matrices, "
+        "inside the training time; 0: none.",
+    )
+    refit_lr: float = option(
+        0.002, "Adam's learning rate of the refit; it falls to 0.", needs="refit_steps"
+    )
+    refit_seconds: float = option(
+        5.0,
+        "Seconds of MAX_WALLCLOCK_SECONDS reserved for the refit.",
+        needs="refit_steps max_wallclock_seconds",
+    )
     codec: Literal["zlib", "lzma", "brotli"] = option(
         "zlib", "Compression of the artifact; brotli is a package of its own."
     )
@@ -636,7 +649,12 @@ class Config(Architecture):
         require(1 not in (bits, self.core_bits), "MATRIX_BITS and CORE_BITS are 0 or 2 to 8")
         require(
             not cap or self.training_seconds,
-            f"GPTQ_SECONDS={self.gptq_seconds} leave none of MAX_WALLCLOCK_SECONDS={cap}",
+            f"GPTQ_SECONDS={self.gptq_seconds} and REFIT_SECONDS={self.refit_seconds} leave none "
+            f"of MAX_WALLCLOCK_SECONDS={cap}",
+        )
+        require(
+            bits or not self.refit_steps,
+            f"MATRIX_BITS=0, chosen after training, rules out REFIT_STEPS={self.refit_steps}",
         )
 
     def check_schedule(self) -> None:
@@ -664,8 +682,9 @@ class Config(Architecture):
 
     @property
     def training_seconds(self) -> float:
-        """When training ends: MAX_WALLCLOCK_SECONDS less what GPTQ takes of it; 0: no limit."""
+        """When training ends: MAX_WALLCLOCK_SECONDS less GPTQ and refit; 0: no limit."""
         reserved = self.gptq_seconds if self.gptq_batches else 0.0
+        reserved += self.refit_seconds if self.refit_steps else 0.0
         return max(self.max_wallclock_seconds - reserved, 0.0)
 
     def bits(self, name: str) -> int:
@@ -2364,6 +2383,9 @@ def training_modes(config: Config) -> list[Mode]:
     first, last = first._replace(truncated=False), last._replace(truncated=False)
     roundings = [first] if first._replace(passes=last.passes) == last else [first, last]
     modes = [mode._replace(passes=passes) for mode in roundings for _, passes in config.schedule()]
+    refit = Mode(config.num_loops)
+    if config.refit_steps and refit not in modes:
+        modes.append(refit)
     return [*truncated_modes(config, first), *modes]
 
 
@@ -2483,6 +2505,20 @@ class Trainer:
         """One optimizer step on this rank's micro-batches. It never drains the device's queue."""
         config, gradients = self.config, self.gradients
         mode = mode or training_mode(config, step, seconds)
+        self.sum_gradients(micro, mode)
+        self.skipped.mask(gradients, step)
+        if config.grad_clip_norm:
+            self.grad_norm = gradients.clip(config.grad_clip_norm)
+        self.lr_factor = lr_factor(config, step, seconds)
+        self.set_rates(self.lr_factor, muon_momentum(config, step), mode.passes)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        if config.reference_bf16:
+            self.round_to_bfloat16()
+
+    def sum_gradients(self, micro: Iterable[tuple[Tensor, Tensor]], mode: Mode) -> None:
+        """Loss and gradient of a step, from this rank's micro-batches and the other ranks."""
+        gradients = self.gradients
         gradients.zero()
         for p, gradient in self.between_passes:
             p.grad = gradient if mode.passes > 1 else None
@@ -2498,15 +2534,6 @@ class Trainer:
         self.world.all_reduce(gradients.flat)
         if self.reduced:
             self.reduced.record()
-        self.skipped.mask(gradients, step)
-        if config.grad_clip_norm:
-            self.grad_norm = gradients.clip(config.grad_clip_norm)
-        self.lr_factor = lr_factor(config, step, seconds)
-        self.set_rates(self.lr_factor, muon_momentum(config, step), mode.passes)
-        for optimizer in self.optimizers:
-            optimizer.step()
-        if config.reference_bf16:
-            self.round_to_bfloat16()
 
     def set_rates(self, factor: float, momentum: float, passes: int) -> None:
         for optimizer, rates in zip(self.optimizers, self.base_lrs):
@@ -4376,6 +4403,46 @@ def calibrate(trainer: Trainer, log: Log) -> tuple[dict[str, Tensor], float]:
     return hessians, seconds
 
 
+@contextlib.contextmanager
+def as_stored(
+    params: Mapping[str, nn.Parameter], config: Config, hessians: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """The values that an artifact gives back in place of those of the parameters it rounds."""
+    rounded = {name: p for name, p in params.items() if role_of(p).bits}
+    exact = [p.detach().clone() for p in rounded.values()]
+    for name, p in rounded.items():
+        p.data.copy_(dequantize_rows(*store(p, config, hessians.get(name)).tensors))
+    try:
+        yield
+    finally:
+        torch._foreach_copy_([p.data for p in rounded.values()], exact)
+
+
+def refit(trainer: Trainer, hessians: Mapping[str, Tensor], log: Log) -> float:
+    """Tunes what stays float16 to the rounded matrices, on training data that comes next.
+
+    The matrices themselves are as before afterwards, and so are rounded to the same integers
+    again. The seconds it took.
+    """
+    config, world = trainer.config, trainer.world
+    if not config.refit_steps:
+        return 0.0
+    world.enter("refit")
+    began = time.perf_counter()
+    vectors = [p for p in trainer.params if not role_of(p).bits]
+    adam = torch.optim.Adam(vectors, betas=(config.beta1, config.beta2), eps=config.adam_eps)
+    with as_stored(dict(trainer.model.named_parameters()), config, hessians):
+        for i in range(config.refit_steps):
+            trainer.sum_gradients(trainer.batches.micro(trainer.step + i), Mode(config.num_loops))
+            adam.param_groups[0]["lr"] = config.refit_lr * (1 - i / config.refit_steps)
+            adam.step()
+    world.synchronize()
+    seconds = world.on_main(lambda: time.perf_counter() - began)
+    loss = trainer.gradients.loss.item()
+    log(f"refit steps:{config.refit_steps} train_loss:{loss:.4f} time:{1e3 * seconds:.0f}ms")
+    return seconds
+
+
 def export(trainer: Trainer, trained: Trained, validation: Validation, log: Log) -> dict[str, Any]:
     """Writes the artifact of the weights that AVERAGE chooses; figures of the training."""
     config, world, average = trainer.config, trainer.world, trainer.average
@@ -4385,8 +4452,9 @@ def export(trainer: Trainer, trained: Trained, validation: Validation, log: Log)
         if config.average != "none":
             log(f"AVERAGE={config.average} of {average.count} weights; of none, the last are taken")
             score = validation(trainer, seconds, trainer.model.scoring, weights=config.average)
+        seconds += refit(trainer, hessians, log)
         if 0 < config.max_wallclock_seconds < seconds:
-            log.object(f"training and calibration took {seconds:.1f} s")
+            log.object(f"training, calibration and refit took {seconds:.1f} s")
         world.enter("export")
         # By a thread: signals wait until a codec returns, with brotli for half a minute.
         with ThreadPoolExecutor(1) as thread:

@@ -128,6 +128,7 @@ TIMED = ablate.Table(
         "clock": ablate.Row("clock", "s", "", "", [], CLOCK),
         "slow": ablate.Row("slow", "s", "", "", [], {"MATRIX_LR": "0.2"}),
         "grown": ablate.Row("grown", "s", "", "", [], GROWN),
+        "refit": ablate.Row("refit", "s", "", "", [], {"REFIT_STEPS": "16"}),
         "cut": ablate.Row("cut", "s", "", "", [], CUT),
         "stepped": ablate.Row("stepped", "s", "", "", [], {"PASSES_SCHEDULE": "0:1,30:3"}),
         "unknown": ablate.Row("unknown", "s", "", "", [], {}),
@@ -137,6 +138,7 @@ TIMED = ablate.Table(
     milliseconds={
         "clock": [10.0],
         "slow": [25.0],
+        "refit": [25.0],
         "grown": [5, 10, 20],
         "cut": [10, 5, 20],  # two passes, truncated; one; two
         "stepped": [5, 20],
@@ -154,6 +156,8 @@ def test_a_row_makes_the_steps_that_fit_into_the_time_of_the_clock() -> None:
     assert timed("clock") == CLOCK | {"ITERATIONS": "400", "WARMDOWN_ITERS": "120"}
     # 4,000 ms, of which the warm-down has the last 30 %
     assert timed("slow") == {"MATRIX_LR": "0.2", "ITERATIONS": "160", "WARMDOWN_ITERS": "48"}
+    # 400 ms of refit, taken off
+    assert timed("refit") == {"REFIT_STEPS": "16", "ITERATIONS": "144", "WARMDOWN_ITERS": "43"}
     # 1,000 ms at 5, 1,000 ms at 10, 2,000 ms at 20; the warm-down all at 20
     grown = {"ITERATIONS": "400", "WARMDOWN_ITERS": "60", "PASSES_SCHEDULE": "0:1,200:2,300:3"}
     assert timed("grown") == GROWN | grown
@@ -184,7 +188,7 @@ def case(preset: str, given: dict[str, str]) -> tuple:
     return preset, tuple(sorted(values.items())), tuple(passes)
 
 
-TIMELESS = ("PRESET", "COMPILE", "MATRIX_LR", "CORE_LR_POWER")
+TIMELESS = ("PRESET", "COMPILE", "MATRIX_LR", "CORE_LR_POWER", "MATRIX_BITS", "REFIT_STEPS")
 
 
 def test_milliseconds_are_those_of_the_dry_run() -> None:

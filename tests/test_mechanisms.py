@@ -12,6 +12,7 @@ from test_lanes import env as env  # a fixture
 from torch import Tensor
 
 import train_gpt as tg
+from records.tools import checks, logs
 
 
 def architecture(**values: Any) -> tg.Architecture:
@@ -197,8 +198,8 @@ def test_scaled_branches_are_trained_and_carried(env: dict[str, str], tmp_path: 
 def written_gradients(model: tg.GPT, a: tg.Architecture, passes: int) -> dict[str, Tensor]:
     """Of the loss of one sequence, in float64, around all passes but the last."""
     written = Formula(model, a)
-    for w in written.w.values():
-        w.requires_grad_()
+    for weight in written.w.values():
+        weight.requires_grad_()
     ids, w = tokens(1)[0], written.w
     x = x0 = norm(w["tok_emb"])[ids]
     for i in range(a.num_prelude):
@@ -286,6 +287,109 @@ def test_truncation_is_one_graph_more() -> None:
 def test_a_run_with_truncation_goes_on(env: dict[str, str], tmp_path: Path) -> None:
     given = dict(TRUNCATE_FRACTION="0.75", PASSES_SCHEDULE="", LOOP_LANES="2")
     check_carried(env | given, tmp_path)
+
+
+# ---- What is not rounded, tuned to what is
+
+
+def refit_of(steps: int) -> dict[str, str]:
+    return dict(REFIT_STEPS=str(steps), REFIT_LR="0.02")
+
+
+def refitted(env: dict[str, str], steps: int, folder: Path) -> tuple[tg.Trainer, tg.GPT, str]:
+    """A trained model, that of its artifact after a refit, and the log."""
+    config = tg.Config.from_env(env | (refit_of(steps) if steps else {}) | dict(MATRIX_BITS="3"))
+    trainer = trainer_of(config)
+    make_steps(trainer, 4)
+    log = tg.Log(folder / f"run{steps}", True)
+    log.folder.mkdir()
+    trained = tg.Trained(1.0, tg.Score(1.0, 1.0, 1, 1, 0.0), "iterations")
+    validation: Any = None  # only averaged weights are validated again
+    tg.export(trainer, trained, validation, log)
+    read, _, _ = tg.load_model((log.folder / tg.ARTIFACT).read_bytes(), "here")
+    return trainer, read, (log.folder / "train.log").read_text()
+
+
+def test_a_refit_tunes_what_is_not_rounded_alone(env: dict[str, str], tmp_path: Path) -> None:
+    """To the rounded matrices, whose integers stay as they are; on tokens that come next."""
+    given = env | dict(LOOP_LANES="1")
+    trainer, plain, silent = refitted(given, 0, tmp_path)
+    _, tuned, told = refitted(given, 5, tmp_path)
+    for (name, p), q in zip(plain.named_parameters(), tuned.parameters(), strict=True):
+        if tg.role_of(p).bits:
+            assert p.equal(q), name
+        elif name != "mix.0.weight":
+            assert not p.equal(q), name
+    assert "refit" not in silent and "refit steps:5 train_loss:" in told
+    batches = [pair for step in range(4, 9) for pair in trainer.batches.micro(step)]
+    with torch.no_grad():
+        before, after = (
+            sum(model(*pair, tg.Mode(2)).item() for pair in batches) for model in (plain, tuned)
+        )
+    assert after < before
+
+
+def written_refit(model: tg.GPT, config: tg.Config, pairs: list[Any]) -> dict[str, Tensor]:
+    """The refit by Adam's formula in float64, with the model's gradients in float32."""
+    named = dict(model.named_parameters())
+    for p in named.values():
+        if tg.role_of(p).bits:
+            q, step = tg.store(p, config, None).tensors
+            p.data = q.float() * step.float()[:, None]
+    free = {name: p for name, p in named.items() if not tg.role_of(p).bits}
+    values = {name: p.detach().double() for name, p in free.items()}
+    first = {name: torch.zeros_like(v) for name, v in values.items()}
+    second = {name: torch.zeros_like(v) for name, v in values.items()}
+    for i, pair in enumerate(pairs):
+        grads = torch.autograd.grad(model(*pair, tg.Mode(2)), [*free.values()])
+        rate = config.refit_lr * (1 - i / len(pairs))
+        for (name, v), g in zip(values.items(), grads):
+            first[name] = 0.9 * first[name] + 0.1 * g.double()
+            second[name] = 0.95 * second[name] + 0.05 * g.double() ** 2
+            m, s = first[name] / (1 - 0.9 ** (i + 1)), second[name] / (1 - 0.95 ** (i + 1))
+            v -= rate * m / (s.sqrt() + 1e-8)
+            free[name].data = v.float()
+    return values
+
+
+def test_a_refit_is_adam_on_rounded_matrices(env: dict[str, str], tmp_path: Path) -> None:
+    given = env | dict(LOOP_LANES="1")
+    trainer, _, _ = refitted(given, 0, tmp_path)
+    _, tuned, _ = refitted(given, 3, tmp_path)
+    pairs = [pair for step in range(4, 7) for pair in trainer.batches.micro(step)]
+    config = tg.Config.from_env(given | refit_of(3) | dict(MATRIX_BITS="3"))
+    expected = written_refit(trainer.model, config, pairs)
+    for name, value in expected.items():
+        found = tuned.get_parameter(name).double()
+        torch.testing.assert_close(found, value, rtol=2e-3, atol=2e-4, msg=name)
+
+
+def test_the_time_of_a_refit_counts_as_training(tmp_path: Path) -> None:
+    said = [
+        "step:4/4 train_loss:2.0 train_time:1000ms step_avg:250.00ms",
+        "gptq_calibration batches:4 time:500ms",
+        "refit steps:5 train_loss:1.9 time:250ms",
+    ]
+    for lines, expected in ((said, 1750), (said[::2], 1250), (said[:1], 1000)):
+        (tmp_path / "train.log").write_text("\n".join(lines) + "\n")
+        log = logs.read(tmp_path / "train.log")
+        assert log.train_and_calibrate_ms == expected
+        told = f"took {expected / 1e3:.3f} s"
+        assert told in checks.training_time(log)
+
+
+def test_a_refit_has_its_time_and_its_graph() -> None:
+    given = dict(
+        REFIT_STEPS="50", REFIT_SECONDS="7", QAT_FRACTION="0.1", PASSES_SCHEDULE="0:1,0.5:2"
+    )
+    config = tg.Config.from_env(given | dict(NUM_LOOPS="2"))
+    assert config.training_seconds == 593
+    with_gptq = tg.replace(config, gptq_batches=4)
+    assert with_gptq.training_seconds == 583
+    late = tg.replace(config, qat_fraction=1.0)  # every step rounds; the refit does not
+    assert tg.Mode(2) in tg.training_modes(late)
+    assert tg.Mode(2) not in tg.training_modes(tg.replace(late, refit_steps=0))
+    assert len(tg.training_modes(config)) == len(set(tg.training_modes(config))) == 4
 
 
 # ---- A pool of MLPs
@@ -376,6 +480,9 @@ def test_a_smaller_rate_of_the_core_is_carried(env: dict[str, str], tmp_path: Pa
             dict(TRUNCATE_FRACTION="0.5", JACOBIAN_WEIGHT="0.1"),
             "TRUNCATE_FRACTION=0.5 cannot act here: JACOBIAN_WEIGHT=0.1",
         ),
+        (dict(REFIT_STEPS="5", MATRIX_BITS="0"), "MATRIX_BITS=0, .* rules out REFIT_STEPS=5"),
+        (dict(REFIT_STEPS="5", REFIT_SECONDS="600"), "REFIT_SECONDS=600.0 leave none"),
+        (dict(REFIT_LR="0.1"), "REFIT_LR=0.1 cannot act here: REFIT_STEPS=0"),
         (dict(MLP_POOL="4", NUM_LOOPS="1"), "MLP_POOL=4 cannot act here: NUM_LOOPS=1"),
         (dict(MLP_POOL="8", SHARE_ATTN_ONLY="1"), "MLP_POOL=8 cannot act here: SHARE_ATTN_ONLY=1"),
         (dict(MLP_POOL="3"), "MLP_POOL=3 is not 0 or 4 to 12"),

@@ -198,13 +198,14 @@ def in_equal_time(row: Row, values: dict[str, str], table: Table, clock_row: str
 
     Time is that of an H100 at full size (the table's milliseconds), so that what a step costs on
     the processor at hand decides nothing. The warm-down, the parts of PASSES_SCHEDULE and
-    TRUNCATE_FRACTION keep their shares of the time.
+    TRUNCATE_FRACTION keep their shares of the time; REFIT_STEPS are taken off its end.
     """
     config = tg.Config.from_env(values)
     parts = stretches(row, config, table)
     if clock_row not in table.milliseconds:
         raise tg.InputError(f"{clock_row}, the clock's row, has no entry in [milliseconds]")
     time = config.iterations * table.milliseconds[clock_row][0]
+    time -= config.refit_steps * parts[-1].ms
 
     def steps_by(share: float) -> float:
         """The steps in this share of the time."""
