@@ -124,6 +124,96 @@ def test_a_scale_divides_and_the_later_word_wins() -> None:
         ablate.variables(row, scale._replace(divide={"MODEL_DIM": 7}), "small", {})
 
 
+CLOCK = {"MATRIX_LR": "0.1"}
+GROWN = {"NUM_LOOPS": "3", "PASSES_SCHEDULE": "0:1,0.25:2,0.5:3"}
+CUT = {"NUM_LOOPS": "2", "PASSES_SCHEDULE": "0:1,0.25:2", "TRUNCATE_FRACTION": "0.5"}
+TIMED = ablate.Table(
+    rows={
+        "clock": ablate.Row("clock", "s", "", "", [], CLOCK),
+        "slow": ablate.Row("slow", "s", "", "", [], {"MATRIX_LR": "0.2"}),
+        "grown": ablate.Row("grown", "s", "", "", [], GROWN),
+        "refit": ablate.Row("refit", "s", "", "", [], {"REFIT_STEPS": "16"}),
+        "cut": ablate.Row("cut", "s", "", "", [], CUT),
+        "stepped": ablate.Row("stepped", "s", "", "", [], {"PASSES_SCHEDULE": "0:1,30:3"}),
+        "unknown": ablate.Row("unknown", "s", "", "", [], {}),
+    },
+    scales={},
+    claims={},
+    milliseconds={
+        "clock": [10.0],
+        "slow": [25.0],
+        "refit": [25.0],
+        "grown": [5, 10, 20],
+        "cut": [10, 5, 20],  # two passes, truncated; one; two
+        "stepped": [5, 20],
+    },
+)
+
+
+def timed(name: str) -> dict[str, str]:
+    scale = ablate.Scale("s", "", {}, {"ITERATIONS": "400", "WARMDOWN_ITERS": "120"}, "clock")
+    row = TIMED.rows[name]
+    return ablate.in_equal_time(row, ablate.variables(row, scale, "s", {}), TIMED, scale.clock)
+
+
+def test_a_row_makes_the_steps_that_fit_into_the_time_of_the_clock() -> None:
+    assert timed("clock") == CLOCK | {"ITERATIONS": "400", "WARMDOWN_ITERS": "120"}
+    # 4,000 ms, of which the warm-down has the last 30 %
+    assert timed("slow") == {"MATRIX_LR": "0.2", "ITERATIONS": "160", "WARMDOWN_ITERS": "48"}
+    # 400 ms of refit, taken off
+    assert timed("refit") == {"REFIT_STEPS": "16", "ITERATIONS": "144", "WARMDOWN_ITERS": "43"}
+    # 1,000 ms at 5, 1,000 ms at 10, 2,000 ms at 20; the warm-down all at 20
+    grown = {"ITERATIONS": "400", "WARMDOWN_ITERS": "60", "PASSES_SCHEDULE": "0:1,200:2,300:3"}
+    assert timed("grown") == GROWN | grown
+    # 1,000 ms at 5, 1,000 ms at 10, 2,000 ms at 20
+    cut = {"ITERATIONS": "400", "WARMDOWN_ITERS": "60", "PASSES_SCHEDULE": "0:1,200:2"}
+    assert timed("cut") == CUT | cut | {"TRUNCATE_FRACTION": "0.750000"}
+    for name in ("grown", "cut"):
+        tg.Config.from_env(timed(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("unknown", "unknown has 1 modes of training and 0 entries in .milliseconds."),
+        ("stepped", "PASSES_SCHEDULE of stepped counts steps"),
+    ],
+)
+def test_equal_time_needs_milliseconds_and_fractions(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        timed(name)
+
+
+def case(preset: str, given: dict[str, str]) -> tuple:
+    """What decides the time of a step, of a row's variables or of a dry run's title."""
+    values = {key: value for key, value in given.items() if key not in TIMELESS}
+    schedule = values.pop("PASSES_SCHEDULE", "")
+    passes = [entry.split(":")[1] for entry in schedule.split(",")] if schedule else []
+    return preset, tuple(sorted(values.items())), tuple(passes)
+
+
+TIMELESS = ("PRESET", "COMPILE", "MATRIX_LR", "CORE_LR_POWER", "MATRIX_BITS", "REFIT_STEPS")
+
+
+def test_milliseconds_are_those_of_the_dry_run() -> None:
+    found = {}
+    for path in ("dryrun/pocket.json", "tools/dryrun/estimates.json"):
+        for title, modes in json.loads((common.ROOT / "records" / path).read_text()).items():
+            preset, *words = title.removesuffix(" step of 1/8 of a batch").split()
+            given = dict(word.split("=", 1) for word in words)
+            if given["COMPILE"] == "block":
+                found[case(preset, given)] = [round(mode["ms"], 2) for mode in modes]
+    for name, costs in TABLE.milliseconds.items():
+        row = TABLE.rows[name]
+        assert found[case(row.set["PRESET"], row.set)] == costs, name
+    for row in TABLE.rows.values():
+        if row.name in TABLE.milliseconds and row.series != "wins":
+            values = ablate.variables(row, TABLE.scales["pocket"], "pocket", {})
+            values = ablate.in_equal_time(row, values, TABLE, "flat_6")
+            config = tg.Config.from_env(values)
+            assert 0 < config.warmdown_iters < config.iterations
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

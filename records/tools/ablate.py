@@ -80,6 +80,7 @@ class Scale(NamedTuple):
     what: str
     divide: dict[str, int]
     set: dict[str, str]
+    clock: str = ""  # row whose time on an H100 every row has; "": all make ITERATIONS steps
 
 
 class Claim(NamedTuple):
@@ -94,6 +95,7 @@ class Table(NamedTuple):
     rows: dict[str, Row]
     scales: dict[str, Scale]
     claims: dict[str, Claim]
+    milliseconds: dict[str, list[float]]  # of a row's step at full size, in each of its modes
 
     def pick(self, names: Iterable[str]) -> list[Row]:
         """The rows that are named, by themselves, by their series or as `all`.
@@ -117,15 +119,16 @@ def texts(values: dict[str, Any]) -> dict[str, str]:
     return {name: tg.show(value) for name, value in values.items()}
 
 
-def read_section(
-    path: Path, data: dict[str, Any], section: str, kind: Callable[..., Any], keys: tuple[str, ...]
-) -> dict[str, Any]:
-    """The entries of a section by name; InputError for one that has other keys."""
+def read_section(path: Path, data: dict[str, Any], section: str, kind: Any) -> dict[str, Any]:
+    """The entries of a section by name, each a `kind`; InputError for one that has other keys."""
+    keys = {*kind._fields} - {"name"}
+    needed = keys - kind._field_defaults.keys()
     made = {}
     for name, entry in data.get(section, {}).items():
-        if entry.keys() != {*keys}:
+        if not needed <= entry.keys() <= keys:
             told = f"{path}: {section}.{name} has {', '.join(entry)}"
-            raise tg.InputError(f"{told}; it needs {', '.join(keys)}")
+            known = ", ".join(key for key in kind._fields if key in needed)
+            raise tg.InputError(f"{told}; it needs {known}")
         if "set" in entry:
             entry = entry | {"set": texts(entry["set"])}
         made[name] = kind(name, **entry)
@@ -139,11 +142,15 @@ def read_table(path: Path) -> Table:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise tg.InputError(f"{path}: {error}") from None
     table = Table(
-        read_section(path, data, "run", Row, Row._fields[1:]),
-        read_section(path, data, "scale", Scale, Scale._fields[1:]),
-        read_section(path, data, "claim", Claim, Claim._fields[1:]),
+        read_section(path, data, "run", Row),
+        read_section(path, data, "scale", Scale),
+        read_section(path, data, "claim", Claim),
+        data.get("milliseconds", {}),
     )
     named = {f"run {row.name}": row.baselines for row in table.rows.values()}
+    named["milliseconds"] = list(table.milliseconds)
+    for scale in table.scales.values():
+        named[f"scale {scale.name}"] = [scale.clock] if scale.clock else []
     for claim in table.claims.values():
         named[f"claim {claim.name}"] = [name for pair in claim.pairs for name in pair]
     for entry, names in named.items():
@@ -172,6 +179,66 @@ def variables(
             )
         divided[name] = str(value)
     return scale.set | row.set | divided | given
+
+
+class Stretch(NamedTuple):
+    """A part of a run in one mode of training."""
+
+    begins: float  # as a fraction of the time
+    ends: float
+    ms: float  # of a step
+
+
+def stretches(row: Row, config: tg.Config, table: Table) -> list[Stretch]:
+    """The parts of a run, by its options that are fractions of it; InputError without a table."""
+    modes, costs = tg.training_modes(config), table.milliseconds.get(row.name, [])
+    if len(costs) != len(modes):
+        raise tg.InputError(
+            f"{row.name} has {len(modes)} modes of training and {len(costs)} entries in "
+            "[milliseconds]: its steps in equal time are not known"
+        )
+    schedule = dict(config.schedule())
+    if max(schedule) >= 1:
+        raise tg.InputError(
+            f"PASSES_SCHEDULE of {row.name} counts steps; a scale with a clock needs fractions"
+        )
+    cost_of = {(mode.passes, mode.truncated): ms for mode, ms in zip(modes, costs)}
+    begins = sorted({*schedule, config.truncate_fraction} - {1.0})
+    parts = []
+    for begin, end in zip(begins, [*begins[1:], 1.0]):
+        passes = next(schedule[when] for when in sorted(schedule, reverse=True) if when <= begin)
+        truncated = passes > 1 and begin < config.truncate_fraction
+        parts.append(Stretch(begin, end, cost_of[passes, truncated]))
+    return parts
+
+
+def in_equal_time(row: Row, values: dict[str, str], table: Table, clock_row: str) -> dict[str, str]:
+    """`values` with as many steps as take the time that those of `values` take the clock's row.
+
+    Time is that of an H100 at full size (the table's milliseconds), so that what a step costs on
+    the processor at hand decides nothing. The warm-down, the parts of PASSES_SCHEDULE and
+    TRUNCATE_FRACTION keep their shares of the time; REFIT_STEPS are taken off its end.
+    """
+    config = tg.Config.from_env(values)
+    parts = stretches(row, config, table)
+    if clock_row not in table.milliseconds:
+        raise tg.InputError(f"{clock_row}, the clock's row, has no entry in [milliseconds]")
+    time = config.iterations * table.milliseconds[clock_row][0]
+    time -= config.refit_steps * parts[-1].ms
+
+    def steps_by(share: float) -> float:
+        """The steps in this share of the time."""
+        return sum(max(min(x.ends, share) - x.begins, 0.0) * time / x.ms for x in parts)
+
+    steps = round(steps_by(1.0))
+    cooling = steps_by(1 - config.warmdown_iters / config.iterations)
+    made = dict(ITERATIONS=str(steps), WARMDOWN_ITERS=str(steps - round(cooling)))
+    if config.passes_schedule:
+        entries = (f"{round(steps_by(when))}:{passes}" for when, passes in config.schedule())
+        made["PASSES_SCHEDULE"] = ",".join(entries)
+    if config.truncate_fraction:
+        made["TRUNCATE_FRACTION"] = f"{steps_by(config.truncate_fraction) / steps:.6f}"
+    return values | made
 
 
 @dataclass(frozen=True, eq=False)
@@ -648,6 +715,8 @@ def plan(table: Table, options: argparse.Namespace) -> list[Run]:
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         for row in table.pick(options.names):
             values = variables(row, scale, options.scale, given)
+            if scale is not None and scale.clock:
+                values = in_equal_time(row, values, table, scale.clock)
             folder = options.out.resolve() / name / row.name / f"seed{seed}"
             runs.append(Run(row.name, seed, name, values, folder, options.nproc))
     return runs

@@ -377,7 +377,7 @@ class Times(NamedTuple):
 def read_times(run: Run, rows: Sequence[Row]) -> Times:
     """From the log: the first validation of the last step is before calibration."""
     trained = next(row for row in rows if row.kind == "val" and row.step == rows[-1].step)
-    calibrated = run.log.values.get("calibration_ms", 0.0)
+    calibrated = run.log.calibrated_ms
     return Times(trained.ms / 1e3, calibrated / 1e3, run.number("eval_ms") / 1e3)
 
 

@@ -183,11 +183,11 @@ def check_data(f: Folder) -> Iterator[Finding]:
 
 def training_time(log: Log) -> str:
     """The time that counts as training, for people."""
-    trained, calibrated = log.values.get("train_ms"), log.values.get("calibration_ms")
+    trained, calibrated = log.values.get("train_ms"), log.calibrated_ms
     total = f"{log.train_and_calibrate_ms / 1e3:.3f} s"
     if trained is None:
         return f"training took {total}, to 0.1 min"
-    if calibrated is None:
+    if not calibrated:
         return f"training took {total}"
     parts = f"{trained / 1e3:.3f} + {calibrated / 1e3:.3f}"
     return f"training and calibration took {total} ({parts})"
