@@ -319,7 +319,7 @@ class Architecture:
         )
         pool, core = self.mlp_pool, self.num_shared
         require(
-            not pool or core <= pool <= core * self.num_loops,
+            not pool or not core or core <= pool <= core * self.num_loops,
             f"MLP_POOL={pool} is not 0 or {core} to {core * self.num_loops}",
         )
         require(
