@@ -4182,7 +4182,7 @@ def command_to_resume(config: Config, world: World, folder: Path) -> str:
     ours |= dict(RUN_ID=folder.name, RESUME="auto")
     variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in ours.items())
     script = shlex.quote(sys.argv[0] or "train_gpt.py")
-    python = shlex.quote(os.path.relpath(sys.executable))
+    python = shlex.quote(sys.executable)
     if world.size > 1:
         python += f" -m torch.distributed.run --standalone --nproc_per_node={world.size}"
     return f"{variables} {python} {script}"

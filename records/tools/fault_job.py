@@ -73,6 +73,12 @@ PLACES = {  # where a run is, from the last of these lines in its output
 }
 
 
+def obey_signals() -> None:
+    """Ends this process at the signals that it is sent; a shell's background job ignores SIGINT."""
+    for number in tg.STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Job:
     """A run, in processes that carry one tag in their environment."""
 
@@ -103,7 +109,14 @@ class Job:
                 stdout=out,
                 stderr=out,
                 start_new_session=True,
+                preexec_fn=obey_signals,
             )
+
+    def send(self, number: signal.Signals) -> None:
+        """A signal to all its processes that are left."""
+        for process in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, number)
 
     def text(self) -> str:
         return self.out.read_text(errors="replace")

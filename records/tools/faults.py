@@ -241,7 +241,7 @@ def table(options: argparse.Namespace, write: Write) -> None:
         try:
             write(observe(number, case, wholes[case.ranks]))
         finally:
-            if DISK.is_mount():
+            while DISK.is_mount():
                 subprocess.run(["umount", str(DISK)], check=True)
 
 
