@@ -1667,7 +1667,7 @@ def pack_to_fit(model: GPT, config: Config, hessians: Mapping[str, Tensor], log:
     """The artifact; for MATRIX_BITS=0 that of the most bits with which it and the script fit."""
     for bits in [config.matrix_bits] if config.matrix_bits else range(8, 1, -1):
         data = pack(model, replace(config, matrix_bits=bits), hessians)
-        total = len(source()) + len(data)
+        total = len(script_file()) + len(data)
         log(f"packed matrix_bits:{bits} codec:{config.codec} total:{total} bytes")
         if total <= config.size_limit_bytes:
             break
@@ -3952,9 +3952,19 @@ def answer(arguments: list[str]) -> str:
 
 
 @functools.cache
-def source() -> bytes:
-    """This script as it is when the run begins, whoever edits it meanwhile."""
+def script_file() -> bytes:
+    """The file that runs, as it is when the run begins: its bytes count against the limit."""
     return Path(__file__).read_bytes()
+
+
+def packed_text() -> bytes:
+    """The text that this script was unpacked from (records/tools/packing.py); b"" if it was not."""
+    return globals().get("READABLE_SOURCE", b"")
+
+
+def source() -> bytes:
+    """The text of this script, whoever edits it meanwhile."""
+    return packed_text() or script_file()
 
 
 def source_hash() -> str:
@@ -3964,7 +3974,7 @@ def source_hash() -> str:
 def versions(world: World) -> dict[str, str]:
     """What a run depends on besides its configuration and data."""
     device = torch.cuda.get_device_name() if world.on_cuda else platform.machine()
-    return dict(
+    found = dict(
         python=platform.python_version(),
         torch=torch.__version__,
         numpy=np.__version__,
@@ -3974,6 +3984,9 @@ def versions(world: World) -> dict[str, str]:
         threads=f"{torch.get_num_threads()} a rank",
         script_sha256=source_hash(),
     )
+    if packed_text():
+        found["packed_sha256"] = hashlib.sha256(script_file()).hexdigest()
+    return found
 
 
 def lock_folder(folder: Path) -> TextIO:
@@ -4076,7 +4089,7 @@ def read_artifact(path: Path, config: Config, world: World) -> Artifact:
 def round_trip(scorer: Scorer, artifact: Artifact, compiler: Compiler, log: Log) -> dict[str, Any]:
     """Size and scores of a reloaded artifact; the first as the trained model was scored."""
     config, data, model, kind = artifact
-    script, total = len(source()), len(source()) + len(data)
+    script, total = len(script_file()), len(script_file()) + len(data)
     raw = sum(4 * p.numel() for p in model.parameters())
     log(f"Code size: {script} bytes")
     ratio = raw / len(data)
