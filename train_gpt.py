@@ -506,7 +506,7 @@ class Config(Architecture):
         12.85,
         "Standard deviations at which the rows of matrices saturate; 0: the fewest with which the "
         "artifact fits.",
-        high=10_000,
+        high=1e4,
         needs="quant_clip=sdclip",
     )
     embed_clip_sigmas: float = option(
@@ -4461,11 +4461,10 @@ RESERVE_TRIAL = 4  # micro-batches a rank
 def measure_reserve(trainer: Trainer, log: Log) -> float:
     """For GPTQ_SECONDS=-1, puts the seconds that calibration will take into the trainer's options.
 
-    A trial, off the clock, on batches that training has yet to see: its sums are not kept. The
-    seconds reserved, whichever way.
+    That is by a trial, off the clock, whose sums are not kept. Returns the seconds reserved.
     """
     config = trainer.config
-    if not config.gptq_batches:
+    if not config.gptq_batches or not config.max_wallclock_seconds:
         return 0.0
     if config.gptq_seconds < 0:
         trainer.world.enter("trial of GPTQ's calibration")

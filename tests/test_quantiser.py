@@ -352,6 +352,8 @@ def test_the_reserve_is_what_a_trial_takes(monkeypatch: pytest.MonkeyPatch) -> N
     given = trainer.config = replace(trainer.config, max_wallclock_seconds=100.0)
     assert tg.measure_reserve(trainer, lines.append) == 10.0 and trainer.config is given
     assert not asked and not lines and given.training_seconds == 90.0
+    trainer.config = replace(given, gptq_seconds=-1.0, max_wallclock_seconds=0.0)
+    assert tg.measure_reserve(trainer, lines.append) == 0.0 and not asked, "nothing to reserve from"
     trainer.config = replace(given, gptq_seconds=-1.0)
     assert trainer.config.training_seconds == 100.0
     assert tg.measure_reserve(trainer, lines.append) == pytest.approx(11.0)
