@@ -216,6 +216,8 @@ def test_what_does_not_fit_at_all_is_packed_as_small_as_it_goes() -> None:
 def test_one_thing_at_a_time_makes_it_fit() -> None:
     with pytest.raises(tg.InputError, match="MATRIX_BITS=0 and MATRIX_CLIP_SIGMAS=0"):
         tg.Config.from_env(FLAT | {"MATRIX_BITS": "0"})
+    with pytest.raises(tg.InputError, match="MATRIX_CLIP_SIGMAS=0, chosen after training"):
+        tg.Config.from_env(FLAT | {"REFIT_STEPS": "1"})
 
 
 @pytest.mark.parametrize("codec", CODECS)

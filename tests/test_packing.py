@@ -239,7 +239,7 @@ def test_the_budget_is_that_of_the_file_that_runs(
 
 
 def test_a_folder_of_it_passes_and_starts(folder: Path, packed: Path) -> None:
-    assert checks.check(folder, None, run=True) == []
+    assert checks.faults(checks.check(folder, None, run=True)) == []
     for name in ("train_gpt.py", packing.READABLE):
         assert (folder / name).read_bytes() == packed.with_name(name).read_bytes()
     lines = audited(folder)

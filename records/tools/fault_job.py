@@ -24,11 +24,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import train_gpt as tg
-from records.tools import common
+from records.tools.packages import TRAINING, told_if_missing
+
+with told_if_missing(__name__, TRAINING):
+    import numpy as np
+
+    import train_gpt as tg
+    from records.tools import common
 
 WORK = Path("logs/faults")
 STEPS = 30  # of a run
@@ -281,4 +284,6 @@ def worker(fault: str) -> None:
 
 
 if __name__ == "__main__":
+    if "FAULTS_EXITS" not in os.environ or len(sys.argv) != 2:
+        sys.exit("fault_job.py is started by faults.py; see faults.py --help")
     worker(sys.argv[1])
