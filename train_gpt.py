@@ -540,9 +540,24 @@ class Config(Architecture):
         needs="num_shared",
     )
     embed_bits: int = option(8, "Bits of a stored embedding element.", low=2, high=8)
-    quant_clip: Literal["percentile", "matrix", "row"] = option(
+    quant_clip: Literal["percentile", "matrix", "row", "sdclip"] = option(
         "percentile",
-        "Where rows saturate: a percentile, or the least squared error of the matrix or row.",
+        "Where rows saturate: a percentile, the least squared error of the matrix or row, or a "
+        "number of the row's standard deviations.",
+    )
+    matrix_clip_sigmas: float = option(
+        12.85,
+        "Standard deviations at which the rows of matrices saturate; 0: the fewest with which the "
+        "artifact fits.",
+        high=1e4,
+        needs="quant_clip=sdclip",
+    )
+    embed_clip_sigmas: float = option(
+        20.0,
+        "The same of the token embedding and the output projection, without a choice by size.",
+        low=1,
+        high=1e4,
+        needs="quant_clip=sdclip",
     )
     quant_clip_percentile: float = option(
         99.99984, "Percentile of |w| in a row beyond which weights saturate.", low=50, high=100
@@ -556,8 +571,23 @@ class Config(Architecture):
     )
     gptq_seconds: float = option(
         10.0,
-        "Seconds of MAX_WALLCLOCK_SECONDS reserved for GPTQ's calibration.",
+        "Seconds of MAX_WALLCLOCK_SECONDS reserved for GPTQ's calibration; -1: as many as a trial "
+        "before training takes, and a tenth more.",
+        low=-1,
         needs="gptq_batches max_wallclock_seconds",
+    )
+    gptq_embed: bool = option(
+        False,
+        "Round the output projection (a tied embedding) by GPTQ, too, as the matrix that it is to "
+        "the normalised last state.",
+        needs="gptq_batches",
+    )
+    gptq_damping: float = option(
+        0.01,
+        "What GPTQ adds to the diagonal of its sums, as a fraction of the diagonal's mean.",
+        low=1e-6,
+        high=1e6,
+        needs="gptq_batches",
     )
     refit_steps: int = option(
         0,
@@ -574,6 +604,9 @@ class Config(Architecture):
     )
     codec: Literal["zlib", "lzma", "brotli"] = option(
         "zlib", "Compression of the artifact; brotli is a package of its own."
+    )
+    byte_shuffle: bool = option(
+        False, "Compress the artifact's bytes in another order: those at even places, then the odd."
     )
     size_limit_bytes: int = option(
         16_000_000, "Bytes of script and artifact together; beyond it the exit code is 4."
@@ -648,6 +681,15 @@ class Config(Architecture):
         )
         require(1 not in (bits, self.core_bits), "MATRIX_BITS and CORE_BITS are 0 or 2 to 8")
         require(
+            bits or not self.fits_by_clip,
+            "MATRIX_BITS=0 and MATRIX_CLIP_SIGMAS=0: only one of them can be what makes it fit",
+        )
+        require(
+            self.quant_clip != "sdclip" or round(self.mlp_mult * self.model_dim) > 1,
+            f"QUANT_CLIP=sdclip: MLP_MULT={self.mlp_mult} of MODEL_DIM={self.model_dim} is one "
+            "channel, which has no standard deviation",
+        )
+        require(
             not cap or self.training_seconds,
             f"GPTQ_SECONDS={self.gptq_seconds} and REFIT_SECONDS={self.refit_seconds} leave none "
             f"of MAX_WALLCLOCK_SECONDS={cap}",
@@ -655,6 +697,11 @@ class Config(Architecture):
         require(
             bits or not self.refit_steps,
             f"MATRIX_BITS=0, chosen after training, rules out REFIT_STEPS={self.refit_steps}",
+        )
+        require(
+            not self.fits_by_clip or not self.refit_steps,
+            "MATRIX_CLIP_SIGMAS=0, chosen after training, rules out "
+            f"REFIT_STEPS={self.refit_steps}",
         )
 
     def check_schedule(self) -> None:
@@ -683,9 +730,14 @@ class Config(Architecture):
     @property
     def training_seconds(self) -> float:
         """When training ends: MAX_WALLCLOCK_SECONDS less GPTQ and refit; 0: no limit."""
-        reserved = self.gptq_seconds if self.gptq_batches else 0.0
+        reserved = max(self.gptq_seconds, 0.0) if self.gptq_batches else 0.0
         reserved += self.refit_seconds if self.refit_steps else 0.0
         return max(self.max_wallclock_seconds - reserved, 0.0)
+
+    @property
+    def fits_by_clip(self) -> bool:
+        """Whether export chooses the clip of matrices by the artifact's size."""
+        return self.quant_clip == "sdclip" and not self.matrix_clip_sigmas
 
     def bits(self, name: str) -> int:
         """The stored width that option `name` says; CORE_BITS=0 means MATRIX_BITS."""
@@ -832,14 +884,15 @@ class Role(NamedTuple):
     lr: str  # the option that is its learning rate
     bits: str = ""  # the option that is its stored width; "": float16
     decays: bool = True  # ADAM_WD decays it without DECAY_SCALARS
+    clip: str = ""  # the option that is its clip under QUANT_CLIP=sdclip; "": a percentile
 
 
 ROLES = {
-    "matrix": Role("muon", "matrix_lr", "matrix_bits"),
-    "core matrix": Role("muon", "matrix_lr", "core_bits"),
-    "tied embedding": Role("adam", "tied_embed_lr", "embed_bits"),
-    "embedding": Role("adam", "embed_lr", "embed_bits"),
-    "head": Role("adam", "head_lr", "embed_bits"),
+    "matrix": Role("muon", "matrix_lr", "matrix_bits", clip="matrix_clip_sigmas"),
+    "core matrix": Role("muon", "matrix_lr", "core_bits", clip="matrix_clip_sigmas"),
+    "tied embedding": Role("adam", "tied_embed_lr", "embed_bits", clip="embed_clip_sigmas"),
+    "embedding": Role("adam", "embed_lr", "embed_bits", clip="embed_clip_sigmas"),
+    "head": Role("adam", "head_lr", "embed_bits", clip="embed_clip_sigmas"),
     "side embedding": Role("adam", "tied_embed_lr", "embed_bits"),  # bigrams, values
     "projection": Role("adam", "scalar_lr", "embed_bits"),  # of side embeddings, error feedback
     "table": Role("adam", "scalar_lr", decays=False),  # a row for every effective layer
@@ -1673,8 +1726,10 @@ def dequantize_rows(q: Tensor, step: Tensor) -> Tensor:
     return q.float() * step.float()[:, None]
 
 
-def row_clip(w: Tensor, bits: int, config: Config) -> Tensor:
+def row_clip(w: Tensor, bits: int, config: Config, sigmas: float = 0.0) -> Tensor:
     """Where the rows of w [r, c] saturate, [r], as QUANT_CLIP says."""
+    if config.quant_clip == "sdclip":  # sigmas of each row's own standard deviations (PR 1394)
+        return sigmas * w.std(1)
     size = w.abs()
 
     def squared_error(clip: Tensor) -> Tensor:
@@ -1694,38 +1749,60 @@ def row_clip(w: Tensor, bits: int, config: Config) -> Tensor:
     return clips.gather(0, errors.argmin(0)[None])[0]
 
 
-def gptq_rows(w: Tensor, step: Tensor, bits: int, hessian: Tensor) -> Tensor:
+GPTQ_BLOCK = 128  # columns whose error is moved onto all later ones together
+
+
+def gptq_rows(w: Tensor, step: Tensor, bits: int, hessian: Tensor, damping: float = 0.01) -> Tensor:
     """Integers as int8 of w [r, c], rounded column by column, the error moved onto later columns.
 
     So w x changes least over inputs x with sum x x^T = hessian [c, c] (GPTQ, arXiv 2210.17323).
     """
     h = hessian.double()
     order = h.diagonal().argsort(descending=True)  # columns of large inputs first
-    damping = 0.01 * h.diagonal().mean() + 1e-12
-    h = h[order][:, order] + torch.eye(len(h), device=h.device) * damping
+    added = damping * h.diagonal().mean() + 1e-12
+    h = h[order][:, order] + torch.eye(len(h), device=h.device) * added
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
     upper = torch.linalg.cholesky(inverse, upper=True).float()
-    left, q = w[:, order].clone(), torch.empty_like(w)
-    for j in range(w.shape[1]):
-        q[:, j] = round_to_steps(left[:, j], step, bits)
-        error = (left[:, j] - q[:, j] * step) / upper[j, j]
-        left[:, j + 1 :].addr_(error, upper[j, j + 1 :], alpha=-1)
-    return q[:, order.argsort()].to(torch.int8)
+    left = w.T[order].contiguous()  # [c, r]: what is a column of w lies in one place
+    q = torch.empty_like(left)
+    for start in range(0, len(left), GPTQ_BLOCK):
+        stop = min(start + GPTQ_BLOCK, len(left))
+        errors = torch.empty_like(left[start:stop])
+        for j in range(start, stop):
+            q[j] = round_to_steps(left[j], step, bits)
+            errors[j - start] = (left[j] - q[j] * step) / upper[j, j]
+            left[j + 1 : stop].addr_(upper[j, j + 1 : stop], errors[j - start], alpha=-1)
+        left[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+    return q[order.argsort()].T.contiguous().to(torch.int8)
 
 
 @torch.no_grad()
-def input_moments(model: GPT, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """GPTQ's Hessians: sums of x x^T [c, c] over the inputs x of every matrix, all passes."""
+def input_moments(
+    model: GPT, batches: Iterable[tuple[Tensor, Tensor]], with_head: bool = False
+) -> dict[str, Tensor]:
+    """GPTQ's Hessians: sums of x x^T [c, c] over the inputs x of every matrix, all passes.
+
+    The output projection, a matrix too, is among them `with_head`.
+    """
     sums: dict[str, Tensor] = {}
 
+    def add(name: str, x: Tensor) -> None:
+        sums[name] = sums.get(name, 0.0) + x.T @ x
+
     def watch(name: str, matrix: Matrix) -> Any:
-        def add(_: nn.Module, args: tuple[Any, ...]) -> None:
+        def add_input(_: nn.Module, args: tuple[Any, ...]) -> None:
             x, factor = args[0].flatten(0, -2).float(), torch.as_tensor(args[1])
             if factor.dim() == 1:  # a gain on the weight's columns acts on its input
                 x = x * factor
-            sums[name] = sums.get(name, 0.0) + x.T @ x
+            add(name, x)
 
-        return matrix.register_forward_pre_hook(add)
+        return matrix.register_forward_pre_hook(add_input)
+
+    def no_loss(h: Tensor, *_: Any) -> Tensor:
+        """In the place of the loss, which takes the last state and is not needed."""
+        if with_head:
+            add("tok_emb" if model.tied else "lm_head", h.float())
+        return h.new_zeros(())
 
     hooks = [
         watch(f"{name}.weight", module)
@@ -1733,7 +1810,7 @@ def input_moments(model: GPT, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[
         if isinstance(module, Matrix)
     ]
     for ids, targets in batches:
-        model(ids, targets, model.scoring)
+        model(ids, targets, model.scoring, PLAIN_OPS._replace(loss=no_loss))
     for hook in hooks:
         hook.remove()
     return sums
@@ -1754,11 +1831,14 @@ def store(p: nn.Parameter, config: Config, hessian: Tensor | None) -> Stored:
         exact_enough = (half.float() - w).norm() <= 1e-3 * w.norm()  # and does not overflow
         return Stored("float16", [half]) if exact_enough else Stored("float32", [w])
     bits = config.bits(role.bits)
-    if role.optimizer != "muon":  # the searches are for matrices
+    sigmas = 0.0
+    if config.quant_clip == "sdclip" and role.clip:
+        sigmas = getattr(config, role.clip)
+    elif role.optimizer != "muon":  # the searches are for matrices
         config = replace(config, quant_clip="percentile")
-    q, step = quantize_rows(w, row_clip(w, bits, config), bits, config.quant_scale_floor)
+    q, step = quantize_rows(w, row_clip(w, bits, config, sigmas), bits, config.quant_scale_floor)
     if hessian is not None:
-        q = gptq_rows(w, step.float(), bits, hessian)
+        q = gptq_rows(w, step.float(), bits, hessian, config.gptq_damping)
     return Stored(f"int{bits}", [q, step])
 
 
@@ -1772,14 +1852,97 @@ def pack(model: GPT, config: Config, hessians: Mapping[str, Tensor] | None = Non
         tensors=[(name, stored.kind) for name, stored in held.items()],
     )
     values = (t.cpu().numpy().tobytes() for stored in held.values() for t in stored.tensors)
-    return seal("artifact", config.codec, header, values)
+    codec = config.codec + SHUFFLED if config.byte_shuffle else config.codec
+    return seal("artifact", codec, header, values)
+
+
+LANDING = 0.003  # share of SIZE_LIMIT_BYTES that MATRIX_CLIP_SIGMAS=0 leaves unused, at most
+LANDING_TRIALS = 12  # most runs need two or three
+MOST_SIGMAS = 1e4  # every weight is rounded to 0
+# Bytes that codecs make of an integer in units of its entropy: of a million normal ones, in steps
+# of 12.85 / 31 standard deviations.
+OVERHEAD = dict(zlib=1.158, lzma=1.058, brotli=1.014)
+
+
+def expected_bytes(model: GPT, config: Config) -> float:
+    """Bytes of script and artifact, were the rows of all matrices normally distributed.
+
+    In steps of s standard deviations, such a weight has log2(sqrt(2 pi e) / s) bits of entropy.
+    """
+    total = float(len(script_file()))
+    for p in model.parameters():
+        role = role_of(p)
+        if not role.bits:
+            total += 2 * p.numel()
+            continue
+        bits = float(config.bits(role.bits))
+        if role.clip:
+            step = getattr(config, role.clip) / max_level(config.bits(role.bits))
+            bits = OVERHEAD[config.codec] * max(2.047 - math.log2(step), 0.0)
+        total += 2 * len(p) + p.numel() * bits / 8
+    return total
+
+
+def least_clip(config: Config) -> float:
+    """Standard deviations below which saturation costs more than the smaller steps gain.
+
+    For Laplace-distributed weights, the squared error is within 2 % of the least at 2 to 8 bits.
+    """
+    bits = max(config.matrix_bits, config.core_bits)
+    return round(1.3 + 1.17 * math.log(max_level(bits)), 4)
+
+
+def clip_of_size(model: GPT, config: Config, size: float, between: tuple[float, float]) -> float:
+    """The MATRIX_CLIP_SIGMAS whose `expected_bytes` are `size`, or the nearest in an interval."""
+    low, high = between
+    for _ in range(60):
+        middle = math.sqrt(low * high)
+        if expected_bytes(model, replace(config, matrix_clip_sigmas=middle)) > size:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def pack_by_clip(model: GPT, config: Config, hessians: Mapping[str, Tensor], log: Log) -> bytes:
+    """The artifact of the fewest MATRIX_CLIP_SIGMAS with which it and the script fit.
+
+    They end within LANDING below the limit, unless there is room for finer steps than help. What
+    a trial has more or fewer bytes than expected, the next one is expected to have, too.
+    """
+    limit, least = config.size_limit_bytes, least_clip(config)
+    low, high, surplus = least, MOST_SIGMAS, 0.0  # too many bytes at `low`, few enough at `high`
+    fitting = data = b""
+    tried: set[float] = set()
+    while low < high and len(tried) < LANDING_TRIALS:
+        aim = (1 - LANDING / 3) * limit - surplus
+        sigmas = round(clip_of_size(model, config, aim, (low, high)), 4)
+        if sigmas in tried:  # an end of the interval: the weights are nothing like normal
+            sigmas = round(math.sqrt(low * high), 4)
+        tried.add(sigmas)
+        chosen = replace(config, matrix_clip_sigmas=sigmas)
+        data = pack(model, chosen, hessians)
+        total = len(script_file()) + len(data)
+        log(f"packed matrix_clip_sigmas:{sigmas} codec:{config.codec} total:{total} bytes")
+        surplus = total - expected_bytes(model, chosen)
+        if total > limit:
+            low = sigmas
+            continue
+        high, fitting = sigmas, data
+        if total >= (1 - LANDING) * limit:
+            break
+        if sigmas == least:
+            log(f"{limit - total} bytes are left, which only more MATRIX_BITS can use")
+    return fitting or data
 
 
 def pack_to_fit(model: GPT, config: Config, hessians: Mapping[str, Tensor], log: Log) -> bytes:
-    """The artifact; for MATRIX_BITS=0 that of the most bits with which it and the script fit."""
+    """The artifact; if MATRIX_BITS=0, or MATRIX_CLIP_SIGMAS=0, of those with which it fits."""
+    if config.fits_by_clip:
+        return pack_by_clip(model, config, hessians, log)
     for bits in [config.matrix_bits] if config.matrix_bits else range(8, 1, -1):
         data = pack(model, replace(config, matrix_bits=bits), hessians)
-        total = len(source()) + len(data)
+        total = len(script_file()) + len(data)
         log(f"packed matrix_bits:{bits} codec:{config.codec} total:{total} bytes")
         if total <= config.size_limit_bytes:
             break
@@ -3574,6 +3737,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 SEAL = struct.Struct("<8s32s8sQ")
 MAGIC = dict(artifact=b"GOLFGPT\x02", checkpoint=b"GOLFRUN\x02")  # the last byte is the version
 CODECS = ("none", "zlib", "lzma", "brotli")
+SHUFFLED = "-2"  # behind a codec's name: what it packs are first the even bytes, then the odd ones
 
 
 def brotli_module() -> Any:
@@ -3584,6 +3748,8 @@ def brotli_module() -> Any:
 
 
 def compress(codec: str, data: bytes) -> bytes:
+    if codec.endswith(SHUFFLED):
+        return compress(codec.removesuffix(SHUFFLED), data[::2] + data[1::2])
     if codec == "zlib":
         return zlib.compress(data, 9)
     if codec == "lzma":
@@ -3596,6 +3762,11 @@ def compress(codec: str, data: bytes) -> bytes:
 
 def decompress(codec: str, data: bytes, limit: int) -> bytes:
     """The first `limit` bytes or a little more; ValueError if `data` is malformed."""
+    if codec.endswith(SHUFFLED):
+        shuffled = decompress(codec.removesuffix(SHUFFLED), data, limit)
+        ordered, even = bytearray(len(shuffled)), (len(shuffled) + 1) // 2
+        ordered[::2], ordered[1::2] = shuffled[:even], shuffled[even:]
+        return bytes(ordered)
     require(codec in CODECS, f"{codec!r} is none of the codecs {', '.join(CODECS)}")
     if codec == "none":
         return data[:limit]
@@ -3901,6 +4072,9 @@ INSTEAD = {
         "QAT_LR_FACTOR": "LATE_QAT_THRESHOLD QAT_THRESHOLD",
         "MATRIX_BITS": "QUANT_BITS QUANT_BITS_MLP QAT_BITS QAT_INT6 USE_INT6",
         "EMBED_BITS": "QUANT_BITS_EMBED",
+        "MATRIX_CLIP_SIGMAS": "GPTQ_CLIP_SIGMAS",
+        "EMBED_CLIP_SIGMAS": "GPTQ_EMBED_CLIP_SIGMAS",
+        "GPTQ_DAMPING": "GPTQ_DAMP",
         "QUANT_CLIP=matrix": "GPTQ_LITE",
         "GPTQ_BATCHES": "USE_GPTQ GPTQ_CALIBRATION_BATCHES GPTQ_CALIB_BATCHES GPTQ_CALIB_SAMPLES "
         "GPTQ_NUM_SEQS",
@@ -3928,13 +4102,13 @@ INSTEAD = {
 UNSUPPORTED = frozenset(
     """ATTN_CLIP_SIGMAS ATTN_OUT_GATE_ENABLED ATTN_OUT_GATE_SRC ATTN_VARIANT BLOCK_LARS_MIN_SCALE
     BLOCK_LARS_TRUST BLOCK_TYPE CASEOPS_ENABLED CE_PURE_FRAC CE_WEIGHT COEFF_LR_BASE COEFF_LR_SCALE
-    DEPTH_LORA_RANK DTG_ENABLED EMBED_CLIP_SIGMAS EMBED_INNER_DIM EVAL_NTK_ALPHA EVAL_STATE_RESET
+    DEPTH_LORA_RANK DTG_ENABLED EMBED_INNER_DIM EVAL_NTK_ALPHA EVAL_STATE_RESET
     EVAL_TEMP FP16_EMBED_EXPORT FP16_KEEP_NAME_PATTERNS FP16_PASSTHROUGH_PATTERNS FP_STORAGE
     FUSED_CE_ENABLED GATED_ATTENTION GATED_ATTN_ENABLED GATED_ATTN_INIT_STD GATED_ATTN_QUANT_GATE
     GATE_ATTN_OUT GATE_ATTN_SRC GATE_MLP_OUT GATE_WIDTH GATE_WINDOW GDN_CONV_SIZE GDN_EXPAND_V
     GDN_HEAD_DIM_RATIO GDN_LAYERS GDN_N_HEADS GLOBAL_TTT_BATCH_SEQS GLOBAL_TTT_DOC_LIMIT
     GLOBAL_TTT_RESPECT_DOC_BOUNDARIES GLOBAL_TTT_WARMUP_CHUNKS GLOBAL_TTT_WARMUP_START_LR
-    GPTQ_BLOCK_SIZE GPTQ_CLIP_SIGMAS GPTQ_DAMP GPTQ_EMBED_CLIP_SIGMAS GPTQ_GEN_LEN GPTQ_GEN_TEMP
+    GPTQ_BLOCK_SIZE GPTQ_GEN_LEN GPTQ_GEN_TEMP
     HNET_LR_DIFF INDEPENDENT_LR INT4_LAYERS INT4_STEP INT6_LAYERS INT6_LAYER_END INT6_LAYER_START
     INT6_STEP INT8_FULL_RANGE_PATTERNS INT8_KEEP_FLOAT_FP32_NAME_PATTERNS JEPA_PURE_FRAC JEPA_WEIGHT
     LATENT_KV_DIM LAWA_K LEGENDRE_DEGREE_ATTN LEGENDRE_DEGREE_FFN LEGENDRE_GROUPS LORA_LR LORA_RANK
@@ -3942,7 +4116,7 @@ UNSUPPORTED = frozenset(
     LR_START MAMBA3_CHUNK_SIZE MAMBA3_D_STATE MAMBA3_EXPAND MAMBA3_HEADDIM MAMBA3_NGROUPS
     MAMBA3_OUTPROJ_NORM MAMBA3_ROPE_FRACTION MATCHED_FINEWEB_REMOTE_ROOT_PREFIX
     MATCHED_FINEWEB_REPO_ID MATCHED_FINEWEB_SP_BATCH_SIZE MATCHED_FINEWEB_TOKENIZER_THREADS
-    MATRIX_CLIP_SIGMAS MIN_LR MLP_CLIP_SIGMAS MLP_RANK MODE MTP_LOSS_WEIGHT MTP_NUM_HEADS MUON_BETA2
+    MIN_LR MLP_CLIP_SIGMAS MLP_RANK MODE MTP_LOSS_WEIGHT MTP_NUM_HEADS MUON_BETA2
     MUON_COOLDOWN_END MUON_EQ_R MUON_ROW_NORMALIZE NUM_ATTN_LAYERS NUM_LIGHT_BLOCKS
     PARALLEL_FINAL_LANE PARALLEL_START_LAYER PHASED_TTT_ENABLED PHASED_TTT_NUM_PHASES
     PHASED_TTT_PREFIX_DOCS PREQUANT_ONLY PRUNE_RATIO QUANT_CLIP_RANGE QUANT_CONFIG RATIO_LOSS_WEIGHT
@@ -4090,9 +4264,19 @@ def answer(arguments: list[str]) -> str:
 
 
 @functools.cache
-def source() -> bytes:
-    """This script as it is when the run begins, whoever edits it meanwhile."""
+def script_file() -> bytes:
+    """The file that runs, as it is when the run begins: its bytes count against the limit."""
     return Path(__file__).read_bytes()
+
+
+def packed_text() -> bytes:
+    """The text that this script was unpacked from (records/tools/packing.py); b"" if it was not."""
+    return globals().get("READABLE_SOURCE", b"")
+
+
+def source() -> bytes:
+    """The text of this script, whoever edits it meanwhile."""
+    return packed_text() or script_file()
 
 
 def source_hash() -> str:
@@ -4102,7 +4286,7 @@ def source_hash() -> str:
 def versions(world: World) -> dict[str, str]:
     """What a run depends on besides its configuration and data."""
     device = torch.cuda.get_device_name() if world.on_cuda else platform.machine()
-    return dict(
+    found = dict(
         python=platform.python_version(),
         torch=torch.__version__,
         numpy=np.__version__,
@@ -4112,6 +4296,9 @@ def versions(world: World) -> dict[str, str]:
         threads=f"{torch.get_num_threads()} a rank",
         script_sha256=source_hash(),
     )
+    if packed_text():
+        found["packed_sha256"] = hashlib.sha256(script_file()).hexdigest()
+    return found
 
 
 def lock_folder(folder: Path) -> TextIO:
@@ -4214,7 +4401,7 @@ def read_artifact(path: Path, config: Config, world: World) -> Artifact:
 def round_trip(scorer: Scorer, artifact: Artifact, compiler: Compiler, log: Log) -> dict[str, Any]:
     """Size and scores of a reloaded artifact; the first as the trained model was scored."""
     config, data, model, kind = artifact
-    script, total = len(source()), len(source()) + len(data)
+    script, total = len(script_file()), len(script_file()) + len(data)
     raw = sum(4 * p.numel() for p in model.parameters())
     log(f"Code size: {script} bytes")
     ratio = raw / len(data)
@@ -4389,19 +4576,49 @@ class Validation:
 
 def calibrate(trainer: Trainer, log: Log) -> tuple[dict[str, Tensor], float]:
     """GPTQ's Hessians, summed over ranks, on training data that comes next; the seconds it took."""
-    count, world = trainer.config.gptq_batches, trainer.world
+    count = trainer.config.gptq_batches
     if not count:
         return {}, 0.0
+    hessians, seconds = sum_moments(trainer, count)
+    log(f"gptq_calibration batches:{count} time:{1e3 * seconds:.0f}ms")
+    return hessians, seconds
+
+
+def sum_moments(trainer: Trainer, count: int) -> tuple[dict[str, Tensor], float]:
+    """GPTQ's Hessians of so many micro-batches a rank; the seconds it took."""
+    world = trainer.world
     began = time.perf_counter()
     unseen = itertools.chain.from_iterable(
         map(trainer.batches.micro, itertools.count(trainer.step))
     )
-    moments = input_moments(trainer.model, itertools.islice(unseen, count))
+    batches = itertools.islice(unseen, count)
+    moments = input_moments(trainer.model, batches, trainer.config.gptq_embed)
     hessians = {name: world.all_reduce(moment) for name, moment in moments.items()}
     world.synchronize()
-    seconds = world.on_main(lambda: time.perf_counter() - began)
-    log(f"gptq_calibration batches:{count} time:{1e3 * seconds:.0f}ms")
-    return hessians, seconds
+    return hessians, world.on_main(lambda: time.perf_counter() - began)
+
+
+RESERVE_TRIAL = 4  # micro-batches a rank
+
+
+def measure_reserve(trainer: Trainer, log: Log) -> float:
+    """For GPTQ_SECONDS=-1, puts the seconds that calibration will take into the trainer's options.
+
+    That is by a trial, off the clock, whose sums are not kept. Returns the seconds reserved.
+    """
+    config = trainer.config
+    if not config.gptq_batches or not config.max_wallclock_seconds:
+        return 0.0
+    if config.gptq_seconds < 0:
+        trainer.world.enter("trial of GPTQ's calibration")
+        sum_moments(trainer, 1)  # the first one loads and tunes kernels
+        count = min(config.gptq_batches, RESERVE_TRIAL)
+        _, seconds = sum_moments(trainer, count)
+        seconds *= 1.1 * config.gptq_batches / count
+        log(f"gptq_reserve batches:{config.gptq_batches} time:{1e3 * seconds:.0f}ms")
+        trainer.config = replace(config, gptq_seconds=seconds)
+        trainer.clock = Clock(trainer.world, trainer.config.training_seconds)
+    return trainer.config.gptq_seconds
 
 
 @contextlib.contextmanager
@@ -4502,6 +4719,7 @@ def train_and_export(
     steps = config.warmup_steps * len(training_modes(config))
     log(f"warming up: {steps} steps that are undone, and compiling; it does not count as training")
     trainer.warm_up(log)
+    reserved = measure_reserve(trainer, log)
     if config.resume:
         restore(trainer, checkpoint, log)
     checkpoints = Checkpoints(config, world, trainer.batches.tokens.total, log)
@@ -4514,7 +4732,8 @@ def train_and_export(
         last = training_mode(config, trainer.step, trained.seconds)
         if last.passes != config.schedule()[-1][1]:
             log(f"warning: PASSES_SCHEDULE={config.passes_schedule} did not come to its last entry")
-        return trainer, log, export(trainer, trained, validation, log)
+        result = export(trainer, trained, validation, log)
+        return trainer, log, result | dict(gptq_reserve_seconds=reserved)
 
 
 def run(config: Config, world: World) -> int:

@@ -320,7 +320,8 @@ def need(name: str, met: bool) -> dict[str, str]:
         if ">" in condition:
             values = "1", "2"
         elif "=" in condition:
-            values = "none", condition.split("=")[1].lower()
+            wanted = condition.split("=")[1].lower()
+            values = next(choice for choice in get_args(KINDS[field]) if choice != wanted), wanted
         else:
             values = "0", truthy(field)
         on = met != condition.startswith("!")
