@@ -349,6 +349,12 @@ class Config(Architecture):
         "none", "Where metrics go as well, if it is installed."
     )
     seed: int = option(1337, "Seed of the initial weights.", low=0, high=2**64 - 1)
+    data_seed: int = option(
+        0,
+        "Seed of a random order of training sequences; 0: the tokens of the shards in their order.",
+        low=0,
+        high=2**64 - 1,
+    )
     device: Literal["auto", "cuda", "cpu"] = option(
         "auto",
         "Where to train; auto takes CUDA if there is a GPU, and the CPU for a single process only.",
@@ -2133,12 +2139,44 @@ class Tokens:
         return tokens
 
 
+class Shuffle:
+    """A random order of the sequences of a split, without end.
+
+    An epoch skips a random number of tokens, cuts the rest into sequences and permutes them: each
+    comes once before any comes again, and the next epoch cuts elsewhere. All of it follows from
+    DATA_SEED and the size of the split, whatever its shards: ranks need not agree on it, and a run
+    that goes on need only know its step.
+    """
+
+    def __init__(self, tokens: Tokens, length: int, seed: int) -> None:
+        self.tokens, self.length, self.seed = tokens, length, seed
+        self.epoch, self.starts = NONE, np.empty(0, np.int64)  # the epoch that was drawn last
+
+    def start(self, number: int) -> int:
+        """Where in the split the `number`-th sequence of training begins."""
+        T, total = self.length, self.tokens.total
+        count = max(total // T - 1, 1)  # of sequences, as many in every epoch
+        epoch, index = divmod(number, count)
+        if epoch != self.epoch:
+            draw = np.random.default_rng((self.seed, epoch))
+            skipped = draw.integers(min(T, total - count * T))
+            self.epoch, self.starts = epoch, skipped + T * draw.permutation(count)
+        return int(self.starts[index])
+
+
 class Batches:
-    """Step s is the s-th TRAIN_BATCH_TOKENS of the split; each rank has sequences of them."""
+    """Step s is the s-th TRAIN_BATCH_TOKENS of the split; each rank has sequences of them.
+
+    The split is in its order, or with DATA_SEED in a random one. A thread of its own reads, so that
+    a disk that is slow or far away does not keep a step waiting.
+    """
 
     def __init__(self, tokens: Tokens, config: Config, world: World) -> None:
         T, batch = config.train_seq_len, config.train_batch_tokens
-        self.tokens, self.world, self.length, self.batch = tokens, world, T, batch
+        self.tokens, self.world, self.length = tokens, world, T
+        self.shuffle = Shuffle(tokens, T, config.data_seed) if config.data_seed else None
+        self.reader = ThreadPoolExecutor(1)
+        self.ahead: dict[int, Future[list[Tensor]]] = {}  # by step
         sequences, ragged = divmod(batch, T)
         require(
             sequences and not ragged,
@@ -2156,16 +2194,43 @@ class Batches:
         self.accumulation = next(n for n in divisors if local // n <= limit)
         self.sequences = local // self.accumulation  # per rank and micro-batch
 
+    def start(self, number: int) -> int:
+        """Where in the split, which starts again at its end, a sequence of training begins."""
+        return self.shuffle.start(number) if self.shuffle else number * self.length
+
+    def read_ahead(self, step: int) -> None:
+        """Begins to read a step that is to come."""
+        self.ahead[step] = self.reader.submit(self.read, step)
+
     def micro(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Inputs and targets, int64 [B, T] on the rank's device, of every micro-batch of a step."""
-        size = self.sequences * self.length
-        for i in range(self.accumulation):
-            first = (i * self.world.size + self.world.rank) * size
-            span = self.tokens.read(step * self.batch + first, size + 1)
+        if step not in self.ahead:
+            self.read_ahead(step)
+        for pair in self.ahead.pop(step).result():
             if self.world.on_cuda:
-                span = span.pin_memory()  # else the copy waits for the device's queue
-            span = span.to(self.world.device, non_blocking=True).long()
-            yield span[:-1].view(-1, self.length), span[1:].view(-1, self.length)
+                pair = pair.pin_memory()  # else the copy waits for the device's queue
+            pair = pair.to(self.world.device, non_blocking=True).long()
+            yield pair[0], pair[1]
+
+    def read(self, step: int) -> list[Tensor]:
+        """Inputs and targets, int32 [2, B, T], of every micro-batch of a step."""
+        first = step * self.accumulation * self.world.size + self.world.rank
+        return [
+            self.read_sequences((first + i * self.world.size) * self.sequences)
+            for i in range(self.accumulation)
+        ]
+
+    def read_sequences(self, first: int) -> Tensor:
+        """Inputs and targets, int32 [2, B, T], of the sequences from the `first`-th one on."""
+        B, T = self.sequences, self.length
+        if self.shuffle:
+            starts = map(self.start, range(first, first + B))
+            rows = np.stack([self.tokens.read(start, T + 1) for start in starts])
+            ids, targets = rows[:, :-1], rows[:, 1:]
+        else:
+            span = self.tokens.read(self.start(first), B * T + 1).numpy()
+            ids, targets = span[:-1].reshape(B, T), span[1:].reshape(B, T)
+        return torch.from_numpy(np.stack([ids, targets]))  # by NumPy: no threads of its own
 
 
 SPACE = "\u2581"  # how SentencePiece writes a space
@@ -2577,6 +2642,8 @@ class Trainer:
     def train(self, reporter: Reporter, checkpoints: Checkpoints, validate: Validate) -> Trained:
         """Trains until ITERATIONS or the cap; `validate` runs off the clock."""
         config, clock = self.config, self.clock
+        if self.step < config.iterations:
+            self.batches.read_ahead(self.step)
         clock.start()
         while True:
             why = self.why_to_stop(clock.read(self.step))
@@ -2604,6 +2671,8 @@ class Trainer:
         self.world.enter(f"step {step + 1}", training=True)
         mode = training_mode(self.config, step, seconds)
         reporter.mode(step, mode)
+        if step + 1 < self.config.iterations:
+            self.batches.read_ahead(step + 1)  # while the device makes this step
         self.train_step(step, seconds, self.batches.micro(step), mode)
         self.average.update(self.params, step + 1, lr_factor(self.config, step + 1, seconds))
         self.step = step + 1  # from here on a checkpoint is of this step
@@ -4239,7 +4308,8 @@ def make_trainer(config: Config, world: World) -> Trainer:
         decompress(config.codec, compress(config.codec, b"x"), 1)  # is it installed, on all ranks?
         return Batches(Tokens(config, "train"), config, world)
 
-    data = world.on_all(batches, lambda batches: batches.tokens.total)
+    # Where the first sequence begins: ranks whose NumPy draws otherwise would share no order.
+    data = world.on_all(batches, lambda batches: (batches.tokens.total, batches.start(0)))
     torch.manual_seed(config.seed)
     orthogonal = config.matrix_init == "orthogonal"
     model = GPT(config.architecture(), config.tied_embed_init_std, orthogonal)
