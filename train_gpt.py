@@ -88,9 +88,9 @@ def option(
     """A field of `Config`: its default, what it means, its bounds.
 
     Numbers are at least 0 unless `low` says otherwise. `needs` lists what must hold for the option
-    to act, as in "num_shared !tie_embeddings num_loops>1 average=ema". `neutral` is the value that
-    switches a technique off, given where that is not the default, or none of 0, "" and none, which
-    always count as off. `group` opens a group of `--help`.
+    to act, as in "num_shared !tie_embeddings num_loops>1 average=ema"; of "a|b", one is enough.
+    `neutral` is the value that switches a technique off, given where that is not the default, or
+    none of 0, "" and none, which always count as off. `group` opens a group of `--help`.
     """
     return field(
         default=default,
@@ -379,6 +379,12 @@ class Config(Architecture):
         "none", "Where metrics go as well, if it is installed."
     )
     seed: int = option(1337, "Seed of the initial weights.", low=0, high=2**64 - 1)
+    data_seed: int = option(
+        0,
+        "Seed of a random order of training sequences; 0: the tokens of the shards in their order.",
+        low=0,
+        high=2**64 - 1,
+    )
     device: Literal["auto", "cuda", "cpu"] = option(
         "auto",
         "Where to train; auto takes CUDA if there is a GPU, and the CPU for a single process only.",
@@ -439,7 +445,23 @@ class Config(Architecture):
         20, "Steps of every training mode before the clock starts, undone afterwards."
     )
     warmdown_iters: int = option(
-        1200, "Steps (or their time) over which the learning rate falls to 0 at the end."
+        1200,
+        "Steps (or their time) over which the learning rate falls at the end.",
+        needs="!warmdown_fraction",
+    )
+    warmdown_fraction: float = option(
+        0.0,
+        "Last fraction of the run (steps or time, whichever is further) over which the learning "
+        "rate falls; 0: WARMDOWN_ITERS.",
+        low=0,
+        high=1,
+    )
+    lr_floor: float = option(
+        0.0,
+        "Fraction of the learning rate below which it does not fall.",
+        low=0,
+        high=1,
+        needs="warmdown_iters|warmdown_fraction",
     )
     train_batch_tokens: int = option(524288, "Tokens of a step, all ranks together.", low=1)
     micro_batch_tokens: int = option(65536, "Tokens of a rank's forward pass, at most.", low=1)
@@ -474,9 +496,7 @@ class Config(Architecture):
     scalar_lr: float = option(0.04, "Adam's learning rate of scales, gains, tables, projections.")
     muon_wd: float = option(0.0, "Decoupled weight decay of matrices: W <- W (1 - lr wd).")
     adam_wd: float = option(0.0, "Decoupled weight decay of embeddings and their projections.")
-    decay_scalars: bool = option(
-        False, "Let ADAM_WD decay scales, gains and tables too, as PR 1230 does.", needs="adam_wd"
-    )
+    scalar_wd: float = option(0.0, "Decoupled weight decay of scales, gains and tables.")
     matrix_init: Literal["uniform", "orthogonal"] = option(
         "uniform", "Initial matrices, of those that do not start at zero."
     )
@@ -484,10 +504,31 @@ class Config(Architecture):
         0.95, "Muon's Nesterov momentum, after its warm-up.", low=0, high=1
     )
     muon_momentum_warmup_start: float = option(
-        0.85, "Muon's momentum at step 0.", low=0, high=1, needs="muon_momentum_warmup_steps"
+        0.85,
+        "Muon's momentum at step 0.",
+        low=0,
+        high=1,
+        needs="muon_momentum_warmup_steps|muon_momentum_warmup_fraction",
     )
-    muon_momentum_warmup_steps: int = option(500, "Steps until Muon's momentum has risen.")
+    muon_momentum_warmup_steps: int = option(
+        500,
+        "Steps until Muon's momentum has risen.",
+        needs="!muon_momentum_warmup_fraction",
+    )
+    muon_momentum_warmup_fraction: float = option(
+        0.0,
+        "First fraction of the run (steps or time, whichever is further) in which Muon's momentum "
+        "rises; 0: MUON_MOMENTUM_WARMUP_STEPS.",
+        low=0,
+        high=1,
+    )
     muon_backend_steps: int = option(5, "Newton-Schulz iterations.", low=1)
+    muon_row_norm: bool = option(
+        False, "Divide every row of Muon's direction by its norm before Newton-Schulz (MuonEq-R)."
+    )
+    muon_polar: bool = option(
+        False, "Newton-Schulz with coefficients of its own for every iteration (Polar Express)."
+    )
     beta1: float = option(0.9, "Adam's decay of the first moment.", low=0, high=1 - 1e-9)
     beta2: float = option(0.95, "Adam's decay of the second moment.", low=0, high=1 - 1e-9)
     adam_eps: float = option(1e-8, "Added to the root of Adam's second moment.")
@@ -521,7 +562,7 @@ class Config(Architecture):
         "Train on rounded matrices once the learning rate is below this fraction.",
         low=0,
         high=1,
-        needs="warmdown_iters",
+        needs="warmdown_iters|warmdown_fraction",
     )
     qat_core_only: bool = option(
         False, "Round only the core's matrices in QAT.", needs="num_shared"
@@ -703,6 +744,15 @@ class Config(Architecture):
             "MATRIX_CLIP_SIGMAS=0, chosen after training, rules out "
             f"REFIT_STEPS={self.refit_steps}",
         )
+        waits = {"QAT_LR_FACTOR": self.qat_lr_factor}
+        if self.average == "swa":
+            waits["SWA_LR_FACTOR"] = self.swa_lr_factor
+        for name, factor in waits.items():
+            require(
+                not factor or self.lr_floor < factor,
+                f"{name}={factor} cannot act: the learning rate stays above LR_FLOOR="
+                f"{self.lr_floor} of itself",
+            )
 
     def check_schedule(self) -> None:
         schedule, n = self.schedule(), self.num_loops
@@ -745,6 +795,11 @@ class Config(Architecture):
 
     def unmet_need(self, need: str) -> str:
         """What stands against one entry of `needs`, as in NUM_LOOPS=1; "" if nothing does."""
+        unmet = [self.unmet_condition(condition) for condition in need.split("|")]
+        return " and ".join(unmet) if all(unmet) else ""
+
+    def unmet_condition(self, need: str) -> str:
+        """The same of an entry that names one option."""
         found = re.fullmatch(r"(!?)(\w+)([>=]?)(\w*)", need)
         assert found, need
         negated, name, sign, value = found.groups()
@@ -883,20 +938,20 @@ class Role(NamedTuple):
     optimizer: Literal["muon", "adam"]
     lr: str  # the option that is its learning rate
     bits: str = ""  # the option that is its stored width; "": float16
-    decays: bool = True  # ADAM_WD decays it without DECAY_SCALARS
+    decay: str = "adam_wd"  # the option that is its weight decay
     clip: str = ""  # the option that is its clip under QUANT_CLIP=sdclip; "": a percentile
 
 
 ROLES = {
-    "matrix": Role("muon", "matrix_lr", "matrix_bits", clip="matrix_clip_sigmas"),
-    "core matrix": Role("muon", "matrix_lr", "core_bits", clip="matrix_clip_sigmas"),
+    "matrix": Role("muon", "matrix_lr", "matrix_bits", "muon_wd", "matrix_clip_sigmas"),
+    "core matrix": Role("muon", "matrix_lr", "core_bits", "muon_wd", "matrix_clip_sigmas"),
     "tied embedding": Role("adam", "tied_embed_lr", "embed_bits", clip="embed_clip_sigmas"),
     "embedding": Role("adam", "embed_lr", "embed_bits", clip="embed_clip_sigmas"),
     "head": Role("adam", "head_lr", "embed_bits", clip="embed_clip_sigmas"),
     "side embedding": Role("adam", "tied_embed_lr", "embed_bits"),  # bigrams, values
     "projection": Role("adam", "scalar_lr", "embed_bits"),  # of side embeddings, error feedback
-    "table": Role("adam", "scalar_lr", decays=False),  # a row for every effective layer
-    "scalar": Role("adam", "scalar_lr", decays=False),  # a vector of one layer
+    "table": Role("adam", "scalar_lr", decay="scalar_wd"),  # a row for every effective layer
+    "scalar": Role("adam", "scalar_lr", decay="scalar_wd"),  # a vector of one layer
 }
 
 
@@ -1591,17 +1646,37 @@ def has_input_norm(a: Architecture, layer: Layer) -> bool:
 # ---- 4. Optimizers -----------------------------------------------------------------------------
 
 
-def newton_schulz(x: Tensor, steps: int) -> Tensor:
-    """Moves the singular values of [N, r, c], r <= c, to 0.7 to 1.2.
+ALIKE = ((3.4445, -4.7750, 2.0315),)  # kellerjordan.github.io/posts/muon
+# arXiv 2505.16932, as PR 1344 rounds them.
+POLAR_EXPRESS = (
+    (8.156554, -22.483293, 15.878770),
+    (4.042930, -2.808917, 0.500018),
+    (3.891668, -2.772484, 0.506065),
+    (3.285754, -2.368129, 0.464490),
+    (2.346541, -1.709783, 0.423236),
+)
 
-    Source: kellerjordan.github.io/posts/muon.
+
+def newton_schulz(x: Tensor, steps: int, polar: bool = False) -> Tensor:
+    """Moves the singular values s of [N, r, c], r <= c, towards 1, by a s + b s^3 + c s^5.
+
+    Five iterations bring them to 0.7 to 1.2, or with `polar` nearer. The last coefficients are
+    those of all further iterations.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
+    coefficients = POLAR_EXPRESS if polar else ALIKE
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for i in range(steps):
+        a, b, c = coefficients[min(i, len(coefficients) - 1)]
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
+
+
+def normalise_rows(directions: tuple[Tensor, ...] | list[Tensor]) -> None:
+    """Divides every row, of an output unit, by its norm (MuonEq-R, arXiv 2603.28254)."""
+    norms = [direction.norm(dim=1, keepdim=True) for direction in directions]
+    torch._foreach_clamp_min_(norms, 1e-7)
+    torch._foreach_div_(directions, norms)
 
 
 class Update(NamedTuple):
@@ -1620,12 +1695,19 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: list[nn.Parameter], lr: float, momentum: float, steps: int, decay: float = 0.0
+        self,
+        params: list[nn.Parameter],
+        lr: float,
+        momentum: float,
+        steps: int,
+        decay: float = 0.0,
+        row_norm: bool = False,
+        polar: bool = False,
     ) -> None:
         # Of the core's learning rate: a step has a fixed length, and moves the function as often as
         # its matrix is used.
         super().__init__(params, dict(lr=lr, momentum=momentum, core_factor=1.0))
-        self.steps, self.decay = steps, decay
+        self.steps, self.decay, self.row_norm, self.polar = steps, decay, row_norm, polar
         self.state.update({p: dict(velocity=torch.zeros_like(p)) for p in params})
         self.dtype = torch.bfloat16 if params[0].is_cuda else torch.float32
         self.iterate: Callable[..., Tensor] = newton_schulz
@@ -1641,6 +1723,8 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_mul_(velocities, group["momentum"])
             torch._foreach_add_(velocities, grads)
             directions = torch._foreach_add(grads, velocities, alpha=group["momentum"])
+            if self.row_norm:
+                normalise_rows(directions)
             for stack in self.stacks(params, directions, rates):
                 self.apply(stack)
 
@@ -1663,7 +1747,7 @@ class Muon(torch.optim.Optimizer):
 
     def apply(self, stack: list[Update]) -> None:
         batch = torch.stack([update.direction for update in stack]).to(self.dtype)
-        steps = self.iterate(batch, self.steps).float().unbind()
+        steps = self.iterate(batch, self.steps, self.polar).float().unbind()
         steps = torch._foreach_mul(steps, [update.rate for update in stack])
         torch._foreach_add_([update.weight for update in stack], steps)
 
@@ -1680,9 +1764,9 @@ def make_optimizers(model: GPT, config: Config) -> Optimizers:
     groups = []
     for name, role in ROLES.items():
         if role.optimizer == "adam":
-            decay = config.adam_wd if role.decays or config.decay_scalars else 0.0
+            lr, decay = getattr(config, role.lr), getattr(config, role.decay)
             members = [p for p in params if p.role == name]  # type: ignore[attr-defined]
-            groups.append(dict(params=members, lr=getattr(config, role.lr), weight_decay=decay))
+            groups.append(dict(params=members, lr=lr, weight_decay=decay))
     adam = torch.optim.AdamW(
         groups, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True
     )
@@ -1697,6 +1781,8 @@ def make_optimizers(model: GPT, config: Config) -> Optimizers:
         momentum=config.muon_momentum,
         steps=config.muon_backend_steps,
         decay=config.muon_wd,
+        row_norm=config.muon_row_norm,
+        polar=config.muon_polar,
     )
     return Optimizers(adam, muon)
 
@@ -2328,12 +2414,44 @@ class Tokens:
         return tokens
 
 
+class Shuffle:
+    """A random order of the sequences of a split, without end.
+
+    An epoch skips a random number of tokens, cuts the rest into sequences and permutes them: each
+    comes once before any comes again, and the next epoch cuts elsewhere. All of it follows from
+    DATA_SEED and the size of the split, whatever its shards: ranks need not agree on it, and a run
+    that goes on need only know its step.
+    """
+
+    def __init__(self, tokens: Tokens, length: int, seed: int) -> None:
+        self.tokens, self.length, self.seed = tokens, length, seed
+        self.epoch, self.starts = NONE, np.empty(0, np.int64)  # the epoch that was drawn last
+
+    def start(self, number: int) -> int:
+        """Where in the split the `number`-th sequence of training begins."""
+        T, total = self.length, self.tokens.total
+        count = max(total // T - 1, 1)  # of sequences, as many in every epoch
+        epoch, index = divmod(number, count)
+        if epoch != self.epoch:
+            draw = np.random.default_rng((self.seed, epoch))
+            skipped = draw.integers(min(T, total - count * T))
+            self.epoch, self.starts = epoch, skipped + T * draw.permutation(count)
+        return int(self.starts[index])
+
+
 class Batches:
-    """Step s is the s-th TRAIN_BATCH_TOKENS of the split; each rank has sequences of them."""
+    """Step s is the s-th TRAIN_BATCH_TOKENS of the split; each rank has sequences of them.
+
+    The split is in its order, or with DATA_SEED in a random one. A thread of its own reads, so that
+    a disk that is slow or far away does not keep a step waiting.
+    """
 
     def __init__(self, tokens: Tokens, config: Config, world: World) -> None:
         T, batch = config.train_seq_len, config.train_batch_tokens
-        self.tokens, self.world, self.length, self.batch = tokens, world, T, batch
+        self.tokens, self.world, self.length = tokens, world, T
+        self.shuffle = Shuffle(tokens, T, config.data_seed) if config.data_seed else None
+        self.reader = ThreadPoolExecutor(1)
+        self.ahead: dict[int, Future[list[Tensor]]] = {}  # by step
         sequences, ragged = divmod(batch, T)
         require(
             sequences and not ragged,
@@ -2351,16 +2469,43 @@ class Batches:
         self.accumulation = next(n for n in divisors if local // n <= limit)
         self.sequences = local // self.accumulation  # per rank and micro-batch
 
+    def start(self, number: int) -> int:
+        """Where in the split, which starts again at its end, a sequence of training begins."""
+        return self.shuffle.start(number) if self.shuffle else number * self.length
+
+    def read_ahead(self, step: int) -> None:
+        """Begins to read a step that is to come."""
+        self.ahead[step] = self.reader.submit(self.read, step)
+
     def micro(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Inputs and targets, int64 [B, T] on the rank's device, of every micro-batch of a step."""
-        size = self.sequences * self.length
-        for i in range(self.accumulation):
-            first = (i * self.world.size + self.world.rank) * size
-            span = self.tokens.read(step * self.batch + first, size + 1)
+        if step not in self.ahead:
+            self.read_ahead(step)
+        for pair in self.ahead.pop(step).result():
             if self.world.on_cuda:
-                span = span.pin_memory()  # else the copy waits for the device's queue
-            span = span.to(self.world.device, non_blocking=True).long()
-            yield span[:-1].view(-1, self.length), span[1:].view(-1, self.length)
+                pair = pair.pin_memory()  # else the copy waits for the device's queue
+            pair = pair.to(self.world.device, non_blocking=True).long()
+            yield pair[0], pair[1]
+
+    def read(self, step: int) -> list[Tensor]:
+        """Inputs and targets, int32 [2, B, T], of every micro-batch of a step."""
+        first = step * self.accumulation * self.world.size + self.world.rank
+        return [
+            self.read_sequences((first + i * self.world.size) * self.sequences)
+            for i in range(self.accumulation)
+        ]
+
+    def read_sequences(self, first: int) -> Tensor:
+        """Inputs and targets, int32 [2, B, T], of the sequences from the `first`-th one on."""
+        B, T = self.sequences, self.length
+        if self.shuffle:
+            starts = map(self.start, range(first, first + B))
+            rows = np.stack([self.tokens.read(start, T + 1) for start in starts])
+            ids, targets = rows[:, :-1], rows[:, 1:]
+        else:
+            span = self.tokens.read(self.start(first), B * T + 1).numpy()
+            ids, targets = span[:-1].reshape(B, T), span[1:].reshape(B, T)
+        return torch.from_numpy(np.stack([ids, targets]))  # by NumPy: no threads of its own
 
 
 SPACE = "\u2581"  # how SentencePiece writes a space
@@ -2500,30 +2645,46 @@ class SkippedSteps:
         return int(self.numbers[1])
 
 
+def fraction_done(config: Config, step: int, seconds: float) -> float:
+    """How far a run is after `step` steps: in steps or in time, whichever is further.
+
+    The seconds are those of rank 0's clock, so all ranks do the same in the same step.
+    """
+    in_steps = step / max(config.iterations, 1)
+    in_time = seconds / config.training_seconds if config.training_seconds else 0.0
+    return max(in_steps, in_time)
+
+
 def lr_factor(config: Config, step: int, seconds: float) -> float:
-    """Factor of the learning rates: falls to 0 over the last WARMDOWN_ITERS steps or their time."""
+    """Factor of the learning rates: 1, and in the warm-down at the end from 1 to LR_FLOOR."""
     span, cap = config.warmdown_iters, config.training_seconds
-    if not span:
+    if config.warmdown_fraction:
+        factor = (1 - fraction_done(config, step, seconds)) / config.warmdown_fraction
+    elif span:
+        factor = (config.iterations - step) / span
+        if cap and seconds and step > 9:  # before, a step's time is no measure
+            factor = min(factor, (cap - seconds) / (span * seconds / step))
+    else:
         return 1.0
-    factor = (config.iterations - step) / span
-    if cap and seconds and step > 9:  # before, a step's time is no measure
-        factor = min(factor, (cap - seconds) / (span * seconds / step))
-    return min(max(factor, 0.0), 1.0)
+    return min(max(factor, config.lr_floor), 1.0)
 
 
-def muon_momentum(config: Config, step: int) -> float:
+def muon_momentum(config: Config, step: int, seconds: float) -> float:
     """Rises from its start to MUON_MOMENTUM over its warm-up."""
-    if step >= config.muon_momentum_warmup_steps:
+    if config.muon_momentum_warmup_fraction:
+        done = fraction_done(config, step, seconds) / config.muon_momentum_warmup_fraction
+    elif config.muon_momentum_warmup_steps:
+        done = step / config.muon_momentum_warmup_steps
+    else:
+        done = 1.0
+    if done >= 1:
         return config.muon_momentum
-    done = step / config.muon_momentum_warmup_steps
     return config.muon_momentum_warmup_start * (1 - done) + config.muon_momentum * done
 
 
 def training_mode(config: Config, step: int, seconds: float) -> Mode:
     """Passes and rounding of a training step, `seconds` into training."""
-    in_steps = step / max(config.iterations, 1)
-    in_time = seconds / config.training_seconds if config.training_seconds else 0.0
-    done = max(in_steps, in_time)
+    done = fraction_done(config, step, seconds)
     begun = [passes for when, passes in config.schedule() if when <= (done if when < 1 else step)]
     mode = Mode(
         begun[-1],
@@ -2673,7 +2834,7 @@ class Trainer:
         if config.grad_clip_norm:
             self.grad_norm = gradients.clip(config.grad_clip_norm)
         self.lr_factor = lr_factor(config, step, seconds)
-        self.set_rates(self.lr_factor, muon_momentum(config, step), mode.passes)
+        self.set_rates(self.lr_factor, muon_momentum(config, step, seconds), mode.passes)
         for optimizer in self.optimizers:
             optimizer.step()
         if config.reference_bf16:
@@ -2780,6 +2941,8 @@ class Trainer:
     def train(self, reporter: Reporter, checkpoints: Checkpoints, validate: Validate) -> Trained:
         """Trains until ITERATIONS or the cap; `validate` runs off the clock."""
         config, clock = self.config, self.clock
+        if self.step < config.iterations:
+            self.batches.read_ahead(self.step)
         clock.start()
         while True:
             why = self.why_to_stop(clock.read(self.step))
@@ -2807,6 +2970,8 @@ class Trainer:
         self.world.enter(f"step {step + 1}", training=True)
         mode = training_mode(self.config, step, seconds)
         reporter.mode(step, mode)
+        if step + 1 < self.config.iterations:
+            self.batches.read_ahead(step + 1)  # while the device makes this step
         self.train_step(step, seconds, self.batches.micro(step), mode)
         self.average.update(self.params, step + 1, lr_factor(self.config, step + 1, seconds))
         self.step = step + 1  # from here on a checkpoint is of this step
@@ -3885,7 +4050,7 @@ GROWING = (
         muon_momentum_warmup_steps=1500,
         muon_wd=0.04,
         adam_wd=0.04,
-        decay_scalars=True,
+        scalar_wd=0.04,
         grad_clip_norm=0.3,
         average="ema",
         qat_lr_factor=0.15,
@@ -4055,7 +4220,8 @@ INSTEAD = {
         "TTT_CHUNK_TOKENS": "TTT_CHUNK_SIZE GLOBAL_TTT_CHUNK_TOKENS",
         "TTT_MOMENTUM": "GLOBAL_TTT_MOMENTUM",
         "TTT_GRAD_CLIP": "GLOBAL_TTT_GRAD_CLIP",
-        "WARMDOWN_ITERS, in steps": "WARMDOWN_FRAC MUON_COOLDOWN_START",
+        "WARMDOWN_FRACTION": "WARMDOWN_FRAC MUON_COOLDOWN_START",
+        "LR_FLOOR": "MIN_LR",
         "PASSES_SCHEDULE": "ENABLE_LOOPING_AT",
         "NUM_PRELUDE, NUM_SHARED and NUM_CODA": "LOOP_START LOOP_END OUTER_LAYERS "
         "NUM_UNIQUE_BLOCKS",
@@ -4064,6 +4230,8 @@ INSTEAD = {
         "MUON_WD": "MUON_WEIGHT_DECAY",
         "ADAM_WD": "ADAM_WEIGHT_DECAY EMBED_WD",
         "MUON_WD and ADAM_WD": "WEIGHT_DECAY",
+        "SCALAR_WD": "DECAY_SCALARS",
+        "MUON_ROW_NORM": "MUON_EQ_R MUON_ROW_NORMALIZE",
         "AVERAGE=swa": "SWA_ENABLED LAWA_ENABLED",
         "SWA_EVERY": "LAWA_FREQ",
         "SWA_LR_FACTOR": "SWA_START_FRAC",
@@ -4116,8 +4284,8 @@ UNSUPPORTED = frozenset(
     LR_START MAMBA3_CHUNK_SIZE MAMBA3_D_STATE MAMBA3_EXPAND MAMBA3_HEADDIM MAMBA3_NGROUPS
     MAMBA3_OUTPROJ_NORM MAMBA3_ROPE_FRACTION MATCHED_FINEWEB_REMOTE_ROOT_PREFIX
     MATCHED_FINEWEB_REPO_ID MATCHED_FINEWEB_SP_BATCH_SIZE MATCHED_FINEWEB_TOKENIZER_THREADS
-    MIN_LR MLP_CLIP_SIGMAS MLP_RANK MODE MTP_LOSS_WEIGHT MTP_NUM_HEADS MUON_BETA2
-    MUON_COOLDOWN_END MUON_EQ_R MUON_ROW_NORMALIZE NUM_ATTN_LAYERS NUM_LIGHT_BLOCKS
+    MLP_CLIP_SIGMAS MLP_RANK MODE MTP_LOSS_WEIGHT MTP_NUM_HEADS MUON_BETA2
+    MUON_COOLDOWN_END NUM_ATTN_LAYERS NUM_LIGHT_BLOCKS
     PARALLEL_FINAL_LANE PARALLEL_START_LAYER PHASED_TTT_ENABLED PHASED_TTT_NUM_PHASES
     PHASED_TTT_PREFIX_DOCS PREQUANT_ONLY PRUNE_RATIO QUANT_CLIP_RANGE QUANT_CONFIG RATIO_LOSS_WEIGHT
     ROPE_YARN SCALE_STORAGE SIGREG_WEIGHT SKIP_GATES_ENABLED SKIP_POST_TRAIN_EVAL SKIP_TOKENS
@@ -4223,6 +4391,8 @@ def option_text(f: Field, width: int = 80) -> str:
 
 def need_text(need: str) -> str:
     """One entry of `needs` as variables are written: NUM_LOOPS>1, TIE_EMBEDDINGS=0."""
+    if "|" in need:
+        return " or ".join(map(need_text, need.split("|")))
     if need.startswith("!"):
         return f"{need[1:].upper()}=0"
     name = re.split("[>=]", need)[0]
@@ -4463,7 +4633,8 @@ def make_trainer(config: Config, world: World) -> Trainer:
         decompress(config.codec, compress(config.codec, b"x"), 1)  # is it installed, on all ranks?
         return Batches(Tokens(config, "train"), config, world)
 
-    data = world.on_all(batches, lambda batches: batches.tokens.total)
+    # Where the first sequence begins: ranks whose NumPy draws otherwise would share no order.
+    data = world.on_all(batches, lambda batches: (batches.tokens.total, batches.start(0)))
     torch.manual_seed(config.seed)
     orthogonal = config.matrix_init == "orthogonal"
     model = GPT(config.architecture(), config.tied_embed_init_std, orthogonal)

@@ -308,14 +308,19 @@ def conditions(name: str) -> list[str]:
 
 
 def named_in(condition: str) -> str:
-    """The option that a condition is about: NUM_LOOPS of NUM_LOOPS>1."""
-    return re.split("[>=]", condition.removeprefix("!"))[0]
+    """The option that a condition is about: NUM_LOOPS of NUM_LOOPS>1, the last one of A|B."""
+    return re.split("[>=]", condition.split("|")[-1].removeprefix("!"))[0]
 
 
 def need(name: str, met: bool) -> dict[str, str]:
-    """An environment in which all conditions of an option are met, or its first one is not."""
+    """An environment in which all conditions of an option are met, or its first one is not.
+
+    Of "a|b" the last one is met, or none.
+    """
     env: dict[str, str] = {}
-    for condition in conditions(name) if met else conditions(name)[:1]:
+    chosen = [text.split("|") for text in conditions(name)]
+    several = [either[-1] for either in chosen] if met else chosen[0]
+    for condition in several:
         field = named_in(condition)
         if ">" in condition:
             values = "1", "2"
@@ -348,6 +353,13 @@ def test_conditions_name_fields() -> None:
         assert set(map(named_in, conditions(name))) <= FIELDS.keys()
 
 
+def test_one_condition_of_two_is_enough() -> None:
+    for name in ("WARMDOWN_ITERS", "WARMDOWN_FRACTION"):
+        other = {"WARMDOWN_ITERS": "0"} if name == "WARMDOWN_FRACTION" else {}
+        assert config(**other, **{name: 1}, LR_FLOOR=0.1).lr_floor == 0.1
+    assert "WARMDOWN_ITERS or WARMDOWN_FRACTION." in tg.answer(["--help", "LR_FLOOR"])
+
+
 # What the published script ignored in silence has to stay on this list.
 @pytest.mark.parametrize(
     "env, other",
@@ -367,6 +379,14 @@ def test_conditions_name_fields() -> None:
         (dict(EMA_DECAY=0.5, AVERAGE="swa"), "AVERAGE=swa"),
         (dict(QAT_CORE_ONLY=1), "QAT_FRACTION"),
         (dict(QAT_FRACTION=0.1, MATRIX_BITS=0), "MATRIX_BITS=0"),
+        (dict(WARMDOWN_ITERS=100, WARMDOWN_FRACTION=0.5), "WARMDOWN_FRACTION=0.5"),
+        (dict(LR_FLOOR=0.1, WARMDOWN_ITERS=0), "WARMDOWN_ITERS=0 and WARMDOWN_FRACTION=0.0"),
+        (dict(QAT_LR_FACTOR=0.1, LR_FLOOR=0.1), "LR_FLOOR=0.1"),
+        (dict(AVERAGE="swa", SWA_LR_FACTOR=0.1, LR_FLOOR=0.2), "LR_FLOOR=0.2"),
+        (
+            dict(MUON_MOMENTUM_WARMUP_STEPS=9, MUON_MOMENTUM_WARMUP_FRACTION=0.3),
+            "MUON_MOMENTUM_WARMUP_FRACTION=0.3",
+        ),
         (dict(XSA_LAST_N=2, NUM_CODA=0, NUM_PRELUDE=3), "XSA_LAST_N=2"),
     ],
 )

@@ -306,7 +306,7 @@ EXTRA = (
     "        for i in range(5):\n"
     f"            {STEP}trainer.batches.micro(trainer.step + i))\n" + TRAINED,
 )
-PAIR = "span[:-1].view(-1, self.length), span[1:].view(-1, self.length)\n"
+PAIR = "pair[0], pair[1]\n"
 KEPT = (
     "            yield " + PAIR,
     "            self.last = " + PAIR + "            yield self.last\n",

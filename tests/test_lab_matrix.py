@@ -120,6 +120,13 @@ def test_a_scale_divides_and_the_later_word_wins() -> None:
         "ITERATIONS": "7",
     }
     assert ablate.variables(row, None, "tiny", {})["PRESET"] == "recur_3x3_768,tiny"
+    warm = scale._replace(set={"WARMDOWN_ITERS": "40"})
+    assert ablate.variables(row, warm, "small", {})["WARMDOWN_ITERS"] == "40"
+    for made in (
+        ablate.variables(row, warm, "small", {"WARMDOWN_FRACTION": "0.5"}),
+        ablate.variables(row._replace(set={"WARMDOWN_FRACTION": "0.5"}), warm, "small", {}),
+    ):
+        assert "WARMDOWN_ITERS" not in made and tg.Config.from_env(made).warmdown_fraction == 0.5
     with pytest.raises(ValueError, match="MODEL_DIM of x is not a multiple of 7"):
         ablate.variables(row, scale._replace(divide={"MODEL_DIM": 7}), "small", {})
 

@@ -31,7 +31,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -178,7 +178,19 @@ def variables(
                 f"scale {scale.name}: {name} of {row.name} is not a multiple of {divisor}"
             )
         divided[name] = str(value)
-    return scale.set | row.set | divided | given
+    last_words = row.set | divided | given
+    config = replace(full, **tg.explicit_options(scale.set | last_words))
+    return acting(scale.set, config) | last_words
+
+
+def acting(values: dict[str, str], config: tg.Config) -> dict[str, str]:
+    """Those variables that can act: WARMDOWN_ITERS cannot beside a row's WARMDOWN_FRACTION."""
+    needs = {f.name.upper(): f.metadata["needs"].split() for f in fields(tg.Config)}
+    return {
+        name: value
+        for name, value in values.items()
+        if not any(map(config.unmet_need, needs.get(name, [])))
+    }
 
 
 class Stretch(NamedTuple):

@@ -105,6 +105,8 @@ READ = (  # options on which it depends where runs are compared
     "seed",
     "iterations",
     "warmdown_iters",
+    "warmdown_fraction",
+    "lr_floor",
     "max_wallclock_seconds",
     "gptq_batches",
     "gptq_seconds",
