@@ -137,6 +137,7 @@ def test_adam_decay_is_decoupled_and_by_role(scalars: bool) -> None:
         num_prelude=1,
         num_shared=1,
         num_coda=2,
+        ve_layers="2,3",
         adam_wd=0.2,
         decay_scalars=scalars,
         use_timestep_scale=True,
