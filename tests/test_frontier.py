@@ -128,7 +128,7 @@ def row_of(pair: str) -> int:
 
 
 @pytest.mark.parametrize("kind", ["looped", "by_position"])
-@pytest.mark.parametrize("order, passes", [(ONE_PASS, 1), (LOOPED, 3)])
+@pytest.mark.parametrize("order, passes", [(ONE_PASS, 1), (LOOPED, 3)], ids=["before", "after"])
 def test_loss_and_gradients_are_those_written_down(order: str, passes: int, kind: str) -> None:
     """With every part on, before and after the onset of the loop, for every parameter."""
     model = noisy_model(small(core_skips=kind, **EVERY_PART))
