@@ -110,10 +110,11 @@ def test_a_shard_is_one_that_the_script_opens(tmp_path: Path) -> None:
 
 def test_scripts_are_loaded_anew(tmp_path: Path) -> None:
     path = tmp_path / "script.py"
-    path.write_text("kept = []\n")
+    path.write_text("kept = []\ndef keep(): kept.append(1)\n")
     one, other = common.load_script(path), common.load_script(path)
-    one.kept.append(1)
+    one.keep()
     assert other.kept == [] and not (tmp_path / "__pycache__").exists()
+    assert one.keep.__code__ is not other.keep.__code__, "torch.compile would share its graphs"
 
 
 @pytest.mark.parametrize("words", [["A"], ["=1"]])

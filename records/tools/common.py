@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import marshal
 import os
 import re
 import socket
@@ -43,14 +44,17 @@ def load_script(path: Path) -> types.ModuleType:
     module = types.ModuleType(name)
     module.__file__ = str(path)
     sys.modules[name] = module  # dataclasses look their module up
-    exec(compiled(source, str(path)), module.__dict__)
+    exec(marshal.loads(compiled(source, str(path))), module.__dict__)
     return module
 
 
 @functools.lru_cache(maxsize=8)
-def compiled(source: bytes, name: str) -> types.CodeType:
-    """The code of a source text, for tracebacks that name it so."""
-    return compile(source, name, "exec")
+def compiled(source: bytes, name: str) -> bytes:
+    """The code of a source text that tracebacks call `name`, marshalled.
+
+    Each module needs code objects of its own: torch.compile ties its graphs to them.
+    """
+    return marshal.dumps(compile(source, name, "exec"))
 
 
 def without_options(environment: Mapping[str, str]) -> dict[str, str]:
