@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import fineweb
 import pytest
 import torch
 from helpers import DIMS, drawn, noisy_model, stub_trainer
@@ -263,6 +264,14 @@ def test_it_has_the_published_number_of_parameters() -> None:
         skips=sum(p.numel() for p in (*model.skip, *model.skip_gate)),
     )
     assert found == published
+
+
+def test_its_data_are_what_the_data_tool_fetches() -> None:
+    """python data/fineweb.py --variant sp8192, into its default folder."""
+    assert "sp8192" in fineweb.REPOS and FULL.vocab_size == 8192
+    root = Path("./data")
+    assert Path(FULL.data_path) == root / "datasets" / f"{fineweb.PREFIX}sp8192"
+    assert Path(FULL.tokenizer_path) == root / "tokenizers" / "fineweb_8192_bpe.model"
 
 
 def test_it_starts_as_published() -> None:
