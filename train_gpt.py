@@ -88,9 +88,9 @@ def option(
     """A field of `Config`: its default, what it means, its bounds.
 
     Numbers are at least 0 unless `low` says otherwise. `needs` lists what must hold for the option
-    to act, as in "num_shared !tie_embeddings num_loops>1 average=ema"; of "a|b", one is enough.
-    `neutral` is the value that switches a technique off, given where that is not the default, or
-    none of 0, "" and none, which always count as off. `group` opens a group of `--help`.
+    to act, as in "num_shared !tie_embeddings num_loops>1 average=ema !core_skips=none"; of "a|b",
+    one is enough. `neutral` is the value that switches a technique off, given where that is not the
+    default, or none of 0, "" and none, which always count as off. `group` opens a group of --help.
     """
     return field(
         default=default,
@@ -155,10 +155,23 @@ class Architecture:
         needs="num_shared",
     )
     num_coda: int = option(1, "Layers after the core.", low=0, high=256, needs="num_shared")
-    core_skips: Literal["none", "all", "published"] = option(
+    core_skips: Literal["none", "all", "published", "looped", "by_position"] = option(
         "none",
-        "U-Net skips from the prelude to the coda; PR 1230 published half of them.",
+        "U-Net skips: all from the prelude to the coda, or half of them, as PR 1230 published; or "
+        "looped, from the first half of all effective layers to the second, with weights for each "
+        "pair of layers and visits; by_position has them for places in the second half (PR 1394).",
         needs="num_prelude num_coda",
+    )
+    skip_gates: bool = option(
+        False,
+        "Mix a skip in as s x + (1 - s) w skip, s a learned sigmoid per channel, instead of adding "
+        "it.",
+        needs="num_prelude num_coda !core_skips=none",
+    )
+    parallel_layers: str = option(
+        "",
+        "Layers, counted from 0 as they are stored, whose MLP reads what their attention reads "
+        "(parallel residual), as 7-10.",
     )
     share_attn_only: bool = option(
         False, "Give every pass over the core MLPs of its own.", needs="num_shared num_loops>1"
@@ -258,7 +271,14 @@ class Architecture:
     )
     ln_scale: bool = option(False, "Scale the norms of layer i, counted from 0, by (i + 1)^-0.5.")
     xsa_last_n: int = option(
-        0, "Exclusive self-attention in this many last layers outside the core.", low=0, high=256
+        0, "Exclusive self-attention in this many last layers, as they are stored.", low=0, high=256
+    )
+    attn_gate_width: int = option(
+        0,
+        "First channels of the attention's input that gate its heads, y 2 sigmoid(W x), W = 0 at "
+        "first; 0 leaves the gates out.",
+        low=0,
+        high=65536,
     )
     smear_gate: Literal["none", "document", "published"] = option(
         "none",
@@ -270,13 +290,11 @@ class Architecture:
     bigram_dim: int = option(
         64, "Width of the bigram embedding.", low=1, high=65536, needs="bigram_vocab_size"
     )
-    ve_last_n: int = option(
-        0,
-        "This many last layers add the shared value embedding to v; 0 leaves it out.",
-        low=0,
-        high=256,
+    ve_layers: str = option(
+        "",
+        "Layers, counted like PARALLEL_LAYERS, that add the shared value embedding to v, as 9,10.",
     )
-    ve_dim: int = option(128, "Width of the value embedding.", low=1, high=65536, needs="ve_last_n")
+    ve_dim: int = option(128, "Width of the value embedding.", low=1, high=65536, needs="ve_layers")
     qk_gain_init: float = option(1.5, "Initial gain of the normalised queries, per head.")
     tie_embeddings: bool = option(True, "Use the token embedding as output projection.")
     train_seq_len: int = option(
@@ -322,21 +340,48 @@ class Architecture:
             not pool or not core or core <= pool <= core * self.num_loops,
             f"MLP_POOL={pool} is not 0 or {core} to {core * self.num_loops}",
         )
+        gate = self.attn_gate_width
+        require(gate <= D, f"ATTN_GATE_WIDTH={gate} is more than MODEL_DIM={D}")
+        self.listed("parallel_layers")
+        self.listed("ve_layers")
+
+    @property
+    def stored_layers(self) -> int:
+        """Layers without repetition, those of the core among them."""
+        if not self.num_shared:
+            return self.num_layers
+        return self.num_prelude + self.num_shared + self.num_coda
+
+    def listed(self, name: str) -> tuple[int, ...]:
+        """The stored layers that option `name` lists, as 9,10 or 7-10; InputError if malformed."""
+        text: str = getattr(self, name)
+        span = "[0-9]{1,3}(-[0-9]{1,3})?"
+        layers: list[int] = []
+        if re.fullmatch(f"{span}(,{span}){{0,255}}", text):
+            for part in text.split(","):
+                first, _, last = part.partition("-")
+                layers.extend(range(int(first), int(last or first) + 1))
+        rising = layers == sorted(set(layers))
         require(
-            not self.xsa_last_n or any(layer.xsa for layer in make_plan(self)),
-            f"XSA_LAST_N={self.xsa_last_n} cannot act: these last layers are all in the core",
+            not text or (layers and rising and layers[-1] < self.stored_layers),
+            f"{name.upper()}={text:.80} does not list layers from 0 to {self.stored_layers - 1} in "
+            "rising order, as 0-2,4 would",
         )
+        return tuple(layers)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Architecture:
         """From an artifact's header. An older header may lack an option, which was off then."""
-        kinds = get_type_hints(cls)
+        kinds = get_type_hints(cls) | dict(ve_last_n=int)
         unknown = sorted(values.keys() - kinds)
         require(not unknown, f"its architecture has fields that this script lacks: {unknown}")
-        return cls(
-            **neutral_values(cls)
-            | {name: parse(name.upper(), show(x), kinds[name]) for name, x in values.items()}
-        )
+        known = {name: parse(name.upper(), show(x), kinds[name]) for name, x in values.items()}
+        last = known.pop("ve_last_n", 0)  # before VE_LAYERS, value embeddings had the last layers
+        a = cls(**neutral_values(cls) | known)
+        if not last:
+            return a
+        end = a.stored_layers
+        return replace(a, ve_layers=f"{max(end - last, 0)}-{end - 1}")
 
 
 def check_range(f: Field, value: Any) -> None:
@@ -805,7 +850,7 @@ class Config(Architecture):
         negated, name, sign, value = found.groups()
         actual = getattr(self, name)
         if sign == "=":
-            met = actual == value
+            met = (actual == value) != bool(negated)
         elif sign == ">":
             met = actual > int(value)
         else:
@@ -861,6 +906,7 @@ class Layer(NamedTuple):
     skip: int = NONE  # U-Net: index of the weight of the kept output that is added to its input
     value: int = NONE  # row of the value embedding's scales
     xsa: bool = False  # exclusive self-attention
+    parallel: bool = False  # attention and MLP read the same
     mix: bool = True  # x0 is mixed in before it
 
 
@@ -870,45 +916,41 @@ def make_plan(a: Architecture, passes: int = 0) -> tuple[Layer, ...]:
     A layer has the same row at any number of passes, and passes beyond NUM_LOOPS have the rows of
     the last one. Without a core, the prelude and coda are the two halves of a flat U-Net.
     """
-    prelude, core, coda = a.num_prelude, a.num_shared, a.num_coda
-    if not core:
-        prelude = a.num_layers // 2
-        coda = a.num_layers - prelude
-    stored = prelude + core + coda
-    skips = num_skips(a, prelude, coda)
+    prelude, core, coda = sections(a)
     last = a.num_loops - 1
     pool = core_mlps(a)
+    values = {index: row for row, index in enumerate(a.listed("ve_layers"))}
+    parallel = a.listed("parallel_layers")
 
-    def outer_layer(index: int, row: int, push: bool = False, skip: int = NONE) -> Layer:
-        mlp = index if index < prelude else index + pool - core
-        xsa = index >= stored - a.xsa_last_n
-        return Layer(row, index, mlp, push=push, skip=skip, value=value_row(index), xsa=xsa)
+    def layer(index: int, row: int) -> Layer:
+        return Layer(
+            row,
+            attn=index,
+            mlp=index if index < prelude else index + pool - core,
+            value=values.get(index, NONE),
+            xsa=index >= a.stored_layers - a.xsa_last_n,
+            parallel=index in parallel,
+        )
 
-    def value_row(index: int) -> int:
-        first = stored - a.ve_last_n
-        return index - first if index >= first else NONE
-
-    layers = [outer_layer(i, i, push=i >= prelude - skips) for i in range(prelude)]
+    layers = [layer(i, i) for i in range(prelude)]
     for number in range((passes or a.num_loops) if core else 0):
         visit = min(number, last)
         for i in range(prelude, prelude + core):
             row = i + core * visit
             layers.append(
-                Layer(
-                    row,
-                    attn=i,
+                layer(i, row)._replace(
                     mlp=prelude + (row - prelude) % pool,
                     gain=row - prelude if a.use_unique_norms else NONE,
                     core=True,
                     opens=visit if i == prelude else NONE,
                     closes=visit if i == prelude + core - 1 else NONE,
-                    value=value_row(i),
                     mix=i == prelude or not a.mix_once_a_pass,
                 )
             )
-    for t in range(coda):
-        i = prelude + core + t
-        layers.append(outer_layer(i, i + core * last, skip=t if t < skips else NONE))
+    layers += [layer(i, i + core * last) for i in range(prelude + core, a.stored_layers)]
+    for source, target, row in skip_pairs(a, passes):
+        layers[source] = layers[source]._replace(push=True)
+        layers[target] = layers[target]._replace(skip=row)
     return tuple(layers)
 
 
@@ -919,12 +961,79 @@ def core_mlps(a: Architecture) -> int:
     return a.mlp_pool or a.num_shared
 
 
-def num_skips(a: Architecture, prelude: int, coda: int) -> int:
-    """U-Net skips: the last `n` layers before the core feed the first `n` after it, in reverse."""
-    if not a.num_shared or a.core_skips == "all":
-        return min(prelude, coda)
-    # PR 1230 adds a skip only while the tail layer's index is below the number of skips left.
-    return min((prelude + 1) // 2, coda) if a.core_skips == "published" else 0
+def sections(a: Architecture) -> tuple[int, int, int]:
+    """Layers of prelude, core and coda; a flat U-Net has two halves and no core."""
+    if a.num_shared:
+        return a.num_prelude, a.num_shared, a.num_coda
+    half = a.num_layers // 2
+    return half, 0, a.num_layers - half
+
+
+class Skip(NamedTuple):
+    """A U-Net skip. Of those of a plan, any two are nested or apart."""
+
+    source: int  # the effective layer whose output is kept
+    target: int  # the effective layer that takes it
+    row: int  # of the weights
+
+
+def skip_pairs(a: Architecture, passes: int) -> list[Skip]:
+    """The U-Net skips of the plan with so many passes (0: NUM_LOOPS)."""
+    prelude, core, coda = sections(a)
+    passes = passes or a.num_loops
+    if not core or a.core_skips == "all":
+        number = min(prelude, coda)
+    elif a.core_skips == "published":
+        # PR 1230 adds a skip only while the tail layer's index is below the number of skips left.
+        number = min((prelude + 1) // 2, coda)
+    elif a.core_skips == "looped":
+        return looped_skips(visits(a, a.num_loops), visits(a, passes))
+    elif a.core_skips == "by_position":
+        # At another number of passes a place has other partners (PR 1394), and a new place none.
+        half = len(visits(a, passes)) // 2
+        known = len(visits(a, a.num_loops)) // 2
+        return [Skip(half - 1 - r, half + r, r) for r in range(min(half, known))]
+    else:
+        number = 0
+    first = prelude + core * passes
+    return [Skip(prelude - 1 - t, first + t, t) for t in range(number)]
+
+
+class Visit(NamedTuple):
+    """An effective layer by its stored layer and by how often that was visited."""
+
+    layer: int
+    before: int  # visits before this one
+    after: int
+
+
+def visits(a: Architecture, passes: int) -> list[Visit]:
+    """The effective layers of the plan with so many passes."""
+    prelude, core, coda = sections(a)
+    inner = range(prelude, prelude + core)
+    return (
+        [Visit(i, 0, 0) for i in range(prelude)]
+        + [Visit(i, p, passes - 1 - p) for p in range(passes) for i in inner]
+        + [Visit(i, 0, 0) for i in range(prelude + core, prelude + core + coda)]
+    )
+
+
+def looped_skips(full: list[Visit], plan: list[Visit]) -> list[Skip]:
+    """The skips of `plan`: those of the two halves of `full` whose ends are there, in their order.
+
+    The visits of a source count from its first, those of a target from its last, so that a skip
+    has the same partners, and the same weights, at any number of passes.
+    """
+    sources = {(v.layer, v.before): at for at, v in enumerate(plan)}
+    targets = {(v.layer, v.after): at for at, v in enumerate(plan)}
+    half, skips = len(full) // 2, []
+    for row in range(half):
+        kept, taker = full[half - 1 - row], full[half + row]
+        source = sources.get((kept.layer, kept.before), len(plan))
+        target = targets.get((taker.layer, taker.after), NONE)
+        if source < target:
+            skips.append(Skip(source, target, row))
+    return skips
 
 
 # ---- 3. Model ----------------------------------------------------------------------------------
@@ -1133,6 +1242,7 @@ class Context(NamedTuple):
     attention: Callable[..., Tensor]  # of q, k, v
     value: Tensor | None = None  # value embedding [B, T, K E] that is added to v
     xsa: bool = False
+    parallel: bool = False
 
 
 class Mix(nn.Module):
@@ -1187,11 +1297,15 @@ class Attention(nn.Module):
         self.proj = Matrix(torch.zeros(a.model_dim, a.model_dim), core)
         self.q_gain = parameter("scalar", torch.full((a.num_heads,), a.qk_gain_init))
         self.scale = parameter("scalar", torch.ones(a.model_dim))
+        self.gated = a.attn_gate_width > 0
+        if self.gated:
+            self.gate = parameter("scalar", torch.zeros(a.num_heads, a.attn_gate_width))
 
     def forward(self, x: Tensor, mod: Modulation, context: Context) -> Tensor:
         B, T, _ = x.shape
         H, K = self.num_heads, self.num_kv_heads
-        qkv = self.qkv(rms_norm(x), mod.gain, context.rounding).view(B, T, -1, self.head_dim)
+        h = rms_norm(x)
+        qkv = self.qkv(h, mod.gain, context.rounding).view(B, T, -1, self.head_dim)
         qk, v = qkv.split((H + K, K), dim=2)
         if context.value is not None:
             v = v + context.value.view(v.shape)
@@ -1202,8 +1316,19 @@ class Attention(nn.Module):
         y = context.attention(q, k, v.transpose(1, 2)).transpose(1, 2)
         if context.xsa:
             y = without_own_value(y, v)
+        if self.gated:
+            y = y * self.open_gates(h, mod.gain)[..., None]
         scale = (self.scale * mod.gamma)[:, None]
         return x + self.proj(y.flatten(2), scale, context.rounding) + mod.beta
+
+    def open_gates(self, h: Tensor, gain: Tensor) -> Tensor:
+        """Factors of the heads [B, T, H], 0 to 2, by the first channels of h [B, T, D].
+
+        With twice a sigmoid, heads start as they are without gates (PR 1667).
+        """
+        width = self.gate.shape[1]
+        weight = (self.gate * gain[:width]).to(h.dtype)
+        return 2 * torch.sigmoid(F.linear(h[..., :width], weight))
 
 
 class MLP(nn.Module):
@@ -1218,8 +1343,12 @@ class MLP(nn.Module):
         self.proj = Matrix(torch.zeros(a.model_dim, hidden), core)
         self.scale = parameter("scalar", torch.ones(a.model_dim))
 
-    def forward(self, x: Tensor, mod: Modulation, rounding: Rounding) -> Tensor:
-        h = self.fc(rms_norm(x) if self.input_norm else x, mod.gain, rounding)
+    def forward(
+        self, x: Tensor, mod: Modulation, rounding: Rounding, read: Tensor | None = None
+    ) -> Tensor:
+        """x [B, T, D] plus the branch of `read`, or of x itself."""
+        read = x if read is None else read
+        h = self.fc(rms_norm(read) if self.input_norm else read, mod.gain, rounding)
         h = F.leaky_relu(h, self.slope).square()
         scale = self.scale * mod.gamma
         if self.output_norm:
@@ -1242,9 +1371,9 @@ def block(
     layer: LayerModules, x: Tensor, x0: Tensor, cond: LayerConditioning, context: Context
 ) -> Tensor:
     """One effective layer, [B, T, D] -> [B, T, D]; COMPILE=block compiles it once for all alike."""
-    x = layer.mix(x, x0) + cond.depth
-    x = layer.attn(x, cond.attn, context)
-    return layer.mlp(x, cond.mlp, context.rounding)
+    start = layer.mix(x, x0) + cond.depth
+    x = layer.attn(start, cond.attn, context)
+    return layer.mlp(x, cond.mlp, context.rounding, start if context.parallel else None)
 
 
 def head_loss(h: Tensor, head: Tensor, targets: Tensor, softcap: float) -> Tensor:
@@ -1540,14 +1669,16 @@ class GPT(nn.Module):
         self.mlp = modules(MLP(a, x.core, has_input_norm(a, x)) for x in mlps.values())
         self.cond = Conditioning(a, trained)
         self.core = PassBoundary(a)  # its parameters are named core.* in artifacts
-        self.skip = nn.ParameterList(
-            parameter("scalar", torch.ones(D)) for layer in trained if layer.push
-        )
+        skips = [layer for layer in trained if layer.push]
+        self.skip = nn.ParameterList(parameter("scalar", torch.ones(D)) for _ in skips)
+        self.gated_skips = a.skip_gates
+        gates = skips if a.skip_gates else []
+        self.skip_gate = nn.ParameterList(parameter("scalar", torch.zeros(D)) for _ in gates)
         if self.smear != "none":
             self.smear_gate = parameter("scalar", torch.zeros(D))
         if self.buckets:
             self.bigram = SideEmbedding(self.buckets, a.bigram_dim, D, 0.05)
-        self.has_values = a.ve_last_n > 0
+        self.has_values = any(layer.value != NONE for layer in trained)
         if self.has_values:
             self.value = SideEmbedding(V, a.ve_dim, D // a.num_heads * a.num_kv_heads, 0.1)
             self.value_scale = parameter("scalar", torch.ones(1 + max(x.value for x in trained)))
@@ -1598,7 +1729,7 @@ class GPT(nn.Module):
         begun = x0  # the state before the first pass
         for layer, cond in zip(plan, conditions):
             if layer.skip != NONE:
-                x = torch.addcmul(x, kept.pop(), self.skip[layer.skip].to(self.dtype))
+                x = self.with_skip(x, kept.pop(), layer.skip)
             if layer.opens == 0:
                 begun = x
             if mode.truncated and layer.opens == mode.passes - 1:
@@ -1613,6 +1744,7 @@ class GPT(nn.Module):
                 attention=ops.attention,
                 value=values[layer.value] if layer.value != NONE else None,
                 xsa=layer.xsa,
+                parallel=layer.parallel,
             )
             x = ops.block(stored, x, x0, cond, context)
             if layer.closes != NONE:
@@ -1621,6 +1753,22 @@ class GPT(nn.Module):
             if layer.push:
                 kept.append(x)
         return rms_norm(x), self.penalty(mode, starts, ends)
+
+    def with_skip(self, x: Tensor, kept: Tensor, row: int) -> Tensor:
+        """x with an earlier layer's output, added or mixed in, by the weights of `row`."""
+        weight = self.skip[row].to(x.dtype)
+        if not self.gated_skips:
+            return torch.addcmul(x, kept, weight)
+        return torch.lerp(kept * weight, x, torch.sigmoid(self.skip_gate[row]).to(x.dtype))
+
+    def idle(self, passes: int) -> list[nn.Parameter]:
+        """Vectors that no layer uses in so many passes over the core, and in others does."""
+        taken = {layer.skip for layer in self.plans[passes]}
+        rows = [row for row in range(len(self.skip)) if row not in taken]
+        skips = [self.skip[row] for row in rows]
+        gates = [self.skip_gate[row] for row in rows if self.gated_skips]
+        between = self.core.unused_in_one_pass() if passes == 1 else []
+        return [*skips, *gates, *between]
 
     def penalty(self, mode: Mode, starts: list[Tensor], ends: list[Tensor]) -> Tensor | float:
         """The weighted mean penalty on growth over all passes, or over each; 0 without a core."""
@@ -2799,8 +2947,8 @@ class Trainer:
         self.gradients = Gradients(self.params)
         several = world.on_cuda and world.size > 1
         self.reduced = torch.cuda.Event(blocking=True) if several else None  # the last all-reduce
-        # What acts between passes is not used where there is one: no gradient, so no decay either.
-        self.between_passes = [(p, p.grad) for p in model.core.unused_in_one_pass()]
+        # What a number of passes leaves out has no gradient there, so no decay either.
+        self.homes = {p: p.grad for passes in model.plans for p in model.idle(passes)}
         for p in self.params:
             world.broadcast(p.data)  # unlike processors may draw unlike weights
         self.reset()
@@ -2844,8 +2992,9 @@ class Trainer:
         """Loss and gradient of a step, from this rank's micro-batches and the other ranks."""
         gradients = self.gradients
         gradients.zero()
-        for p, gradient in self.between_passes:
-            p.grad = gradient if mode.passes > 1 else None
+        idle = set(self.model.idle(mode.passes))
+        for p, gradient in self.homes.items():
+            p.grad = None if p in idle else gradient
         parts = self.batches.accumulation * self.world.size
         for ids, targets in micro:
             loss = self.forward(ids, targets, mode) / parts
@@ -2905,7 +3054,7 @@ class Trainer:
         for mode in modes:
             for _ in range(config.warmup_steps):
                 self.train_step(0, 0.0, [pair] * self.batches.accumulation, mode)
-                assert self.gradients.complete(), "unused_in_one_pass names a part that is used"
+                assert self.gradients.complete(), "GPT.idle names a part that is used"
         torch._foreach_copy_([p.data for p in self.params], before)
         self.reset()
         world.synchronize()
@@ -4001,8 +4150,8 @@ def unseal(kind: str, data: bytes, origin: str, limit: int, read: Callable[..., 
 
 # ---- 11. Presets, names and help ---------------------------------------------------------------
 # PR 855's 21 runs (Ap is A'), the naive baseline, the "baseline wins" report (its head counts are
-# not published; these give its parameter counts), and PR 1230: `growing` without error feedback and
-# bigrams, which could not learn there, `growing_live` with them.
+# not published; these give its parameter counts), PR 1230: `growing` without error feedback and
+# bigrams, which could not learn there, `growing_live` with them; and PR 1720: `frontier`.
 
 
 def layers(prelude: int, shared: int, loops: int, coda: int) -> dict[str, Any]:
@@ -4035,7 +4184,7 @@ GROWING = (
         rope_dims=16,
         rope_base=10000 * 2 ** (16 / 14),
         xsa_last_n=4,
-        ve_last_n=2,
+        ve_layers="9,10",
         smear_gate="published",
         train_seq_len=2048,
         train_batch_tokens=786432,
@@ -4061,6 +4210,45 @@ GROWING = (
         codec="lzma",
         eval_stride=64,
         ttt_lr=0.002,
+    )
+)
+FRONTIER = (
+    PLAIN
+    | layers(3, 3, 3, 5)
+    | dict(
+        vocab_size=8192,
+        data_path="./data/datasets/fineweb10B_sp8192",
+        tokenizer_path="./data/tokenizers/fineweb_8192_bpe.model",
+        passes_schedule="0:1,0.35:3",
+        core_skips="looped",
+        skip_gates=True,
+        parallel_layers="7-10",
+        mlp_mult=4.0,
+        ln_scale=True,
+        rope_dims=16,
+        xsa_last_n=11,
+        qk_gain_init=5.25,
+        train_seq_len=2048,
+        train_batch_tokens=786432,
+        micro_batch_tokens=98304,
+        matrix_init="orthogonal",
+        warmdown_iters=3440,  # .75 of PR 1720's 4,586 steps
+        matrix_lr=0.026,
+        scalar_lr=0.02,
+        tied_embed_lr=0.03,
+        muon_momentum=0.99,
+        muon_momentum_warmup_start=0.92,
+        muon_momentum_warmup_steps=1500,
+        muon_wd=0.095,
+        adam_wd=0.085,
+        grad_clip_norm=0.3,
+        average="ema",
+        ema_decay=0.9965,
+        matrix_bits=6,
+        gptq_batches=32,
+        gptq_seconds=14.0,
+        codec="lzma",
+        eval_stride=64,
     )
 )
 
@@ -4154,10 +4342,16 @@ SYSTEMS: dict[str, Preset] = {
         | dict(core_skips="all", smear_gate="document", feedback_rank=2, bigram_vocab_size=512),
         "the same with error feedback, bigrams and skips that learn",
     ),
+    "frontier": Preset(
+        FRONTIER,
+        "PR 1720: 3+3x(1, 3)+5, U-Net over the loop, parallel residual, XSA, 8192 pieces",
+        1.0818,
+    ),
 }
 SCALES: dict[str, Preset] = {
     "tiny": Preset(
         dict(
+            vocab_size=1024,
             data_path="./data/datasets/sample_sp1024",
             tokenizer_path="./data/tokenizers/sample_1024_bpe.model",
             train_seq_len=256,
@@ -4172,6 +4366,7 @@ SCALES: dict[str, Preset] = {
             train_log_every=25,
             muon_momentum_warmup_steps=50,
             ema_decay=0.9,
+            gptq_seconds=1.0,
             ttt_chunk_tokens=8192,
         ),
         "a quarter of the width, half the heads, 256-token sequences, the sample corpus; for a CPU",
@@ -4252,7 +4447,10 @@ INSTEAD = {
         "SMEAR_GATE": "USE_SMEARGATE SMEAR_GATE_ENABLED",
         "BIGRAM_VOCAB_SIZE": "USE_BIGRAM_HASH BIGRAM_BUCKETS BIGRAM_HASH_BUCKETS",
         "BIGRAM_DIM": "BIGRAM_HASH_DIM",
-        "VE_LAST_N": "VE_ENABLED VE_LAYERS",
+        "VE_LAYERS": "VE_ENABLED",
+        "CORE_SKIPS and SKIP_GATES": "SKIP_GATES_ENABLED",
+        "PARALLEL_LAYERS": "PARALLEL_START_LAYER",
+        "ATTN_GATE_WIDTH": "ATTN_OUT_GATE_ENABLED GATE_ATTN_OUT GATE_WIDTH",
         "MATRIX_INIT=orthogonal": "USE_ORTHO_INIT",
         "LEAKY_RELU_SLOPE": "NEGATIVE_SLOPE",
         "MLP_MULT": "MLP_HIDDEN",
@@ -4268,12 +4466,12 @@ INSTEAD = {
 }
 # Others of their names, for which there is nothing here.
 UNSUPPORTED = frozenset(
-    """ATTN_CLIP_SIGMAS ATTN_OUT_GATE_ENABLED ATTN_OUT_GATE_SRC ATTN_VARIANT BLOCK_LARS_MIN_SCALE
+    """ATTN_CLIP_SIGMAS ATTN_OUT_GATE_SRC ATTN_VARIANT BLOCK_LARS_MIN_SCALE
     BLOCK_LARS_TRUST BLOCK_TYPE CASEOPS_ENABLED CE_PURE_FRAC CE_WEIGHT COEFF_LR_BASE COEFF_LR_SCALE
     DEPTH_LORA_RANK DTG_ENABLED EMBED_INNER_DIM EVAL_NTK_ALPHA EVAL_STATE_RESET
     EVAL_TEMP FP16_EMBED_EXPORT FP16_KEEP_NAME_PATTERNS FP16_PASSTHROUGH_PATTERNS FP_STORAGE
     FUSED_CE_ENABLED GATED_ATTENTION GATED_ATTN_ENABLED GATED_ATTN_INIT_STD GATED_ATTN_QUANT_GATE
-    GATE_ATTN_OUT GATE_ATTN_SRC GATE_MLP_OUT GATE_WIDTH GATE_WINDOW GDN_CONV_SIZE GDN_EXPAND_V
+    GATE_ATTN_SRC GATE_MLP_OUT GATE_WINDOW GDN_CONV_SIZE GDN_EXPAND_V
     GDN_HEAD_DIM_RATIO GDN_LAYERS GDN_N_HEADS GLOBAL_TTT_BATCH_SEQS GLOBAL_TTT_DOC_LIMIT
     GLOBAL_TTT_RESPECT_DOC_BOUNDARIES GLOBAL_TTT_WARMUP_CHUNKS GLOBAL_TTT_WARMUP_START_LR
     GPTQ_BLOCK_SIZE GPTQ_GEN_LEN GPTQ_GEN_TEMP
@@ -4286,9 +4484,9 @@ UNSUPPORTED = frozenset(
     MATCHED_FINEWEB_REPO_ID MATCHED_FINEWEB_SP_BATCH_SIZE MATCHED_FINEWEB_TOKENIZER_THREADS
     MLP_CLIP_SIGMAS MLP_RANK MODE MTP_LOSS_WEIGHT MTP_NUM_HEADS MUON_BETA2
     MUON_COOLDOWN_END NUM_ATTN_LAYERS NUM_LIGHT_BLOCKS
-    PARALLEL_FINAL_LANE PARALLEL_START_LAYER PHASED_TTT_ENABLED PHASED_TTT_NUM_PHASES
+    PARALLEL_FINAL_LANE PHASED_TTT_ENABLED PHASED_TTT_NUM_PHASES
     PHASED_TTT_PREFIX_DOCS PREQUANT_ONLY PRUNE_RATIO QUANT_CLIP_RANGE QUANT_CONFIG RATIO_LOSS_WEIGHT
-    ROPE_YARN SCALE_STORAGE SIGREG_WEIGHT SKIP_GATES_ENABLED SKIP_POST_TRAIN_EVAL SKIP_TOKENS
+    ROPE_YARN SCALE_STORAGE SIGREG_WEIGHT SKIP_POST_TRAIN_EVAL SKIP_TOKENS
     SMEAR_GATE_WIDTH SPARSE_ATTN_GATE_ENABLED SPARSE_ATTN_GATE_INIT_STD SPARSE_ATTN_GATE_SCALE
     SWA_DECAY SWEEP_MODE TARGET_AVG_CHUNK_LEN TRIGRAM TTT_BATCH_SEQS TTT_BATCH_SIZE TTT_BETA1
     TTT_BETA2 TTT_DOC_LIMIT TTT_EVAL_BATCHES TTT_FREEZE_BLOCKS TTT_HEARTBEAT_SECONDS TTT_K_LORA
@@ -4361,7 +4559,7 @@ def help_text(width: int = 80) -> str:
     text.append(
         textwrap.fill(
             "Figures in brackets are the val_bpb published with a system, after rounding; that of "
-            "growing is after test-time training.",
+            "growing is after test-time training, that of frontier of sliding windows.",
             width,
         )
     )
@@ -4393,6 +4591,9 @@ def need_text(need: str) -> str:
     """One entry of `needs` as variables are written: NUM_LOOPS>1, TIE_EMBEDDINGS=0."""
     if "|" in need:
         return " or ".join(map(need_text, need.split("|")))
+    if need.startswith("!") and "=" in need:
+        name, _, value = need[1:].partition("=")
+        return f"{name.upper()} other than {value}"
     if need.startswith("!"):
         return f"{need[1:].upper()}=0"
     name = re.split("[>=]", need)[0]

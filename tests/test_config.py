@@ -58,6 +58,7 @@ REPORTED_MILLIONS = dict(
     recur_4x3_768=16.5,
     recur_2x6_1024=14.7,
 )
+OF_PULL_REQUESTS = {"growing", "growing_live", "frontier"}
 
 
 def config(**env: Any) -> tg.Config:
@@ -115,7 +116,7 @@ def test_preset_is_the_published_run(name: str) -> None:
 
 def test_every_published_run_has_a_preset() -> None:
     assert len(RUNS) == 21
-    assert tg.SYSTEMS.keys() == {*RUNS, "naive", *REPORTED_MILLIONS, "growing", "growing_live"}
+    assert tg.SYSTEMS.keys() == {*RUNS, "naive", *REPORTED_MILLIONS, *OF_PULL_REQUESTS}
 
 
 @pytest.mark.parametrize("name", REPORTED_MILLIONS)
@@ -168,7 +169,7 @@ def test_scale_keeps_the_shape(system: str) -> None:
     assert small.num_heads / small.num_kv_heads == full.num_heads / full.num_kv_heads
     assert small.model_dim == full.model_dim // 4
     assert small.train_batch_tokens < full.train_batch_tokens
-    scaled = {"model_dim", "num_heads", "num_kv_heads", "train_seq_len"}
+    scaled = {"vocab_size", "model_dim", "num_heads", "num_kv_heads", "train_seq_len"}
     for f in fields(tg.Architecture):
         assert f.name in scaled or getattr(small, f.name) == getattr(full, f.name), f.name
 
@@ -290,7 +291,7 @@ def test_values_that_cannot_work(env: dict[str, Any], names: list[str]) -> None:
 
 # Values that switch an option on where "1" is refused, or switches it off.
 ON = dict(PASSES_SCHEDULE="0:1", BIGRAM_VOCAB_SIZE="2", CORE_BITS="4", ROPE_DIMS="2")
-ON |= dict(PASS_SCALE_INIT="0.5", LOOP_LANES="2", MLP_POOL="4")
+ON |= dict(PASS_SCALE_INIT="0.5", LOOP_LANES="2", MLP_POOL="4", VE_LAYERS="0,2-5")
 
 
 def truthy(name: str) -> str:
@@ -328,7 +329,7 @@ def need(name: str, met: bool) -> dict[str, str]:
             wanted = condition.split("=")[1].lower()
             values = next(choice for choice in get_args(KINDS[field]) if choice != wanted), wanted
         else:
-            values = "0", truthy(field)
+            values = "" if KINDS[field] is str else "0", truthy(field)
         on = met != condition.startswith("!")
         env = need(field, True) | env | {field: values[1] if on else values[0]}
     return env
@@ -387,7 +388,9 @@ def test_one_condition_of_two_is_enough() -> None:
             dict(MUON_MOMENTUM_WARMUP_STEPS=9, MUON_MOMENTUM_WARMUP_FRACTION=0.3),
             "MUON_MOMENTUM_WARMUP_FRACTION=0.3",
         ),
-        (dict(XSA_LAST_N=2, NUM_CODA=0, NUM_PRELUDE=3), "XSA_LAST_N=2"),
+        (dict(CORE_SKIPS="all", NUM_CODA=0), "NUM_CODA=0"),
+        (dict(SKIP_GATES=1), "CORE_SKIPS=none"),
+        (dict(VE_DIM=8), "VE_LAYERS="),
     ],
 )
 def test_known_inert_combinations(env: dict[str, Any], other: str) -> None:

@@ -177,6 +177,7 @@ def test_adam_decay_is_decoupled_and_by_role(scalars: float) -> None:
         num_prelude=1,
         num_shared=1,
         num_coda=2,
+        ve_layers="2,3",
         adam_wd=0.2,
         scalar_wd=scalars,
         use_timestep_scale=True,
