@@ -100,7 +100,7 @@ class Written:
         w = matrix.weight.detach().double()
         self.fed.setdefault(self.names[id(matrix.weight)], []).append(x)
         rounding = self.mode.core if core else self.mode.outside
-        return x @ (rounded(w, *rounding) if rounding.bits else w).T
+        return x @ (rounded(w, rounding.bits, rounding.floor) if rounding.bits else w).T
 
     def rotary(self, x: Tensor) -> Tensor:
         """x [T, E]: pairs (j, j + half) of the first channels, as complex numbers, turned back."""

@@ -373,3 +373,19 @@ def test_no_calibration_unless_asked() -> None:
     lines: Any = []
     trainer = calibrating(0, noisy_model(tg.Architecture(**STACK)), micro)
     assert tg.calibrate(trainer, lines.append) == ({}, 0.0) and not lines
+
+
+@pytest.mark.parametrize(
+    "rule", [dict(quant_clip="row"), dict(quant_clip="sdclip"), dict(quant_clip_percentile=100.0)]
+)
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_training_rounds_to_what_is_stored(bits: int, rule: dict[str, Any]) -> None:
+    """Up to the float16 of a step, which turns what lies half-way between two levels."""
+    config = replace(DEFAULT, matrix_bits=bits, matrix_clip_sigmas=2.5, **rule)
+    torch.manual_seed(1)
+    matrix = tg.Matrix(torch.randn(7, 64) * torch.linspace(0.1, 3, 7)[:, None], core=False)
+    trained = matrix(torch.eye(64), 1.0, tg.rounding_of(config, "matrix")).T.detach()
+    stored = tg.store(matrix.weight, config, None)
+    q, step = stored.tensors
+    levels = (trained / step.float()[:, None]).round()
+    assert (levels - q).abs().max() <= 1 and (levels != q).float().mean() < 0.01
