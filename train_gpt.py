@@ -163,6 +163,13 @@ class Architecture:
     share_attn_only: bool = option(
         False, "Give every pass over the core MLPs of its own.", needs="num_shared num_loops>1"
     )
+    mlp_pool: int = option(
+        0,
+        "MLPs of the core, taken in turn by its layers, pass after pass: NUM_SHARED (one for each "
+        "layer) to NUM_SHARED * NUM_LOOPS (one for each layer and pass); 0: one for each layer.",
+        high=1024,
+        needs="num_shared num_loops>1 !share_attn_only",
+    )
     pass_scale_init: float = option(
         1.0,
         "Start of alpha in x + alpha (core(x) - x), learned per further pass; 1 leaves it out.",
@@ -189,6 +196,13 @@ class Architecture:
         needs="num_loops>1",
         neutral=1,
     )
+    core_branch_scale: float = option(
+        0.0,
+        "Scale of the core's branches, as lambda in lambda / (N L^0.5) for N = NUM_LOOPS passes "
+        "over L = NUM_SHARED layers; 0 leaves it out.",
+        high=64,
+        needs="num_shared",
+    )
     use_peri_norm: bool = option(
         True,
         "Output-LN (peri norm): normalise the MLP branch at its output instead of its input.",
@@ -198,6 +212,17 @@ class Architecture:
         True,
         "Convex (Birkhoff) mix a x + (1-a) x0, a in (0, 1) per channel; off: two free weights.",
         neutral=False,
+    )
+    mix_init: float = option(
+        0.0,
+        "Initial logit of the convex mix: 0 halves x and x0, 4 keeps nearly all of x.",
+        low=-16,
+        high=16,
+        needs="use_birkhoff_mix",
+        neutral=0.0,
+    )
+    mix_once_a_pass: bool = option(
+        False, "Mix x0 into the core only where a pass begins.", needs="num_shared"
     )
     use_timestep_scale: bool = option(
         True, "Scale both branches of an effective layer by a learned gamma.", neutral=False
@@ -291,6 +316,11 @@ class Architecture:
         require(
             layers <= 1024 and T * D // H <= 1 << 24,
             f"{layers} effective layers with TRAIN_SEQ_LEN={T} are too many",
+        )
+        pool, core = self.mlp_pool, self.num_shared
+        require(
+            not pool or not core or core <= pool <= core * self.num_loops,
+            f"MLP_POOL={pool} is not 0 or {core} to {core * self.num_loops}",
         )
         require(
             not self.xsa_last_n or any(layer.xsa for layer in make_plan(self)),
@@ -396,6 +426,13 @@ class Config(Architecture):
         "(steps or time, whichever is further), any other a step. Empty: NUM_LOOPS at once.",
         needs="num_loops>1",
     )
+    truncate_fraction: float = option(
+        0.0,
+        "First fraction of the run (steps or time, whichever is further) whose gradient goes "
+        "through the last pass over the core and around the others; rounding ends it.",
+        high=1,
+        needs="num_shared num_loops>1 !jacobian_weight",
+    )
     jacobian_weight: float = option(
         0.0, "Weight of the penalty on growth of the state in the core.", needs="num_shared"
     )
@@ -450,6 +487,12 @@ class Config(Architecture):
         0.005, "Standard deviation of the tied embedding's initial weights.", needs="tie_embeddings"
     )
     matrix_lr: float = option(0.04, "Muon's learning rate of matrices.")
+    core_lr_power: float = option(
+        0.0,
+        "Muon's learning rate of the core's matrices is divided by a step's passes to this power.",
+        high=4,
+        needs="num_shared num_loops>1",
+    )
     scalar_lr: float = option(0.04, "Adam's learning rate of scales, gains, tables, projections.")
     muon_wd: float = option(0.0, "Decoupled weight decay of matrices: W <- W (1 - lr wd).")
     adam_wd: float = option(0.0, "Decoupled weight decay of embeddings and their projections.")
@@ -557,6 +600,19 @@ class Config(Architecture):
         "Seconds of MAX_WALLCLOCK_SECONDS reserved for GPTQ's calibration.",
         needs="gptq_batches max_wallclock_seconds",
     )
+    refit_steps: int = option(
+        0,
+        "Steps that tune all that is not rounded (scales, tables, mixes) to the rounded matrices, "
+        "inside the training time; 0: none.",
+    )
+    refit_lr: float = option(
+        0.002, "Adam's learning rate of the refit; it falls to 0.", needs="refit_steps"
+    )
+    refit_seconds: float = option(
+        5.0,
+        "Seconds of MAX_WALLCLOCK_SECONDS reserved for the refit.",
+        needs="refit_steps max_wallclock_seconds",
+    )
     codec: Literal["zlib", "lzma", "brotli"] = option(
         "zlib", "Compression of the artifact; brotli is a package of its own."
     )
@@ -634,7 +690,12 @@ class Config(Architecture):
         require(1 not in (bits, self.core_bits), "MATRIX_BITS and CORE_BITS are 0 or 2 to 8")
         require(
             not cap or self.training_seconds,
-            f"GPTQ_SECONDS={self.gptq_seconds} leave none of MAX_WALLCLOCK_SECONDS={cap}",
+            f"GPTQ_SECONDS={self.gptq_seconds} and REFIT_SECONDS={self.refit_seconds} leave none "
+            f"of MAX_WALLCLOCK_SECONDS={cap}",
+        )
+        require(
+            bits or not self.refit_steps,
+            f"MATRIX_BITS=0, chosen after training, rules out REFIT_STEPS={self.refit_steps}",
         )
         waits = {"QAT_LR_FACTOR": self.qat_lr_factor}
         if self.average == "swa":
@@ -671,8 +732,9 @@ class Config(Architecture):
 
     @property
     def training_seconds(self) -> float:
-        """When training ends: MAX_WALLCLOCK_SECONDS less what GPTQ takes of it; 0: no limit."""
+        """When training ends: MAX_WALLCLOCK_SECONDS less GPTQ and refit; 0: no limit."""
         reserved = self.gptq_seconds if self.gptq_batches else 0.0
+        reserved += self.refit_seconds if self.refit_steps else 0.0
         return max(self.max_wallclock_seconds - reserved, 0.0)
 
     def bits(self, name: str) -> int:
@@ -747,6 +809,7 @@ class Layer(NamedTuple):
     skip: int = NONE  # U-Net: index of the weight of the kept output that is added to its input
     value: int = NONE  # row of the value embedding's scales
     xsa: bool = False  # exclusive self-attention
+    mix: bool = True  # x0 is mixed in before it
 
 
 def make_plan(a: Architecture, passes: int = 0) -> tuple[Layer, ...]:
@@ -762,9 +825,10 @@ def make_plan(a: Architecture, passes: int = 0) -> tuple[Layer, ...]:
     stored = prelude + core + coda
     skips = num_skips(a, prelude, coda)
     last = a.num_loops - 1
+    pool = core_mlps(a)
 
     def outer_layer(index: int, row: int, push: bool = False, skip: int = NONE) -> Layer:
-        mlp = row if a.share_attn_only else index
+        mlp = index if index < prelude else index + pool - core
         xsa = index >= stored - a.xsa_last_n
         return Layer(row, index, mlp, push=push, skip=skip, value=value_row(index), xsa=xsa)
 
@@ -781,18 +845,26 @@ def make_plan(a: Architecture, passes: int = 0) -> tuple[Layer, ...]:
                 Layer(
                     row,
                     attn=i,
-                    mlp=row if a.share_attn_only else i,
+                    mlp=prelude + (row - prelude) % pool,
                     gain=row - prelude if a.use_unique_norms else NONE,
                     core=True,
                     opens=visit if i == prelude else NONE,
                     closes=visit if i == prelude + core - 1 else NONE,
                     value=value_row(i),
+                    mix=i == prelude or not a.mix_once_a_pass,
                 )
             )
     for t in range(coda):
         i = prelude + core + t
         layers.append(outer_layer(i, i + core * last, skip=t if t < skips else NONE))
     return tuple(layers)
+
+
+def core_mlps(a: Architecture) -> int:
+    """Stored MLPs of the core: one for each of its layers, one for each pass of it, or between."""
+    if a.share_attn_only:
+        return a.num_shared * a.num_loops
+    return a.mlp_pool or a.num_shared
 
 
 def num_skips(a: Architecture, prelude: int, coda: int) -> int:
@@ -867,6 +939,7 @@ class Mode(NamedTuple):
     core: Rounding = Rounding()
     growth_weight: float = 0.0  # of the penalty on growth of the state in the core
     per_pass: bool = False  # penalise the growth of every pass
+    truncated: bool = False  # the gradient goes around all passes but the last
 
 
 def max_level(bits: int) -> int:
@@ -1018,8 +1091,10 @@ class Mix(nn.Module):
     def __init__(self, a: Architecture) -> None:
         super().__init__()
         self.convex = a.use_birkhoff_mix
-        free = torch.stack((torch.ones(a.model_dim), torch.zeros(a.model_dim)))
-        self.weight = parameter("scalar", torch.zeros(a.model_dim) if self.convex else free)
+        start = torch.stack((torch.ones(a.model_dim), torch.zeros(a.model_dim)))
+        if self.convex:
+            start = torch.full((a.model_dim,), a.mix_init)
+        self.weight = parameter("scalar", start)
 
     def weights(self) -> tuple[Tensor, Tensor]:
         """The weights of x and of x0, [D] each."""
@@ -1033,6 +1108,17 @@ class Mix(nn.Module):
         if self.convex:
             return torch.lerp(x0, x, carried)
         return torch.addcmul(x * carried, x0, anchor)
+
+
+class NoMix(nn.Module):
+    """The stream as it is, before layers inside a pass with MIX_ONCE_A_PASS=1."""
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """The weights of x and of x0."""
+        return torch.ones(1), torch.zeros(1)
+
+    def forward(self, x: Tensor, x0: Tensor) -> Tensor:
+        return x
 
 
 class Attention(nn.Module):
@@ -1270,6 +1356,15 @@ class PassBoundary(nn.Module):
         return self.scale[number - 1].item() if self.scaled and number > 0 else 1.0
 
 
+def around_passes(states: Iterable[Tensor], begun: Tensor) -> list[Tensor]:
+    """The states [B, T, D] after some passes, whose gradients go to `begun`, that before them.
+
+    Blocks add to the stream, so the best guess at what a pass does to a gradient is nothing. Merely
+    detached, the states would leave the prelude without a gradient.
+    """
+    return [state.detach() + (begun - begun.detach()) for state in states]
+
+
 def growth_penalty(before: Tensor, after: Tensor) -> Tensor:
     """relu(|after - before| / |before| - 1)^2, Frobenius norms over the whole batch (PR 1230)."""
     change = after.float() - before.float()
@@ -1310,6 +1405,11 @@ class Conditioning(nn.Module):
             scale_in[:, 0] = scale
             mlp = scale_out if a.use_peri_norm else scale_in
             mlp[:, 1] = scale
+        if a.core_branch_scale:
+            # The updates of shared weights are alike, so N passes add up to N of them: 1 / N, not
+            # the 1 / N^0.5 of layers of their own (arXiv 2606.18524).
+            rows = [layer.row for layer in plan if layer.core]
+            scale_out[rows] *= a.core_branch_scale / (a.num_loops * a.num_shared**0.5)
         self.add("scale_in", False, scale_in)
         self.add("scale_out", False, scale_out)
 
@@ -1382,7 +1482,7 @@ class GPT(nn.Module):
             self.lm_head = parameter("head", torch.zeros(V, D))
         attns = {layer.attn: layer for layer in trained}
         mlps = {layer.mlp: layer for layer in trained}
-        self.mix = modules(Mix(a) for _ in attns)
+        self.mix = modules(Mix(a) if layer.mix else NoMix() for layer in attns.values())
         self.attn = modules(Attention(a, layer.core) for layer in attns.values())
         self.mlp = modules(MLP(a, x.core, has_input_norm(a, x)) for x in mlps.values())
         self.cond = Conditioning(a, trained)
@@ -1442,9 +1542,14 @@ class GPT(nn.Module):
         starts: list[Tensor] = []  # of passes over the core
         ends: list[Tensor] = []
         lanes: Sequence[Tensor] = ()  # what goes past the core with LOOP_LANES=2
+        begun = x0  # the state before the first pass
         for layer, cond in zip(plan, conditions):
             if layer.skip != NONE:
                 x = torch.addcmul(x, kept.pop(), self.skip[layer.skip].to(self.dtype))
+            if layer.opens == 0:
+                begun = x
+            if mode.truncated and layer.opens == mode.passes - 1:
+                x, *lanes = around_passes([x, *lanes], begun)
             if layer.opens != NONE:
                 x, lanes = self.core.enter(x, lanes, layer.opens)
                 starts.append(x)
@@ -1546,7 +1651,9 @@ class Muon(torch.optim.Optimizer):
         row_norm: bool = False,
         polar: bool = False,
     ) -> None:
-        super().__init__(params, dict(lr=lr, momentum=momentum))
+        # Of the core's learning rate: a step has a fixed length, and moves the function as often as
+        # its matrix is used.
+        super().__init__(params, dict(lr=lr, momentum=momentum, core_factor=1.0))
         self.steps, self.decay, self.row_norm, self.polar = steps, decay, row_norm, polar
         self.state.update({p: dict(velocity=torch.zeros_like(p)) for p in params})
         self.dtype = torch.bfloat16 if params[0].is_cuda else torch.float32
@@ -1556,23 +1663,28 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             params = group["params"]
+            rates = [group["lr"] * self.factor(p, group["core_factor"]) for p in params]
             grads = [p.grad for p in params]
             velocities = [self.state[p]["velocity"] for p in params]
-            torch._foreach_mul_(params, 1 - group["lr"] * self.decay)
+            torch._foreach_mul_(params, [1 - rate * self.decay for rate in rates])
             torch._foreach_mul_(velocities, group["momentum"])
             torch._foreach_add_(velocities, grads)
             directions = torch._foreach_add(grads, velocities, alpha=group["momentum"])
             if self.row_norm:
                 normalise_rows(directions)
-            for stack in self.stacks(params, directions, group["lr"]):
+            for stack in self.stacks(params, directions, rates):
                 self.apply(stack)
 
+    def factor(self, p: nn.Parameter, of_core: float) -> float:
+        """What the learning rate of `p` is multiplied by."""
+        return of_core if role_of(p) is ROLES["core matrix"] else 1.0
+
     def stacks(
-        self, params: list[nn.Parameter], directions: Iterable[Tensor], lr: float
+        self, params: list[nn.Parameter], directions: Iterable[Tensor], rates: list[float]
     ) -> Iterable[list[Update]]:
         """The updates of all matrices, those of one shape together."""
         by_shape: dict[tuple[int, ...], list[Update]] = {}
-        for p, direction in zip(params, directions):
+        for p, direction, lr in zip(params, directions, rates):
             for w, u in zip(parts_of(p), parts_of(p, direction)):
                 rows, columns = w.shape
                 rate = -lr * max(1.0, rows / columns) ** 0.5
@@ -2019,8 +2131,8 @@ SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 
 
 ADVICE = (
-    "for the sample corpus run `python data/sample.py` and set PRESET=tiny, for FineWeb run "
-    "`python data/fineweb.py` (data/README.md)"
+    f"for the sample corpus run `{shlex.quote(sys.executable)} data/sample.py` and set "
+    f"PRESET=tiny, for FineWeb run `{shlex.quote(sys.executable)} data/fineweb.py` (data/README.md)"
 )
 
 
@@ -2415,11 +2527,12 @@ def training_mode(config: Config, step: int, seconds: float) -> Mode:
         begun[-1],
         growth_weight=config.jacobian_weight,
         per_pass=config.jacobian_per_pass,
+        truncated=begun[-1] > 1 and done < config.truncate_fraction,
     )
     near_end = config.qat_fraction > 0 and 1 - done <= config.qat_fraction
     if near_end or lr_factor(config, step, seconds) < config.qat_lr_factor:
         core = Rounding(config.bits("core_bits"), config.quant_scale_floor)
-        mode = mode._replace(core=core)
+        mode = mode._replace(core=core, truncated=False)
         if not config.qat_core_only:
             mode = mode._replace(outside=Rounding(config.matrix_bits, config.quant_scale_floor))
     return mode
@@ -2428,8 +2541,25 @@ def training_mode(config: Config, step: int, seconds: float) -> Mode:
 def training_modes(config: Config) -> list[Mode]:
     """Every mode that a step may have."""
     first, last = training_mode(config, 0, 0.0), training_mode(config, config.iterations, 0.0)
+    first, last = first._replace(truncated=False), last._replace(truncated=False)
     roundings = [first] if first._replace(passes=last.passes) == last else [first, last]
-    return [mode._replace(passes=passes) for mode in roundings for _, passes in config.schedule()]
+    modes = [mode._replace(passes=passes) for mode in roundings for _, passes in config.schedule()]
+    refit = Mode(config.num_loops)
+    if config.refit_steps and refit not in modes:
+        modes.append(refit)
+    return [*truncated_modes(config, first), *modes]
+
+
+def truncated_modes(config: Config, mode: Mode) -> list[Mode]:
+    """Those with truncated gradients: of the passes that begin within TRUNCATE_FRACTION."""
+    if mode.core.bits:  # rounding from the start
+        return []
+    begun = [
+        passes
+        for when, passes in config.schedule()
+        if (when if when < 1 else when / max(config.iterations, 1)) < config.truncate_fraction
+    ]
+    return [mode._replace(passes=passes, truncated=True) for passes in begun if passes > 1]
 
 
 class Clock:
@@ -2536,6 +2666,20 @@ class Trainer:
         """One optimizer step on this rank's micro-batches. It never drains the device's queue."""
         config, gradients = self.config, self.gradients
         mode = mode or training_mode(config, step, seconds)
+        self.sum_gradients(micro, mode)
+        self.skipped.mask(gradients, step)
+        if config.grad_clip_norm:
+            self.grad_norm = gradients.clip(config.grad_clip_norm)
+        self.lr_factor = lr_factor(config, step, seconds)
+        self.set_rates(self.lr_factor, muon_momentum(config, step, seconds), mode.passes)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        if config.reference_bf16:
+            self.round_to_bfloat16()
+
+    def sum_gradients(self, micro: Iterable[tuple[Tensor, Tensor]], mode: Mode) -> None:
+        """Loss and gradient of a step, from this rank's micro-batches and the other ranks."""
+        gradients = self.gradients
         gradients.zero()
         for p, gradient in self.between_passes:
             p.grad = gradient if mode.passes > 1 else None
@@ -2551,22 +2695,14 @@ class Trainer:
         self.world.all_reduce(gradients.flat)
         if self.reduced:
             self.reduced.record()
-        self.skipped.mask(gradients, step)
-        if config.grad_clip_norm:
-            self.grad_norm = gradients.clip(config.grad_clip_norm)
-        self.lr_factor = lr_factor(config, step, seconds)
-        self.set_rates(self.lr_factor, muon_momentum(config, step, seconds))
-        for optimizer in self.optimizers:
-            optimizer.step()
-        if config.reference_bf16:
-            self.round_to_bfloat16()
 
-    def set_rates(self, factor: float, momentum: float) -> None:
+    def set_rates(self, factor: float, momentum: float, passes: int) -> None:
         for optimizer, rates in zip(self.optimizers, self.base_lrs):
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate * factor
         for group in self.optimizers.muon.param_groups:
             group["momentum"] = momentum
+            group["core_factor"] = passes**-self.config.core_lr_power
 
     @torch.no_grad()
     def round_to_bfloat16(self) -> None:
@@ -2811,7 +2947,8 @@ class Reporter:
         """Says what changes: passes and bits."""
         if mode != self.last_mode:
             bits = f"bits:{mode.outside.bits} core_bits:{mode.core.bits}"
-            self.log(f"{self.at(step)} passes:{mode.passes} {bits}")
+            tail = " gradient:last_pass" if mode.truncated else ""
+            self.log(f"{self.at(step)} passes:{mode.passes} {bits}{tail}")
         self.last_mode = mode
 
     def wants(self, step: int) -> bool:
@@ -2848,11 +2985,12 @@ class Reporter:
         """A bar of steps or of time, whichever ends first, and what is left."""
         step, iterations, clock = trainer.step, self.config.iterations, trainer.clock
         left = min((iterations - step) * clock.per_step, clock.cap - seconds)
+        rest = f"{duration(left)} left" if left >= 0.5 else "validating"
         done = max(step / iterations, seconds / clock.cap)
-        bar = ("=" * round(20 * done)).ljust(20)
+        bar = ("=" * round(8 * done)).ljust(8)
         return (
             f"[{bar}] {done:4.0%}  step {step:,}/{iterations:,}  loss {loss:.3f}  "
-            f"{duration(left)} left  {speed:,.0f} tokens/s"
+            f"{rest}  {speed:,.0f} tokens/s"
         )
 
     def end(self, trainer: Trainer, seconds: float, why: str) -> None:
@@ -4189,8 +4327,8 @@ def open_log(config: Config, world: World) -> Log:
     log.to_file(f"config:{json.dumps(asdict(config))}")
     log(f"folder:{folder}")
     log(f"set:{settings(config)}")
-    if config.warmdown_iters >= config.iterations and not config.eval_only:
-        span = config.warmdown_iters
+    span = 0 if config.eval_only or config.warmdown_fraction else config.warmdown_iters
+    if span >= config.iterations:
         log(f"warning: WARMDOWN_ITERS={span}: the learning rate falls from step 0 on")
     return log
 
@@ -4214,7 +4352,7 @@ def command_to_resume(config: Config, world: World, folder: Path) -> str:
     ours |= dict(RUN_ID=folder.name, RESUME="auto")
     variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in ours.items())
     script = shlex.quote(sys.argv[0] or "train_gpt.py")
-    python = shlex.quote(os.path.relpath(sys.executable))
+    python = shlex.quote(sys.executable)
     if world.size > 1:
         python += f" -m torch.distributed.run --standalone --nproc_per_node={world.size}"
     return f"{variables} {python} {script}"
@@ -4437,6 +4575,46 @@ def calibrate(trainer: Trainer, log: Log) -> tuple[dict[str, Tensor], float]:
     return hessians, seconds
 
 
+@contextlib.contextmanager
+def as_stored(
+    params: Mapping[str, nn.Parameter], config: Config, hessians: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """The values that an artifact gives back in place of those of the parameters it rounds."""
+    rounded = {name: p for name, p in params.items() if role_of(p).bits}
+    exact = [p.detach().clone() for p in rounded.values()]
+    for name, p in rounded.items():
+        p.data.copy_(dequantize_rows(*store(p, config, hessians.get(name)).tensors))
+    try:
+        yield
+    finally:
+        torch._foreach_copy_([p.data for p in rounded.values()], exact)
+
+
+def refit(trainer: Trainer, hessians: Mapping[str, Tensor], log: Log) -> float:
+    """Tunes what stays float16 to the rounded matrices, on training data that comes next.
+
+    The matrices themselves are as before afterwards, and so are rounded to the same integers
+    again. The seconds it took.
+    """
+    config, world = trainer.config, trainer.world
+    if not config.refit_steps:
+        return 0.0
+    world.enter("refit")
+    began = time.perf_counter()
+    vectors = [p for p in trainer.params if not role_of(p).bits]
+    adam = torch.optim.Adam(vectors, betas=(config.beta1, config.beta2), eps=config.adam_eps)
+    with as_stored(dict(trainer.model.named_parameters()), config, hessians):
+        for i in range(config.refit_steps):
+            trainer.sum_gradients(trainer.batches.micro(trainer.step + i), Mode(config.num_loops))
+            adam.param_groups[0]["lr"] = config.refit_lr * (1 - i / config.refit_steps)
+            adam.step()
+    world.synchronize()
+    seconds = world.on_main(lambda: time.perf_counter() - began)
+    loss = trainer.gradients.loss.item()
+    log(f"refit steps:{config.refit_steps} train_loss:{loss:.4f} time:{1e3 * seconds:.0f}ms")
+    return seconds
+
+
 def export(trainer: Trainer, trained: Trained, validation: Validation, log: Log) -> dict[str, Any]:
     """Writes the artifact of the weights that AVERAGE chooses; figures of the training."""
     config, world, average = trainer.config, trainer.world, trainer.average
@@ -4446,8 +4624,9 @@ def export(trainer: Trainer, trained: Trained, validation: Validation, log: Log)
         if config.average != "none":
             log(f"AVERAGE={config.average} of {average.count} weights; of none, the last are taken")
             score = validation(trainer, seconds, trainer.model.scoring, weights=config.average)
+        seconds += refit(trainer, hessians, log)
         if 0 < config.max_wallclock_seconds < seconds:
-            log.object(f"training and calibration took {seconds:.1f} s")
+            log.object(f"training, calibration and refit took {seconds:.1f} s")
         world.enter("export")
         # By a thread: signals wait until a codec returns, with brotli for half a minute.
         with ThreadPoolExecutor(1) as thread:

@@ -32,6 +32,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for whoever imports this by its path
+import packages
+
 try:
     import numpy as np
     import shards
@@ -40,14 +42,12 @@ try:
     from huggingface_hub.utils import disable_progress_bars, logging
     from shards import BOS, InputError, say
     from tqdm import tqdm
-except ModuleNotFoundError as missing:
+
+    MISSING = ""
+except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise
-    print(
-        f"fineweb.py: the package {missing.name} is missing: pip install -r data/requirements.txt",
-        file=sys.stderr,
-    )
-    sys.exit(2)
+    MISSING = str(error.name)  # which is told once --help has had its chance
 
 T = TypeVar("T")
 
@@ -552,14 +552,11 @@ def say_next(store: Store, files: list[File], tokenizer: Tokenizer) -> None:
     corpus = shards.Corpus(store.folder, tokenizer.model, tokenizer.vocab_size, shortest)
     script = shards.script_path()
     if any(name.startswith("fineweb_train_") for name in shards.shards_in(store.folder)):
-        say(
-            f"next    {corpus.variables()} \\\n"
-            f"            torchrun --standalone --nproc_per_node=8 {script}"
-        )
+        say(f"next    {corpus.variables()} \\\n            {shards.torchrun(8)} {script}")
     else:
         say(
             "next    there is no train shard: --train-shards fetches some; to score an artifact,\n"
-            f"        EVAL_ONLY=<artifact> {corpus.variables()} python {script}"
+            f"        EVAL_ONLY=<artifact> {corpus.variables()} {packages.python()} {script}"
         )
 
 
@@ -635,7 +632,7 @@ def command_line() -> argparse.ArgumentParser:
     option("--variant", default="sp1024", help=variant)
     shards_help = f"Number of train shards, 200 MB each (default: {DEFAULT_SHARDS})."
     option("--train-shards", type=int, metavar="N", help=shards_help)
-    root = "Folder that datasets/ and tokenizers/ are made in (default: %(default)s)."
+    root = "Folder in which datasets/ and tokenizers/ are made (default: %(default)s)."
     option("--root", type=Path, default=Path(__file__).resolve().parent, help=root)
     verify = "Read every file again and replace broken ones; needs the network only for those."
     option("--verify", action="store_true", help=verify)
@@ -655,6 +652,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--jobs is at least 1, --train-shards at least 0")
     if not re.fullmatch(r"[\w.-]+", options.variant):
         parser.error(f"--variant {options.variant!r} is no name such as sp1024")
+    if MISSING:
+        return packages.complain("fineweb.py", MISSING, packages.HERE / "requirements.txt")
     disable_progress_bars()
     logging.set_verbosity_error()  # it warns about every request that it repeats
     code = shards.attempt("fineweb.py", lambda: work(options))

@@ -41,24 +41,24 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for whoever imports this by its path
+import packages
+
 try:
     import numpy as np
     import sample
     import shards
     from shards import InputError, Skipped, say
     from tqdm import tqdm
-except ModuleNotFoundError as missing:
+
+    MISSING = ""
+except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise
-    print(
-        f"make_shards.py: the package {missing.name} is missing: "
-        "pip install -r data/requirements.txt",
-        file=sys.stderr,
-    )
-    sys.exit(2)
+    MISSING = str(error.name)  # which is told once --help has had its chance
 
 BLOCK = 1 << 20  # bytes of text that a worker gets at a time
 MODEL = "tokenizer.model"
+REQUIREMENTS = packages.HERE / "requirements.txt"
 
 
 class Options(NamedTuple):
@@ -182,9 +182,7 @@ def rows(path: Path, key: str) -> Iterator[str]:
         import pyarrow as pa  # 0.3 s and 60 MB, for those who read Parquet
         import pyarrow.parquet as pq
     except ModuleNotFoundError as error:
-        raise InputError(
-            f"{path}: the package {error.name} is missing: pip install -r data/requirements.txt"
-        ) from error
+        raise InputError(f"{path}: {packages.advice(str(error.name), REQUIREMENTS)}") from error
     try:
         with pq.ParquetFile(path) as file:
             kinds = {column.name: str(column.type) for column in file.schema_arrow}
@@ -687,10 +685,7 @@ def build(options: Options) -> None:
     corpus = shards.Corpus(out, out / MODEL, size, shortest)
     say(f"next    {corpus.tiny_command()}")
     if shortest > 1024:  # TRAIN_SEQ_LEN without a scale
-        say(
-            f"        on 8 GPUs: {corpus.variables()} torchrun --standalone --nproc_per_node=8 "
-            f"{shards.script_path()}"
-        )
+        say(f"        on 8 GPUs: {corpus.variables()} {shards.torchrun(8)} {shards.script_path()}")
 
 
 def cores() -> int:
@@ -720,7 +715,7 @@ def command_line() -> argparse.ArgumentParser:
     option("--seed", type=int, default=1337, help=seed)
     share = "Share of the documents that is held out for validation (default: %(default)s)."
     option("--val-share", type=float, default=0.01, help=share)
-    size = "Tokens in a file, of 2 bytes each (default: %(default)s)."
+    size = "Most tokens in a shard, of 2 bytes each (default: %(default)s)."
     option("--shard-tokens", type=int, default=100_000_000, help=size)
     key = "JSON field or Parquet column that holds the text (default: %(default)s)."
     option("--key", default="text", help=key)
@@ -746,6 +741,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--shard-tokens is at least 1 and below 2^31, what a shard's header can say")
     if not -(2**63) <= options.seed < 2**64:
         parser.error("--seed has at most 64 bits")
+    if MISSING:
+        return packages.complain("make_shards.py", MISSING, REQUIREMENTS)
     return shards.attempt("make_shards.py", lambda: build(options))
 
 

@@ -20,20 +20,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for whoever imports this by its path
+import packages
+
 try:
     import numpy as np
     import sentencepiece as spm
     import shards
     from shards import BOS, InputError, Skipped, say
     from shards import encode_shard as shard
-except ModuleNotFoundError as missing:
+
+    MISSING = ""
+except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise
-    print(
-        f"sample.py: the package {missing.name} is missing: pip install -r requirements.txt",
-        file=sys.stderr,
-    )
-    sys.exit(2)
+    MISSING = str(error.name)  # which is told once --help has had its chance
 
 HERE = Path(__file__).resolve().parent
 VOCAB_SIZE = 1024
@@ -284,7 +284,7 @@ def next_command(corpus: shards.Corpus) -> str:
     """The command that trains on the corpus from the current folder."""
     default = HERE / f"datasets/sample_sp{VOCAB_SIZE}"
     if corpus.folder == default and Path.cwd() == HERE.parent:  # what PRESET=tiny looks for
-        return "PRESET=tiny python train_gpt.py"
+        return f"PRESET=tiny {packages.python()} train_gpt.py"
     return corpus.tiny_command()
 
 
@@ -319,6 +319,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(
             "--vocab-size is above 260 (4 special, 256 byte pieces), at most 65536 (uint16 tokens)"
         )
+    if MISSING:
+        return packages.complain("sample.py", MISSING, HERE.parent / "requirements.txt")
     return shards.attempt("sample.py", lambda: run(args.root, args.source, args.vocab_size))
 
 

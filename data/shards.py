@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import packages
 import sentencepiece as spm
 
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
@@ -295,7 +296,12 @@ class Corpus(NamedTuple):
         while length >= self.shortest:
             length //= 2
         shorter = f" TRAIN_SEQ_LEN={length}" if length < 256 else ""
-        return f"PRESET=tiny {self.variables()}{shorter} python {script_path()}"
+        return f"PRESET=tiny {self.variables()}{shorter} {packages.python()} {script_path()}"
+
+
+def torchrun(ranks: int) -> str:
+    """The words before a script that start it on so many GPUs of one machine."""
+    return f"{packages.python()} -m torch.distributed.run --standalone --nproc_per_node={ranks}"
 
 
 def script_path() -> str:

@@ -290,7 +290,7 @@ def test_values_that_cannot_work(env: dict[str, Any], names: list[str]) -> None:
 
 # Values that switch an option on where "1" is refused, or switches it off.
 ON = dict(PASSES_SCHEDULE="0:1", BIGRAM_VOCAB_SIZE="2", CORE_BITS="4", ROPE_DIMS="2")
-ON |= dict(PASS_SCALE_INIT="0.5", LOOP_LANES="2")
+ON |= dict(PASS_SCALE_INIT="0.5", LOOP_LANES="2", MLP_POOL="4")
 
 
 def truthy(name: str) -> str:

@@ -9,6 +9,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -623,10 +624,12 @@ def test_closing_command(hub: HubServer, tmp_path: Path, capsys: Capture) -> Non
     out = capsys.readouterr().out
     assert "there is no train shard" in out and "torchrun" not in out
     assert f"EVAL_ONLY=<artifact> DATA_PATH='{root}/{FOLDER}'" in out
+    assert f" {shlex.quote(sys.executable)} " in out
     assert get(root, train_shards=1) == 0
     out = capsys.readouterr().out
     assert f"next    DATA_PATH='{root}/{FOLDER}' TOKENIZER_PATH='{root}/{MODEL}'" in out
-    assert "torchrun --standalone --nproc_per_node=8" in out
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node=8"
+    assert f"{shlex.quote(sys.executable)} {torchrun}" in out
 
 
 @pytest.mark.parametrize("variant", ["sp1024", "sp4096", "sp8192", "sp320"])

@@ -2,7 +2,9 @@
 
 import fcntl
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +12,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
+from typing import cast
 
 import pytest
 
@@ -47,6 +50,7 @@ if env["PRESET"] == "D":
 (folder / "result.json").write_text(json.dumps(
     dict(config=config, roundtrip=dict(val_bpb=1), fits=True, env=env)))
 """
+REFUSE = 'print("[rank 0] no such data", file=sys.stderr), sys.exit(2)'
 
 
 def command(out: Path, *words: str, given: Mapping[str, str] = MappingProxyType({})) -> list[str]:
@@ -127,6 +131,106 @@ def test_a_scale_divides_and_the_later_word_wins() -> None:
         ablate.variables(row, scale._replace(divide={"MODEL_DIM": 7}), "small", {})
 
 
+CLOCK = {"MATRIX_LR": "0.1"}
+GROWN = {"NUM_LOOPS": "3", "PASSES_SCHEDULE": "0:1,0.25:2,0.5:3"}
+CUT = {"NUM_LOOPS": "2", "PASSES_SCHEDULE": "0:1,0.25:2", "TRUNCATE_FRACTION": "0.5"}
+SHARES = {"WARMDOWN_FRACTION": "0.75", "MUON_MOMENTUM_WARMUP_FRACTION": "0.25"}
+TIMED = ablate.Table(
+    rows={
+        "clock": ablate.Row("clock", "s", "", "", [], CLOCK),
+        "slow": ablate.Row("slow", "s", "", "", [], {"MATRIX_LR": "0.2"}),
+        "grown": ablate.Row("grown", "s", "", "", [], GROWN),
+        "refit": ablate.Row("refit", "s", "", "", [], {"REFIT_STEPS": "16"}),
+        "cut": ablate.Row("cut", "s", "", "", [], CUT),
+        "shares": ablate.Row("shares", "s", "", "", [], GROWN | SHARES),
+        "stepped": ablate.Row("stepped", "s", "", "", [], {"PASSES_SCHEDULE": "0:1,30:3"}),
+        "unknown": ablate.Row("unknown", "s", "", "", [], {}),
+    },
+    scales={},
+    claims={},
+    milliseconds={
+        "clock": [10.0],
+        "slow": [25.0],
+        "refit": [25.0],
+        "grown": [5, 10, 20],
+        "shares": [5, 10, 20],
+        "cut": [10, 5, 20],  # two passes, truncated; one; two
+        "stepped": [5, 20],
+    },
+)
+
+
+def timed(name: str) -> dict[str, str]:
+    scale = ablate.Scale("s", "", {}, {"ITERATIONS": "400", "WARMDOWN_ITERS": "120"}, "clock")
+    row = TIMED.rows[name]
+    return ablate.in_equal_time(row, ablate.variables(row, scale, "s", {}), TIMED, scale.clock)
+
+
+def test_a_row_makes_the_steps_that_fit_into_the_time_of_the_clock() -> None:
+    assert timed("clock") == CLOCK | {"ITERATIONS": "400", "WARMDOWN_ITERS": "120"}
+    # 4,000 ms, of which the warm-down has the last 30 %
+    assert timed("slow") == {"MATRIX_LR": "0.2", "ITERATIONS": "160", "WARMDOWN_ITERS": "48"}
+    # 400 ms of refit, taken off
+    assert timed("refit") == {"REFIT_STEPS": "16", "ITERATIONS": "144", "WARMDOWN_ITERS": "43"}
+    # 1,000 ms at 5, 1,000 ms at 10, 2,000 ms at 20; the warm-down all at 20
+    grown = {"ITERATIONS": "400", "WARMDOWN_ITERS": "60", "PASSES_SCHEDULE": "0:1,200:2,300:3"}
+    assert timed("grown") == GROWN | grown
+    # 1,000 ms at 5, 1,000 ms at 10, 2,000 ms at 20
+    cut = {"ITERATIONS": "400", "WARMDOWN_ITERS": "60", "PASSES_SCHEDULE": "0:1,200:2"}
+    assert timed("cut") == CUT | cut | {"TRUNCATE_FRACTION": "0.750000"}
+    # 200 steps in the first quarter, without a warm-down and with a rising momentum; 200 after it
+    shares = {"WARMDOWN_FRACTION": "0.500000", "MUON_MOMENTUM_WARMUP_FRACTION": "0.500000"}
+    grown.pop("WARMDOWN_ITERS")
+    assert timed("shares") == GROWN | grown | shares
+    for name in ("grown", "cut", "shares"):
+        tg.Config.from_env(timed(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("unknown", "unknown has 1 modes of training and 0 entries in .milliseconds."),
+        ("stepped", "PASSES_SCHEDULE of stepped counts steps"),
+    ],
+)
+def test_equal_time_needs_milliseconds_and_fractions(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        timed(name)
+
+
+def case(preset: str, given: dict[str, str]) -> tuple:
+    """What decides the time of a step, of a row's variables or of a dry run's title."""
+    values = {key: value for key, value in given.items() if key not in TIMELESS}
+    schedule = values.pop("PASSES_SCHEDULE", "")
+    passes = [entry.split(":")[1] for entry in schedule.split(",")] if schedule else []
+    return preset, tuple(sorted(values.items())), tuple(passes)
+
+
+TIMELESS = """PRESET COMPILE MATRIX_LR CORE_LR_POWER MATRIX_BITS REFIT_STEPS WARMDOWN_FRACTION
+    LR_FLOOR MUON_MOMENTUM MUON_MOMENTUM_WARMUP_START MUON_MOMENTUM_WARMUP_FRACTION MUON_POLAR
+    MUON_WD ADAM_WD SCALAR_WD DATA_SEED""".split()
+
+
+def test_milliseconds_are_those_of_the_dry_run() -> None:
+    found = {}
+    for path in ("dryrun/pocket.json", "tools/dryrun/estimates.json"):
+        for title, modes in json.loads((common.ROOT / "records" / path).read_text()).items():
+            preset, *words = title.removesuffix(" step of 1/8 of a batch").split()
+            given = dict(word.split("=", 1) for word in words)
+            if given["COMPILE"] == "block":
+                found[case(preset, given)] = [round(mode["ms"], 2) for mode in modes]
+    for name, costs in TABLE.milliseconds.items():
+        row = TABLE.rows[name]
+        assert found[case(row.set["PRESET"], row.set)] == costs, name
+    for row in TABLE.rows.values():
+        if row.name in TABLE.milliseconds and row.series != "wins":
+            values = ablate.variables(row, TABLE.scales["pocket"], "pocket", {})
+            values = ablate.in_equal_time(row, values, TABLE, "flat_6")
+            config = tg.Config.from_env(values)
+            span = config.warmdown_fraction * config.iterations or config.warmdown_iters
+            assert 0 < span < config.iterations
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -194,6 +298,40 @@ def test_failures_are_told_and_the_rest_goes_on(
     told = capsys.readouterr().out
     assert "out of luck" in told and f"0 made, {2 + (not unknown)} there already" in told
     assert (tmp_path / "full" / "D" / "seed1337.unfinished1").is_dir()
+
+
+def test_bad_input_stops_the_matrix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What one run refuses would be told again for every other; what is finished is counted."""
+    words = ["run", "Ap", "D", "E", "--seeds", "2", "--out", str(tmp_path)]
+    refusing = FAKE.replace('sys.exit("[rank 0] out of luck")', REFUSE)
+    monkeypatch.setattr(
+        ablate.Run,
+        "command",
+        lambda run: [sys.executable, "-c", refusing, json.dumps(asdict(run.config()))],
+    )
+    assert call(monkeypatch, *words) == 1
+    told = capsys.readouterr().out
+    assert "D seed 1337: FAILED, exit code 2: [rank 0] no such data" in told
+    assert "Not begun: E seeds 1337, 1338; Ap seed 1338; D seed 1338." in told
+    assert "6 runs: 1 made, 0 there already, 1 failed, 4 not started" in told
+    assert call(monkeypatch, "run", "E", "--out", str(tmp_path)) == 0
+    assert call(monkeypatch, *words) == 1
+    told = capsys.readouterr().out
+    assert "Not begun: Ap seed 1338; D seed 1338; E seed 1338." in told
+    assert "6 runs: 0 made, 2 there already, 1 failed, 3 not started" in told
+
+
+def test_one_mistake_is_told_once(
+    fake: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["run", "Ap", "C", "--seeds", "2", "--out", str(tmp_path), "--set", "NUM_HEADS=3"]
+    assert call(monkeypatch, *words) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("Ap seeds 1337, 1338; C seeds 1337, 1338: FAILED, ")
+    assert lines[1] == "4 runs: 0 made, 0 there already, 4 failed, 0 not started"
+    assert len(lines) == 3 and "NUM_HEADS" in lines[0], lines
 
 
 def test_a_folder_with_another_configuration_is_neither_used_nor_lost(
@@ -384,6 +522,58 @@ def test_a_board_tells_progress_and_time_left(
     board.left.remove(runs[0])
     board.tick(runs[1], 60.0)
     assert capsys.readouterr().out == "[2/2] C seed 2: 1 min, 3 min left of all\n"
+    runs[1].folder.mkdir(parents=True)
+    runs[1].beside(".console").write_text("device:cpu\nwarming up: 1 steps that are undone\n")
+    board.tick(runs[1], 150.0)
+    assert capsys.readouterr().out == "[2/2] C seed 2: 2 min, warming up, 2 min left of all\n"
+    (runs[1].folder / "metrics.jsonl").write_text('{"step": 80, "train_seconds": 60}\n')
+    runs[1].beside(".console").write_text("step:80/100 train_loss:4\n")
+    board.tick(runs[1], 220.0)
+    assert capsys.readouterr().out.endswith(", 55 s left of it, 55 s left of all\n"), "not 20 s"
+    runs[1].beside(".console").write_text("warming up: 1 steps that are undone\n")
+    (runs[1].folder / "metrics.jsonl").unlink()
+    board.tick(runs[1], 300.0)
+    assert capsys.readouterr().out == "[2/2] C seed 2: 5 min, warming up\n", "longer than others"
+
+
+@pytest.mark.parametrize(
+    ("printed", "doing"),
+    [
+        ("step:99/100 train_loss:4.1 train_time:9ms", "0 s left of it"),
+        ("step:100/100 train_loss:4.1 train_time:9ms", "validating"),
+        ("stopping_early: wallclock_cap train_time:9ms step:99/100", "validating"),
+        ("step:100/100 train_loss:4.1\npeak memory allocated: 0 MiB", "packing the model"),
+        ("peak memory allocated: 0 MiB\nCode size: 9 bytes", "scoring the packed model"),
+    ],
+)
+def test_a_board_tells_what_follows_the_last_step(
+    printed: str, doing: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the lines of train_gpt.py, as in the first run's committed log."""
+    given = dict(PRESET="C,tiny", ITERATIONS="100", MAX_WALLCLOCK_SECONDS="9")
+    run = ablate.Run("C", 1, "full", given, tmp_path / "C" / "seed1", 1)
+    run.folder.mkdir(parents=True)
+    (run.folder / "metrics.jsonl").write_text('{"step": 99, "train_seconds": 8.95}\n')
+    run.beside(".console").write_text(f"step:98/100 train_loss:4.2\n{printed}\n")
+    ablate.Board([run]).tick(run, 61.0)
+    assert capsys.readouterr().out == f"[1/1] C seed 1: 1 min, step 99 of 100 (99%), {doing}\n"
+    for line in list(ablate.BESIDE_TRAINING)[1:]:  # the first is of a younger script than the log
+        log = (common.ROOT / "records" / "tiny_T" / "train.log").read_text()
+        assert re.search(line, log), line
+
+
+@pytest.mark.parametrize(("step", "rest"), [(10_000, "2.8 h left"), (20_000, "validating")])
+def test_a_terminal_tells_what_follows_the_last_step(step: int, rest: str) -> None:
+    """The script's own bar, of a run that takes a second a step."""
+    config = tg.Config.from_env(
+        dict(PRESET="tiny", ITERATIONS="20000", WARMDOWN_ITERS="1", MAX_WALLCLOCK_SECONDS="0")
+    )
+    clock = SimpleNamespace(per_step=1.0, cap=math.inf)
+    trainer = cast(tg.Trainer, SimpleNamespace(step=step, clock=clock))
+    reporter = tg.Reporter(config, cast(tg.Log, None))
+    shown = reporter.progress(trainer, loss=3.0, seconds=float(step), speed=8e6)
+    assert shown.endswith(f"loss 3.000  {rest}  8,000,000 tokens/s")
+    assert len(shown) < 80, "a line that a terminal breaks is not replaced as a whole"
 
 
 # ---- The matrix, with the script
@@ -438,9 +628,10 @@ def test_torchrun_starts_two_ranks_and_their_failure_is_named(corpus: dict, tmp_
         == 2
     )
     done = ablate_run(
-        tmp_path, "D", "--nproc", "2", given=corpus | SMALL | {"DATA_PATH": "nowhere"}
+        tmp_path, "D", "E", "--nproc", "2", given=corpus | SMALL | {"DATA_PATH": "nowhere"}
     )
     assert done.returncode == 1 and "DATA_PATH=nowhere holds no fineweb_val" in done.stdout
+    assert "Not begun: E seed 1337." in done.stdout, "torchrun makes exit code 1 of 2"
 
 
 def test_submitit_runs_the_same_command(corpus: dict, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def load(folder: Path) -> list:
 def written(runs: Path) -> tuple[str, str]:
     """The report of some runs, as Markdown and as HTML."""
     to = runs.parent / "to"
-    report.write(runs, TABLE, "a scale", to)
+    report.write(runs, TABLE, ablate.intended(TABLE, "tiny"), to)
     return (to / "report.md").read_text(), (to / "report.html").read_text()
 
 
@@ -219,6 +219,34 @@ def test_the_report_holds_every_figure_and_warns_of_mixed_origins(runs: Path) ->
     }
 
 
+def test_the_head_tells_the_values_that_the_runs_had(runs: Path) -> None:
+    """Not only those of the scale, which `--set` may have changed for all runs or for some."""
+    for name in ("K", "O", "E"):
+        for folder in (runs / name).glob("seed*"):
+            config = json.loads((folder / "result.json").read_text())["config"]
+            config |= dict(iterations=20, warmdown_iters=50)
+            if name == "E":
+                config["grad_clip_norm"] = 1.0
+                (folder / "run.json").write_text('{"variables": {"GRAD_CLIP_NORM": "1"}}')
+            if name == "K":  # as a younger script may have it: nobody set it
+                config["adam_wd"] = 0.5
+            edit_result(folder, config=config)
+    text, page = written(runs)
+    head = (
+        "Scale tiny: a quarter of the width, half the heads, 256-token sequences, the sample "
+        "corpus; for a CPU; but ITERATIONS=20 instead of 100 in all runs; GRAD_CLIP_NORM=1.0 "
+        "instead of 0.0 in E."
+    )
+    assert f"- {head}\n" in text and head in page
+
+
+def test_the_head_of_a_scale_that_was_kept_is_its_own(runs: Path) -> None:
+    for folder in runs.glob("*/seed*"):
+        config = json.loads((folder / "result.json").read_text())["config"]
+        edit_result(folder, config=config | dict(warmdown_iters=50))
+    assert "the sample corpus; for a CPU.\n" in written(runs)[0]
+
+
 def test_a_row_is_always_beside_its_declared_baselines(runs: Path) -> None:
     text, page = written(runs)
     assert "| E | D | (no finished run of D) |" in text, "E's baselines have no runs here"
@@ -382,10 +410,10 @@ def test_a_damaged_line_is_named_and_skipped(runs: Path) -> None:
 
 def test_no_usable_run_is_an_error_that_names_every_reason(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no finished run"):
-        report.write(tmp_path, TABLE, "", tmp_path)
+        report.write(tmp_path, TABLE, ablate.intended(TABLE, ""), tmp_path)
     (tmp_path / "K" / "seed1").mkdir(parents=True)
     with pytest.raises(ValueError, match="seed1: no result.json"):
-        report.write(tmp_path, TABLE, "", tmp_path)
+        report.write(tmp_path, TABLE, ablate.intended(TABLE, ""), tmp_path)
 
 
 def test_a_system_above_the_size_limit_is_not_the_best(runs: Path) -> None:

@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -69,7 +70,8 @@ def test_a_made_folder_passes_and_its_script_starts(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert folder.parts[-2:] == ("track_non_record_16mb", "2026-01-02_A_looped_one")
-    assert checks.check(folder, None, run=True) == []
+    found = checks.check(folder, None, run=True)
+    assert checks.faults(found) == [] and len(found) == 3, "three notes on the data"
     names = {path.name for path in folder.iterdir()}
     assert names == {
         "README.md",
@@ -101,14 +103,15 @@ def test_its_numbers_are_those_of_the_results(folder: Path, finished: Path) -> N
 def test_the_command_in_its_readme_makes_the_same_configuration(
     folder: Path, finished: Path
 ) -> None:
+    """Data and tokenizer too: these are not the default ones."""
     line = next(
         x for x in (folder / "README.md").read_text().splitlines() if x.endswith("train_gpt.py")
     )
-    env = dict(word.split("=", 1) for word in line.split() if "=" in word)
+    env = dict(word.split("=", 1) for word in shlex.split(line) if "=" in word)
     made = tg.Config.from_env(env)
     config = asdict(made)
     ran = json.loads((finished / "seed1337" / "result.json").read_text())["config"]
-    for name in ("preset", "log_dir", "run_id", "data_path", "tokenizer_path"):
+    for name in ("preset", "log_dir", "run_id"):
         del config[name], ran[name]
     idle = {
         f.name for f in fields(tg.Config) if any(map(made.unmet_need, f.metadata["needs"].split()))
@@ -471,11 +474,8 @@ def test_locks_and_what_was_set_aside_are_left_out(
     folder = submit.make(submit.parser().parse_args([*words, "--to", str(tmp_path)]))
     assert json.loads((folder / "submission.json").read_text())["seeds"] == list(SEEDS)
     warnings = capsys.readouterr().err.splitlines()
-    assert [line.split(" is no ")[0].rpartition("/")[2] for line in warnings] == [
-        "seed1337.lock",
-        "seed1338.console",
-        "seed1338.unfinished1",
-    ]
+    told = [line.split(" is no ")[0].rpartition("/")[2] for line in warnings]
+    assert told == ["seed1338.unfinished1"], "locks and consoles go without saying"
 
 
 @pytest.mark.parametrize(
@@ -510,6 +510,7 @@ def as_record(folder: Path, better_by: float) -> Path:
     for log in to.glob("*.log"):
         edit(log, r"^device:.*", "device:NVIDIA H100 80GB HBM3")
         edit(log, r"^world_size:\d", "world_size:8")
+        edit(log, r"^val_tokens:\d+ val_bytes:\d+", "val_tokens:62021632 val_bytes:151080891")
         edit(
             log,
             r"(roundtrip_exact val_loss:)([\d.]+)",
@@ -558,6 +559,32 @@ def test_a_record_needs_its_margin_and_its_p(folder: Path) -> None:
     assert any(
         "is not what the baseline's logs say" in f.what for f in checks.check(won, base, run=False)
     )
+
+
+def test_the_data_that_was_scored_is_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A note where no record is claimed, a fault where one is; FineWeb's split is neither."""
+    monkeypatch.setattr(sys, "argv", ["submit.py", "--no-start", "--check", str(folder)])
+    assert submit.main() == 0
+    told = capsys.readouterr().out
+    result = read_logs(folder)[0].values
+    scored = rf"{result['bytes']:,.0f} bytes in {result['tokens']:,.0f} tokens, DATA_PATH=\S+"
+    needs = "a submission needs the score on FineWeb's validation set, which is 151,080,891 bytes"
+    assert len(re.findall(rf"note train_seed\d+.log:\d+: scored on {scored}; {needs}", told)) == 3
+    assert len(re.findall(rf"found train_seed\d+.log: .*, scored on {scored}", told)) == 3
+    record = as_record(folder, 0.0)
+    assert checks.check(record, None, run=False) == []
+    edit(record / "train_seed1338.log", "val_bytes:151080891", "val_bytes:151040891")
+    (fault,) = checks.faults(checks.check(record, None, run=False))
+    assert needs in fault.what and "scored on 151,040,891 bytes" in fault.what
+
+
+def test_making_a_folder_tells_the_data(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made(finished, tmp_path)
+    assert "a submission needs the score on FineWeb's validation set" in capsys.readouterr().out
 
 
 def test_a_record_without_the_margin_fails(folder: Path) -> None:

@@ -5,6 +5,8 @@ import importlib
 import json
 import os
 import re
+import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import train_gpt as tg
-from records.tools import common, rate, step_times
+from records.tools import common, packages, rate, step_times
 
 TOOLS = [
     "ablate",
@@ -55,23 +57,41 @@ def parser_of(tool: str) -> argparse.ArgumentParser:
     return module.make_parser() if hasattr(module, "make_parser") else module.parser()
 
 
-def actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    """All options of a parser and of its commands."""
+def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """A parser and those of its commands."""
+    yield parser
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for sub in action.choices.values():
-                yield from actions(sub)
-        elif not isinstance(action, argparse._HelpAction):
-            yield action
+                yield from parsers(sub)
 
 
-@pytest.mark.parametrize("tool", TOOLS)
+def actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """All options of a parser and of its commands."""
+    for one in parsers(parser):
+        for action in one._actions:
+            if not isinstance(action, argparse._HelpAction | argparse._SubParsersAction):
+                yield action
+
+
+@pytest.mark.parametrize("tool", [*TOOLS, "gpu_check", "dryrun.dryrun"])
 def test_help_is_in_sentences_with_defaults(tool: str) -> None:
     for action in actions(parser_of(tool)):
         name, text = action.option_strings or [action.dest], action.help or ""
         assert re.match(r"[A-Z].*\.$", text), f"{tool} {name}: {text!r}"
         if action.default not in (None, False, [], argparse.SUPPRESS) and action.option_strings:
             assert "(default: " in text, f"{tool} {name}: {text!r}"
+
+
+@pytest.mark.parametrize("tool", [*TOOLS, "gpu_check", "dryrun.dryrun"])
+def test_help_is_readable_at_80_columns(tool: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No line is broken by the terminal, and none of the description runs into the next."""
+    monkeypatch.setenv("COLUMNS", "80")
+    for parser in parsers(parser_of(tool)):
+        for line in parser.format_help().splitlines():
+            assert len(line) <= 80, f"{tool}: {line}"
+        for line in (parser.description or "").splitlines():
+            assert not re.search(r"\S {4,}[^ #]", line), f"{tool}: {line}"
 
 
 START_ALL = """
@@ -94,6 +114,37 @@ def test_every_tool_starts_by_its_path(tmp_path: Path) -> None:
     assert helps[1::2] == TOOLS, done.stderr
     for tool, text in zip(TOOLS, helps[::2]):
         assert f"python records/tools/{tool}.py" in text
+
+
+def test_a_report_is_also_made_by_its_own_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(SCRIPTS / "report.py"), "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: ablate.py report ")
+
+
+@pytest.mark.parametrize("tool", [*TOOLS, "gpu_check", "report", "fault_job"])
+def test_a_missing_package_is_one_line(tool: str, tmp_path: Path) -> None:
+    """-S: Python does without what is installed. The line is a command that mends it."""
+    command = [sys.executable, "-S", str(SCRIPTS / f"{tool}.py"), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    python, root = shlex.quote(sys.executable), re.escape(shlex.quote(str(common.ROOT)))
+    assert re.fullmatch(
+        rf"{tool}.py: the package (numpy|torch|sentencepiece) is missing: {python} "
+        rf"-m pip install -r {root}/(records/tools/)?requirements.txt\n",
+        done.stderr,
+    ), done.stderr
+
+
+def test_a_module_of_ours_that_is_missing_is_no_package() -> None:
+    """A mistake of ours has its traceback, and so has an import by another module."""
+    for module, missing in (("__main__", "records.nothing"), ("records.tools.race", "absent")):
+        with pytest.raises(ModuleNotFoundError), packages.told_if_missing(module):
+            importlib.import_module(missing)
 
 
 # ---- rate.py and step_times.py

@@ -626,7 +626,7 @@ def test_the_closing_line_is_a_command_that_works(
     assert ("TRAIN_SEQ_LEN=" in command[1]) == (count == 4)
     env = os.environ | dict(ITERATIONS="1", WARMUP_STEPS="0", LOG_DIR=str(tmp_path / "logs"))
     env |= dict(MODEL_DIM="32", NUM_HEADS="2", NUM_KV_HEADS="1", TRAIN_BATCH_TOKENS="512")
-    env |= dict(PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    env |= dict(PATH=os.defpath)  # where no virtual environment is activated
     trained = subprocess.run(command[1], shell=True, env=env, capture_output=True, text=True)
     assert trained.returncode == 0, trained.stderr
     assert "final_int8_zlib_roundtrip_exact" in trained.stdout

@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
+import packages
 import sample
 import shards
 from shards import InputError
@@ -318,7 +319,7 @@ def test_closing_command_names_what_was_built(
     data = SCRIPT.parent
     default = shards.Corpus(data / "datasets/sample_sp1024", data / "x.model", 1024, 1000)
     monkeypatch.chdir(data.parent)
-    assert sample.next_command(default) == "PRESET=tiny python train_gpt.py"
+    assert sample.next_command(default) == f"PRESET=tiny {packages.python()} train_gpt.py"
     monkeypatch.chdir(tmp_path)
     other = shards.Corpus(tmp_path / "a b/sample_sp300", tmp_path / "a b/x.model", 300, 200)
     for corpus in (default, other):

@@ -79,6 +79,7 @@ CONFIGS = st.builds(
     core_bits=st.sampled_from([0, 5]),
     gptq_batches=st.sampled_from([0, 1]),
     gptq_seconds=st.just(1.0),
+    truncate_fraction=st.sampled_from([0.0, 0.5, 1.0]),
 )
 
 

@@ -4,6 +4,7 @@ import ast
 import importlib.metadata
 import os
 import re
+import shlex
 import subprocess
 import sys
 from io import BytesIO
@@ -18,6 +19,7 @@ import torch
 import train_gpt as tg
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
+import packages
 import sample
 import shards
 from shards import InputError
@@ -25,6 +27,7 @@ from shards import InputError
 DATA = Path(shards.__file__).parent
 TEXTS = ["import os  # \u65e5\u672c \U0001f600\n\tx = 1\n", "def f(x): return x ** 2\n"] * 40
 TOOLS = ("sample.py", "make_shards.py", "fineweb.py")
+NEEDED = {"make_shards.py": ["text.txt", "--out", "made"]}  # arguments without which it ends
 
 # ---- The same format and the same rule as in train_gpt.py
 
@@ -160,7 +163,7 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
 # ---- Requirements
 
 
-def packages(tool: Path) -> set[str]:
+def imported(tool: Path) -> set[str]:
     """Modules of others that a tool imports anywhere, by way of its neighbours too."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(tool.read_text())):
@@ -171,7 +174,7 @@ def packages(tool: Path) -> set[str]:
     others: set[str] = set()
     for name in found:
         if (tool.parent / f"{name}.py").exists():
-            others |= packages(tool.parent / f"{name}.py")
+            others |= imported(tool.parent / f"{name}.py")
         elif name not in sys.stdlib_module_names:
             others.add(name)
     return others
@@ -191,7 +194,7 @@ def distributions(modules: set[str]) -> set[str]:
 
 @pytest.mark.parametrize("tool", TOOLS)
 def test_requirements_cover_what_a_tool_imports(tool: str) -> None:
-    needed = distributions(packages(DATA / tool))
+    needed = distributions(imported(DATA / tool))
     assert "numpy" in needed
     assert needed <= required(DATA / "requirements.txt")
     assert "torch" not in needed, "a machine that fetches or makes data needs none"
@@ -200,7 +203,7 @@ def test_requirements_cover_what_a_tool_imports(tool: str) -> None:
 
 
 def test_every_requirement_is_needed() -> None:
-    needed = set().union(*(packages(DATA / tool) for tool in TOOLS))
+    needed = set().union(*(imported(DATA / tool) for tool in TOOLS))
     assert required(DATA / "requirements.txt") == distributions(needed)
 
 
@@ -215,15 +218,52 @@ def test_missing_package_is_one_line(tmp_path: Path, tool: str) -> None:
         "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
         "sys.meta_path.insert(0, Hide())\n"
     )
-    for name in packages(DATA / tool) - {"pyarrow"}:  # which is imported when it is needed
+    for name in imported(DATA / tool) - {"pyarrow"}:  # which is imported when it is needed
         env = os.environ | {"HIDDEN": name, "PYTHONPATH": str(tmp_path)}
-        command = [sys.executable, str(DATA / tool), "--help"]
-        result = subprocess.run(command, env=env, capture_output=True, text=True)
+        command = [sys.executable, str(DATA / tool), *NEEDED.get(tool, [])]
+        result = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
         assert result.returncode == 2, name
+        python, requirements = map(re.escape, (shlex.quote(sys.executable), f"{DATA.parent}/"))
         assert re.fullmatch(
-            rf"{tool}: the package {name} is missing: pip install -r \S*requirements.txt\n",
+            rf"{tool}: the package {name} is missing: "
+            rf"{python} -m pip install -r {requirements}(data/)?requirements.txt\n",
             result.stderr,
         ), result.stderr
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_help_needs_no_package(tool: str) -> None:
+    """-S: Python does without what is installed."""
+    command = [sys.executable, "-S", str(DATA / tool), "--help"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith(f"usage: {tool} ")
+
+
+@pytest.mark.parametrize(
+    ("python", "written"),
+    [
+        ("my venv/bin/python", "'my venv/bin/python'"),
+        ("python", "'{here}/python'"),
+        ("/opt/elsewhere/python3", "/opt/elsewhere/python3"),
+    ],
+)
+def test_commands_name_the_python_that_runs(
+    python: str, written: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A virtual environment need not be activated. A bare name would be another Python."""
+    here = tmp_path / "a folder"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(sys, "executable", str(here / python))
+    assert packages.python() == written.format(here=here)
+
+
+def test_a_run_without_data_names_the_python_that_runs() -> None:
+    with pytest.raises(tg.InputError) as told:
+        tg.Tokens(tg.Config(data_path="nowhere"), "val")
+    for tool in ("sample.py", "fineweb.py"):
+        assert f"`{shlex.quote(sys.executable)} data/{tool}`" in str(told.value)
 
 
 @pytest.mark.parametrize("tool", TOOLS)

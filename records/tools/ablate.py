@@ -1,17 +1,21 @@
-"""The run matrix: the rows of runs.toml, each with several seeds, one folder a run.
+r"""The run matrix: the rows of runs.toml, each with several seeds.
 
-    python records/tools/ablate.py list                                   # rows, series, hypotheses
-    python records/tools/ablate.py run series1 wins --seeds 3 --nproc 8   # one run after the other
-    python records/tools/ablate.py run all --seeds 3 --nproc 8 --cluster slurm \
-        --job slurm_partition=gpu
-    python records/tools/ablate.py report                                 # tables, pictures
+    python records/tools/ablate.py list         # rows, series and hypotheses
+    python records/tools/ablate.py run series1 wins --seeds 3 --nproc 8
+    python records/tools/ablate.py run all --seeds 3 --nproc 8 \
+        --cluster slurm --job slurm_partition=gpu
+    python records/tools/ablate.py report       # tables and pictures
 
-A run is `train_gpt.py` with the variables of its row, of the scale and of `--set`; other options of
-the script that happen to stand in the environment do not reach it. It lives in
-<out>/<scale>/<row>/seed<n>/, where run.json says how it was started. `run` can be stopped and
-started again at any time: a finished run is left alone, one that was cut off or whose files are
-damaged is set aside and made again, a failed one is tried again. What it prints may go to a closed
-pipe or a full disk: the runs go on.
+A run is train_gpt.py with the variables of its row, of the scale and of
+--set. Other options of the script that happen to stand in the environment do
+not reach it. Every run has a folder, <out>/<scale>/<row>/seed<n>/, where
+run.json says how it was started.
+
+`run` can be stopped at any time, and the same command goes on: finished runs
+are left alone, one that was cut off or whose files are damaged is set aside
+and made again, a failed one is tried again. It stops by itself at a run that
+ends with exit code 2 (bad input), as the others would end in the same way.
+Nothing ends if its own output goes to a closed pipe or a full disk.
 """
 
 from __future__ import annotations
@@ -19,26 +23,41 @@ from __future__ import annotations
 import argparse
 import fcntl
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import train_gpt as tg
-from records.tools import common
-from records.tools.common import OPTIONS, ROOT
+from records.tools.packages import told_if_missing
+
+with told_if_missing(__name__):
+    import train_gpt as tg
+    from records.tools import common
+    from records.tools.common import OPTIONS, ROOT
+
+if TYPE_CHECKING:  # it needs records/tools/requirements.txt, and `run` does not
+    from records.tools import report
 
 FIELDS = {f.name: f.default for f in fields(tg.Config)}
 SET_ELSEWHERE = {"SEED", "LOG_DIR", "RUN_ID", "EVAL_ONLY"}  # by the matrix itself
 WATCH_SECONDS = 60.0  # between lines about a run in progress, where there is no terminal
 TAIL = 1 << 16  # bytes at the end of metrics.jsonl that surely hold a row
+REFUSAL = re.compile(rf"(?m)^\s*exitcode\s*: {tg.EXIT_INPUT} \(")  # as torchrun writes it
+BESIDE_TRAINING = {  # a line of a run's output: what the run does from then on
+    r"(?m)^warming up:": "warming up",
+    r"(?m)^step:\d+/\d+ (passes|train_loss):": "",
+    r"(?m)^(step:(\d+)/\2 train_loss|stopping_early):": "validating",
+    r"(?m)^peak memory": "packing the model",
+    r"(?m)^Code size:": "scoring the packed model",
+}
 
 # ---- 1. The table --------------------------------------------------------------------------------
 
@@ -61,6 +80,7 @@ class Scale(NamedTuple):
     what: str
     divide: dict[str, int]
     set: dict[str, str]
+    clock: str = ""  # row whose time on an H100 every row has; "": all make ITERATIONS steps
 
 
 class Claim(NamedTuple):
@@ -75,6 +95,7 @@ class Table(NamedTuple):
     rows: dict[str, Row]
     scales: dict[str, Scale]
     claims: dict[str, Claim]
+    milliseconds: dict[str, list[float]]  # of a row's step at full size, in each of its modes
 
     def pick(self, names: Iterable[str]) -> list[Row]:
         """The rows that are named, by themselves, by their series or as `all`.
@@ -98,15 +119,16 @@ def texts(values: dict[str, Any]) -> dict[str, str]:
     return {name: tg.show(value) for name, value in values.items()}
 
 
-def read_section(
-    path: Path, data: dict[str, Any], section: str, kind: Callable[..., Any], keys: tuple[str, ...]
-) -> dict[str, Any]:
-    """The entries of a section by name; InputError for one that has other keys."""
+def read_section(path: Path, data: dict[str, Any], section: str, kind: Any) -> dict[str, Any]:
+    """The entries of a section by name, each a `kind`; InputError for one that has other keys."""
+    keys = {*kind._fields} - {"name"}
+    needed = keys - kind._field_defaults.keys()
     made = {}
     for name, entry in data.get(section, {}).items():
-        if entry.keys() != {*keys}:
+        if not needed <= entry.keys() <= keys:
             told = f"{path}: {section}.{name} has {', '.join(entry)}"
-            raise tg.InputError(f"{told}; it needs {', '.join(keys)}")
+            known = ", ".join(key for key in kind._fields if key in needed)
+            raise tg.InputError(f"{told}; it needs {known}")
         if "set" in entry:
             entry = entry | {"set": texts(entry["set"])}
         made[name] = kind(name, **entry)
@@ -120,11 +142,15 @@ def read_table(path: Path) -> Table:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise tg.InputError(f"{path}: {error}") from None
     table = Table(
-        read_section(path, data, "run", Row, Row._fields[1:]),
-        read_section(path, data, "scale", Scale, Scale._fields[1:]),
-        read_section(path, data, "claim", Claim, Claim._fields[1:]),
+        read_section(path, data, "run", Row),
+        read_section(path, data, "scale", Scale),
+        read_section(path, data, "claim", Claim),
+        data.get("milliseconds", {}),
     )
     named = {f"run {row.name}": row.baselines for row in table.rows.values()}
+    named["milliseconds"] = list(table.milliseconds)
+    for scale in table.scales.values():
+        named[f"scale {scale.name}"] = [scale.clock] if scale.clock else []
     for claim in table.claims.values():
         named[f"claim {claim.name}"] = [name for pair in claim.pairs for name in pair]
     for entry, names in named.items():
@@ -165,6 +191,75 @@ def acting(values: dict[str, str], config: tg.Config) -> dict[str, str]:
         for name, value in values.items()
         if not any(map(config.unmet_need, needs.get(name, [])))
     }
+
+
+class Stretch(NamedTuple):
+    """A part of a run in one mode of training."""
+
+    begins: float  # as a fraction of the time
+    ends: float
+    ms: float  # of a step
+
+
+def stretches(row: Row, config: tg.Config, table: Table) -> list[Stretch]:
+    """The parts of a run, by its options that are fractions of it; InputError without a table."""
+    modes, costs = tg.training_modes(config), table.milliseconds.get(row.name, [])
+    if len(costs) != len(modes):
+        raise tg.InputError(
+            f"{row.name} has {len(modes)} modes of training and {len(costs)} entries in "
+            "[milliseconds]: its steps in equal time are not known"
+        )
+    schedule = dict(config.schedule())
+    if max(schedule) >= 1:
+        raise tg.InputError(
+            f"PASSES_SCHEDULE of {row.name} counts steps; a scale with a clock needs fractions"
+        )
+    cost_of = {(mode.passes, mode.truncated): ms for mode, ms in zip(modes, costs)}
+    begins = sorted({*schedule, config.truncate_fraction} - {1.0})
+    parts = []
+    for begin, end in zip(begins, [*begins[1:], 1.0]):
+        passes = next(schedule[when] for when in sorted(schedule, reverse=True) if when <= begin)
+        truncated = passes > 1 and begin < config.truncate_fraction
+        parts.append(Stretch(begin, end, cost_of[passes, truncated]))
+    return parts
+
+
+FRACTIONS = ("truncate_fraction", "muon_momentum_warmup_fraction")  # of a run, from its beginning
+
+
+def in_equal_time(row: Row, values: dict[str, str], table: Table, clock_row: str) -> dict[str, str]:
+    """`values` with as many steps as take the time that those of `values` take the clock's row.
+
+    Time is that of an H100 at full size (the table's milliseconds), so that what a step costs on
+    the processor at hand decides nothing. The warm-down, the parts of PASSES_SCHEDULE and
+    FRACTIONS keep their shares of the time; REFIT_STEPS are taken off its end.
+    """
+    config = tg.Config.from_env(values)
+    parts = stretches(row, config, table)
+    if clock_row not in table.milliseconds:
+        raise tg.InputError(f"{clock_row}, the clock's row, has no entry in [milliseconds]")
+    time = config.iterations * table.milliseconds[clock_row][0]
+    time -= config.refit_steps * parts[-1].ms
+
+    def steps_by(share: float) -> float:
+        """The steps in this share of the time."""
+        return sum(max(min(x.ends, share) - x.begins, 0.0) * time / x.ms for x in parts)
+
+    steps = round(steps_by(1.0))
+    made = dict(ITERATIONS=str(steps))
+    if config.warmdown_fraction:
+        cooling = steps_by(1 - config.warmdown_fraction)
+        made["WARMDOWN_FRACTION"] = f"{1 - cooling / steps:.6f}"
+    else:
+        cooling = steps_by(1 - config.warmdown_iters / config.iterations)
+        made["WARMDOWN_ITERS"] = str(steps - round(cooling))
+    if config.passes_schedule:
+        entries = (f"{round(steps_by(when))}:{passes}" for when, passes in config.schedule())
+        made["PASSES_SCHEDULE"] = ",".join(entries)
+    for name in FRACTIONS:
+        if share := getattr(config, name):
+            made[name.upper()] = f"{steps_by(share) / steps:.6f}"
+    return values | made
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,6 +337,10 @@ class Failed(RuntimeError):
     """A run that did not end with a result; the message is its cause."""
 
 
+class Refused(Failed):
+    """A run whose input the script refused: data, tokenizer or device, as a rule for all runs."""
+
+
 class Busy(Failed):
     """Another process is making this run."""
 
@@ -300,6 +399,15 @@ def cause(console: Path, code: int) -> str:
     return f"exit code {code}: {reason} ({console})"
 
 
+def is_refusal(console: Path, code: int) -> bool:
+    """Whether the script ended with the exit code for bad input.
+
+    torchrun itself ends with 1, and tells the exit code of its ranks.
+    """
+    told = REFUSAL.search(console.read_text(errors="replace"))
+    return code == tg.EXIT_INPUT or told is not None
+
+
 def launch(run: Run, lock: int, tick: Callable[[float], None]) -> int:
     """Starts a run and waits for its end; `tick` is told the seconds meanwhile. The exit code."""
     started = time.time()
@@ -333,7 +441,8 @@ def execute(run: Run, tick: Callable[[float], None]) -> bool:
         script, started, console = commit(), time.time(), run.beside(".console")
         code = launch(run, lock, tick)
         if not finished(run):
-            raise Failed(cause(console, code))
+            kind = Refused if is_refusal(console, code) else Failed
+            raise kind(cause(console, code))
         record = dict(
             row=run.row,
             seed=run.seed,
@@ -361,15 +470,28 @@ class Progress(NamedTuple):
         return f"step {self.step} of {self.iterations} ({self.share:.0%})"
 
 
-def last_row(path: Path) -> dict[str, Any] | None:
-    """The last whole row of a metrics.jsonl that may be growing; None if there is none yet."""
+def tail(path: Path) -> bytes:
+    """The end of a file that may be growing; nothing if it is not there yet."""
     try:
         with open(path, "rb") as file:
             file.seek(max(path.stat().st_size - TAIL, 0))
-            lines = file.read().split(b"\n")
+            return file.read()
     except FileNotFoundError:
-        return None
-    rows = (common.parse_row(line) for line in reversed(lines))
+        return b""
+
+
+def beside_training(run: Run) -> str:
+    """What a run does before its first step or after its last, by what it printed; else empty."""
+    text, doing = tail(run.beside(".console")).decode(errors="replace"), ""
+    for line, what in BESIDE_TRAINING.items():
+        if re.search(line, text):
+            doing = what
+    return doing
+
+
+def last_row(path: Path) -> dict[str, Any] | None:
+    """The last whole row of a metrics.jsonl that may be growing; None if there is none yet."""
+    rows = (common.parse_row(line) for line in reversed(tail(path).split(b"\n")))
     return next((row for row in rows if row is not None), None)
 
 
@@ -438,11 +560,17 @@ class Board:
         self.looked = seconds
         told = [f"{self.place()} {run}: {common.duration(seconds)}"]
         left, now = self.seconds_left(), progress(run)
+        doing = beside_training(run)
         if now is not None:
+            told.append(str(now))
+        rest = 0.0
+        if doing:
+            told.append(doing)
+        elif now is not None and now.share < 1:
             rest = seconds * (1 - now.share) / now.share
-            told += [str(now), f"{common.duration(rest)} left of it"]
-        if left is not None:
-            told.append(f"{common.duration(max(left - seconds, 0))} left of all")
+            told.append(f"{common.duration(rest)} left of it")
+        if left is not None and left > seconds:
+            told.append(f"{common.duration(max(left - seconds, rest))} left of all")
         self.say(", ".join(told), passing=self.watched)
 
     def done(self, run: Run, made: bool) -> None:
@@ -457,12 +585,32 @@ class Board:
         result, left = common.read_result(run.folder / "result.json"), self.seconds_left()
         large = "" if result["fits"] else "; TOO LARGE for a submission"
         score = f"val_bpb {result['roundtrip']['val_bpb']:.4f}{large}"
-        self.say(f"{place} {run}: {score}, {common.duration(left or 0)} left of all")
+        rest = f", {common.duration(left)} left of all" if left else ""
+        self.say(f"{place} {run}: {score}{rest}")
 
     def failed(self, run: Run, why: str) -> None:
         self.say(f"{self.place()} {run}: FAILED, {why}")
         self.left.remove(run)
         self.failures[run] = why
+
+    def impossible(self, errors: dict[Run, str]) -> None:
+        """Runs that cannot begin, each error once with all runs that have it."""
+        for why, runs in by_reason(errors).items():
+            self.say(f"{named(runs)}: FAILED, {why}")
+        for run, why in errors.items():
+            self.left.remove(run)
+            self.failures[run] = why
+
+    def stop(self) -> None:
+        """Says which runs are not begun, after one whose input was refused."""
+        for run in list(self.left):
+            if finished(run):
+                self.done(run, False)
+        if self.left:
+            self.say(
+                "stopped: what one run refuses as bad input, the others as a rule would, too. Not "
+                f"begun: {named(self.left)}. Once it is mended, the same command goes on"
+            )
 
     def summary(self) -> int:
         """Prints what came of it; the exit code."""
@@ -470,8 +618,8 @@ class Board:
             f"{len(self.runs)} runs: {self.made} made, {self.found} there already, "
             f"{len(self.failures)} failed, {len(self.left)} not started"
         )
-        for run, why in self.failures.items():
-            self.say(f"  {run}: {why}")
+        for why, runs in by_reason(self.failures).items():
+            self.say(f"  {named(runs)}: {why}")
         return 1 if self.failures or self.left else 0
 
 
@@ -484,6 +632,26 @@ def wall_seconds(path: Path) -> float | None:
     return seconds if isinstance(seconds, (int, float)) else None
 
 
+def by_reason(errors: dict[Run, str]) -> dict[str, list[Run]]:
+    """The runs that have the same error."""
+    found: dict[str, list[Run]] = {}
+    for run, why in errors.items():
+        found.setdefault(why, []).append(run)
+    return found
+
+
+def named(runs: Iterable[Run]) -> str:
+    """Runs by row, as in `Ap seeds 1337, 1338; Bp seed 1337`."""
+    seeds: dict[str, list[str]] = {}
+    for run in runs:
+        seeds.setdefault(run.row, []).append(str(run.seed))
+    told = []
+    for row, of_row in seeds.items():
+        plural = "s" if len(of_row) > 1 else ""
+        told.append(f"{row} seed{plural} {', '.join(of_row)}")
+    return "; ".join(told)
+
+
 def tell_damage(board: Board, run: Run) -> None:
     """Says why a run that has a result is made again."""
     if (run.folder / "result.json").exists() and (what := damage(run.folder)):
@@ -491,7 +659,7 @@ def tell_damage(board: Board, run: Run) -> None:
 
 
 def run_here(board: Board) -> None:
-    """One run after the other; a failure does not stop the rest."""
+    """One run after the other. A failure does not stop the rest, unless it is bad input."""
     for run in list(board.left):
 
         def tick(seconds: float, run: Run = run) -> None:
@@ -500,6 +668,10 @@ def run_here(board: Board) -> None:
         try:
             tell_damage(board, run)
             board.done(run, execute(run, tick))
+        except Refused as error:
+            board.failed(run, str(error))
+            board.stop()
+            return
         except (Failed, tg.InputError, OSError) as error:
             board.failed(run, str(error))
 
@@ -517,8 +689,9 @@ def job_words(run: Run, options: argparse.Namespace) -> list[str]:
 
 def run_by_jobs(board: Board, options: argparse.Namespace) -> None:
     """Hands every run that is not there to submitit, each as a job of its own; waits."""
-    import submitit  # optional: records/tools/requirements.txt
-    from submitit.helpers import CommandFunction
+    with told_if_missing("__main__"):  # runs on this machine do without it
+        import submitit
+        from submitit.helpers import CommandFunction
 
     folder = options.out.resolve() / "jobs"
     executor = submitit.AutoExecutor(folder, cluster=options.cluster)
@@ -563,6 +736,8 @@ def plan(table: Table, options: argparse.Namespace) -> list[Run]:
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         for row in table.pick(options.names):
             values = variables(row, scale, options.scale, given)
+            if scale is not None and scale.clock:
+                values = in_equal_time(row, values, table, scale.clock)
             folder = options.out.resolve() / name / row.name / f"seed{seed}"
             runs.append(Run(row.name, seed, name, values, folder, options.nproc))
     return runs
@@ -582,13 +757,14 @@ def show_table(table: Table, names: list[str]) -> None:
 def run_matrix(table: Table, options: argparse.Namespace) -> int:
     """Every run is checked before the first is launched; one that cannot run is a failure."""
     runs = plan(table, options)
-    board = Board(runs)
+    board, errors = Board(runs), {}
     for run in runs:
         try:
             finished(run)
             run.config()
         except tg.InputError as error:
-            board.failed(run, str(error))
+            errors[run] = str(error)
+    board.impossible(errors)
     try:
         if options.cluster:
             run_by_jobs(board, options)
@@ -599,21 +775,42 @@ def run_matrix(table: Table, options: argparse.Namespace) -> int:
     return board.summary()
 
 
-def show_report(table: Table, options: argparse.Namespace) -> int:
-    from records.tools import report  # optional: records/tools/requirements.txt
+def intended(table: Table, name: str) -> report.Intended:
+    """What a scale asks of every row, in words and as configurations."""
+    from records.tools import report
 
-    name, scale = options.scale or "full", table.scales.get(options.scale)
-    what = f"Scale {name}: {scale.what}." if scale else f"Scale {name} of train_gpt.py."
-    folder = options.out.resolve() / name
-    for path in report.write(folder, table, what, options.to or folder):
+    scale, options = table.scales.get(name), set[str]()
+    what = "every row at the size and length of its source"
+    if scale is not None:
+        what = scale.what
+    elif name in tg.SCALES:
+        what, options = tg.SCALES[name].what, set(tg.SCALES[name].values)
+    rows = {}
+    for row in table.rows.values():
+        try:
+            asked = variables(row, scale, name, {})
+            config = tg.Config.from_env(asked)
+        except tg.InputError:  # a row of another version of the script
+            continue
+        rows[row.name] = report.Asked(config, options | {option.lower() for option in asked})
+    return report.Intended(f"Scale {name}" if name else "Full size", what, rows)
+
+
+def show_report(table: Table, options: argparse.Namespace) -> int:
+    with told_if_missing("__main__"):  # `run` does without its packages
+        from records.tools import report
+
+    folder = options.out.resolve() / (options.scale or "full")
+    asked = intended(table, options.scale)
+    for path in report.write(folder, table, asked, options.to or folder):
         common.say(str(path))
     return 0
 
 
 def add_run_options(run: argparse.ArgumentParser) -> None:
     add = run.add_argument
-    add("names", nargs="+", help="Runs by name or by series, or all.")
-    add("--seeds", type=int, default=1, help="Number of seeds (default: %(default)s).")
+    add("names", nargs="+", help="Rows by name or by series, or all.")
+    add("--seeds", type=int, default=1, help="Number of seeds of every row (default: %(default)s).")
     add(
         "--first-seed",
         type=int,
@@ -624,14 +821,20 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
         "--nproc",
         type=int,
         default=1,
-        help="Ranks, one a GPU; torchrun starts more than one (default: %(default)s).",
+        help="Ranks of a run, one for each GPU (default: %(default)s).",
     )
-    add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="Variables for every run.")
+    add(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="Options of train_gpt.py for every run; they win over those of row and scale.",
+    )
     add(
         "--cluster",
         choices=("slurm", "local"),
         default="",
-        help="Hand every run to submitit as a job of its own (default: run them here).",
+        help="Hand every run to submitit as a job (default: run one after the other here).",
     )
     add(
         "--job",
@@ -644,13 +847,20 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="ablate.py",  # which report.py is another name of
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = top.add_subparsers(dest="command", required=True)
-    listing = commands.add_parser("list", help="Show the rows of the table.")
-    run = commands.add_parser("run", help="Make the runs that are not there yet.")
-    report = commands.add_parser("report", help="Write tables and pictures of finished runs.")
-    listing.add_argument("names", nargs="*", help="Runs by name or by series (default: all).")
+    texts = dict(
+        list="Show the rows of the table with their hypotheses and baselines.",
+        run="Make the runs that are not there yet.",
+        report="Write tables and pictures of the finished runs.",
+    )
+    listing, run, report = (
+        commands.add_parser(name, help=text, description=text) for name, text in texts.items()
+    )
+    listing.add_argument("names", nargs="*", help="Rows by name or by series (default: all).")
     add_run_options(run)
     report.add_argument(
         "--to", type=Path, help="Folder for the report (default: that of the runs)."
@@ -659,7 +869,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--scale",
             default="",
-            help="A scale of runs.toml or of train_gpt.py (default: full size).",
+            help="A scale of runs.toml (micro) or of train_gpt.py (tiny) (default: full size).",
         )
         sub.add_argument(
             "--out",
@@ -695,8 +905,9 @@ def work(options: argparse.Namespace) -> int:
     return run_matrix(table, options)
 
 
-def main() -> int:
-    return common.run_tool(work, parser().parse_args())
+def main(words: Sequence[str] | None = None) -> int:
+    """The exit code of a command; without words those of the command line."""
+    return common.run_tool(work, parser().parse_args(words))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,21 @@
-"""Audits a finished run: what invalidated entries of the contest, each measured on the run itself.
+r"""Audits a finished run for what has invalidated entries of the contest.
 
-    python records/tools/audit.py logs/<run> [--data DATA_PATH] [--tokenizer PATH] [--text FILE] \
-        [--out FILE.json]
-    python records/tools/audit.py <submission folder> --script <submission folder>/train_gpt.py
+    python records/tools/audit.py logs/<run> [--data DATA_PATH] \
+        [--tokenizer PATH] [--text FILE] [--out FILE.json]
+    python records/tools/audit.py <submission folder> \
+        --script <submission folder>/train_gpt.py
 
-THIS EXECUTES THE SCRIPT: the one at the repository's root, or that of --script, is imported, scores
-text and trains for a moment. Audit a stranger's script in a container without network or anything
-worth reading.
+THIS EXECUTES THE SCRIPT: the one at the repository's root, or that of
+--script, is imported, scores text and trains for a moment. Audit a stranger's
+script in a container without network or anything worth reading.
 
-Every check is a line, `ok|FAILED|skipped name: what was measured`; the exit code is 0 if none
-failed, 1 if one did, 2 if there was nothing to audit. Losses are measured through the script's own
-Scorer and Learner. Some places are drawn anew each time, so that no script can know them: an honest
-run passes wherever they fall; a cheat in a narrow stretch may be missed by one audit and found by
-the next. Of a folder that another script has made, only what its logs say is checked.
+Every check is a line, `ok|FAILED|skipped name: what was measured`. The exit
+code is 0 if none failed, 1 if one did, 2 if there was nothing to audit.
+Losses are measured through the script's own Scorer and Learner. Some places
+are drawn anew each time, so that no script can know them: an honest run
+passes wherever they fall, while a cheat in a narrow stretch may be missed by
+one audit and found by the next. Of a folder that another project's script has
+made, only what its logs say is checked.
 """
 
 from __future__ import annotations
@@ -26,11 +29,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from records.tools import audit_files, audit_scoring, audited, checks, common
-from records.tools.audited import Audit, Failed, Skipped
+from records.tools.packages import told_if_missing
+
+with told_if_missing(__name__):
+    import torch
+
+    from records.tools import audit_files, audit_scoring, audited, checks, common
+    from records.tools.audited import Audit, Failed, Skipped
 
 
 def check_sliding_causality(audit: Audit) -> str:

@@ -19,11 +19,9 @@ import train_gpt
 from records.tools import checks
 from records.tools.audit_scoring import EXACT_LINE
 from records.tools.audited import Audit, Failed, Run, Skipped, demand
+from records.tools.common import FINEWEB_BYTES, FINEWEB_DOCUMENTS, FINEWEB_SPREAD
 from records.tools.logs import same
 
-FINEWEB_DOCUMENTS = 50_000  # of the validation split
-FINEWEB_BYTES = 151_080_891  # PR 1804
-FINEWEB_SPREAD = 30_000  # bytes by which tokenizers differ (PR 1289)
 FOLDED = 2e-4  # the same as a share: what a tokenizer that folds text may change of --text
 UNLOGGED = 0.1  # seconds of training that result.json may have and the log, between lines, not
 SCORES = ("roundtrip", "sliding", "ttt")
@@ -379,7 +377,7 @@ class Times(NamedTuple):
 def read_times(run: Run, rows: Sequence[Row]) -> Times:
     """From the log: the first validation of the last step is before calibration."""
     trained = next(row for row in rows if row.kind == "val" and row.step == rows[-1].step)
-    calibrated = run.log.values.get("calibration_ms", 0.0)
+    calibrated = run.log.calibrated_ms
     return Times(trained.ms / 1e3, calibrated / 1e3, run.number("eval_ms") / 1e3)
 
 

@@ -316,7 +316,7 @@ def training_seen(script: types.ModuleType) -> Iterator[Seen]:
 def brief_config(fresh: Audit, train: np.ndarray, text: np.ndarray) -> Any:
     """A run of three steps on `train` in a folder of its own, with the validation split `text`."""
     T = fresh.length
-    off = dict(save_every=0, resume="", tracker="none", preset="", run_id="run")
+    off = dict(refit_steps=0, save_every=0, resume="", tracker="none", preset="", run_id="run")
     known = {field.name for field in fields(fresh.config)}
     config = fresh.split(
         text,

@@ -1,19 +1,23 @@
-"""What training with train_gpt.py costs on this machine: time, memory, graphs, bytes of ranks.
+r"""What training with train_gpt.py costs on this machine: time, memory, bytes.
 
-    python records/tools/bench.py                          # against a plain implementation
-    python records/tools/bench.py ab --a COMPILE=off --b COMPILE=model        # two settings
-    python records/tools/bench.py revisions HEAD~3 .       # two commits; . is the file as it is
-    python records/tools/bench.py levers --lever COMPILE=model --lever "DTYPE=float32 COMPILE=model"
-    python records/tools/bench.py ranks 2                  # bytes, time in collectives, scaling
-    python records/tools/bench.py profile                  # one step by kind of kernel
-    python records/tools/bench.py compile COMPILE=off,model NUM_LOOPS=2,3     # cold, and graphs
-    python records/tools/bench.py export --set TOKENIZER_PATH=...             # pack, reload, score
+    python records/tools/bench.py              # against a plain implementation
+    python records/tools/bench.py ab --a COMPILE=off --b COMPILE=model
+    python records/tools/bench.py revisions HEAD~3 .   # commits; . is the file
+    python records/tools/bench.py levers --lever COMPILE=model \
+        --lever "DTYPE=float32 COMPILE=model"
+    python records/tools/bench.py ranks 2      # time in collectives, scaling
+    python records/tools/bench.py profile      # one step by kind of kernel
+    python records/tools/bench.py compile COMPILE=off,model NUM_LOOPS=2,3
+    python records/tools/bench.py export --set TOKENIZER_PATH=...
 
---preset and --set take what train_gpt.py takes as variables; `COMMAND --help` tells the rest. What
-is compared takes its steps in turn on the same tokens, in one process, so that other load on the
-machine meets all alike, and nothing is timed unless a step of each, from the same parameters, gave
-the same loss, gradients and updates.
-Exit codes: 0; 1 if they did not, or if anything was compiled after the warm-up; 2 for bad input.
+--preset and --set take what train_gpt.py takes as variables; `COMMAND --help`
+explains a command. What is compared takes its steps in turn, on the same
+tokens and in one process, so that other load on the machine meets all alike.
+Nothing is timed unless a step of each, from the same parameters, gave the
+same loss, gradients and updates.
+
+Exit codes: 0; 1 if they did not agree, or if anything was compiled after the
+warm-up; 2 for bad input.
 """
 
 from __future__ import annotations
@@ -35,15 +39,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-import torch.distributed as dist
-from torch import nn
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import train_gpt as tg
-from records.tools import common, plain, race
-from records.tools.race import Case, Contestant, Mismatch
+from records.tools.packages import TRAINING, told_if_missing
+
+with told_if_missing(__name__, TRAINING):
+    import numpy as np
+    import torch
+    import torch.distributed as dist
+    from torch import nn
+
+    import train_gpt as tg
+    from records.tools import common, plain, race
+    from records.tools.race import Case, Contestant, Mismatch
 
 # ---- 1. One step by kind of kernel ---------------------------------------------------------------
 KERNEL_KINDS = (  # the first that matches a kernel's name
@@ -620,7 +627,7 @@ def common_options() -> argparse.ArgumentParser:
         action="extend",
         default=[],
         metavar="KEY=VALUE",
-        help="Its other variables; with DATA_PATH, real tokens instead of random ones.",
+        help="Other variables of train_gpt.py; with DATA_PATH, tokens are real, else random.",
     )
     add(
         "--steps",
@@ -628,7 +635,7 @@ def common_options() -> argparse.ArgumentParser:
         default=20,
         help="Timed steps of each contestant (default: %(default)s).",
     )
-    add("--warmup", type=int, default=3, help="Steps of each before them (default: %(default)s).")
+    add("--warmup", type=int, default=3, help="Untimed steps before those (default: %(default)s).")
     add(
         "--curve",
         type=int,
@@ -640,7 +647,7 @@ def common_options() -> argparse.ArgumentParser:
         "--peak-tflops",
         type=float,
         default=0.0,
-        help="Peak of the device, for MFU (default: 989 on H100 SXM and H200, else no MFU).",
+        help="Peak TFLOP/s of the device, for MFU (default: 989 on H100 SXM and H200, else none).",
     )
     add(
         "--plain",
@@ -652,7 +659,7 @@ def common_options() -> argparse.ArgumentParser:
         "--plain-attention",
         choices=("default", "flash", "cudnn"),
         default="default",
-        help="Backend of its attention on CUDA (default: PyTorch's choice).",
+        help="Its attention backend on CUDA (default: PyTorch's choice).",
     )
     add("--out", type=Path, help="JSON file for the figures.")
     return top
@@ -665,19 +672,19 @@ def add_ranks_options(one: argparse.ArgumentParser) -> None:
         "--one-rank",
         type=Path,
         metavar="JSON",
-        help="A step on one rank, by `plain --out` on the real device (default: measured here).",
+        help="A step on one rank, from `plain --out` on the real device (default: measured here).",
     )
     add(
         "--link-gbs",
         type=float,
         default=300.0,
-        help="GB/s of a ring between ranks (default: %(default)s).",
+        help="Assumed bandwidth of a ring between ranks, GB/s (default: %(default)s).",
     )
     add(
         "--call-us",
         type=float,
         default=20.0,
-        help="Microseconds that any collective takes at least (default: %(default)s).",
+        help="Assumed least time of a collective, microseconds (default: %(default)s).",
     )
 
 
@@ -700,13 +707,15 @@ def make_parser() -> argparse.ArgumentParser:
         help_text = "Variables of this side (default: none)."
         one.add_argument(side, nargs="+", default=[], metavar="KEY=VALUE", help=help_text)
     one = command(revisions, "revisions", "Race commits.")
-    one.add_argument("commits", nargs="+", help="Anything git knows; . is the file as it is.")
+    one.add_argument(
+        "commits", nargs="+", help="Commits by any name that git knows; . is the file as it is."
+    )
     one = command(levers, "levers", "Race each lever alone against the same baseline.")
-    help_text = "Variables of one lever; may be given several times."
+    help_text = "Variables of one lever; give the option once for each lever."
     one.add_argument(
         "--lever", action="append", default=[], metavar='"KEY=VALUE ..."', help=help_text
     )
-    one.add_argument("--file", type=Path, help="File with one lever a line.")
+    one.add_argument("--file", type=Path, help="File with a lever in each line.")
     text = "Measure collectives between ranks on this machine's CPUs, and project their scaling."
     add_ranks_options(command(ranks, "ranks", text))
     one = command(profile, "profile", "Show one step by kind of kernel.")
@@ -715,14 +724,17 @@ def make_parser() -> argparse.ArgumentParser:
     )
     one = command(compile_times, "compile", "Measure cold compile times.")
     one.add_argument(
-        "values", nargs="+", metavar="KEY=VALUE,VALUE", help="Values; all combinations are tried."
+        "values",
+        nargs="+",
+        metavar="KEY=VALUE,VALUE",
+        help="Options with the values to try; all combinations are measured.",
     )
     one = command(export, "export", "Pack, reload and score a model.")
     one.add_argument(
         "--val-tokens",
         type=int,
         default=1 << 16,
-        help="Tokens to score at most (default: %(default)s).",
+        help="Most tokens to score (default: %(default)s).",
     )
     return parser
 

@@ -169,13 +169,25 @@ def check_track(f: Folder) -> Iterator[Finding]:
             yield Finding(log.at("device"), what)
 
 
+def check_data(f: Folder) -> Iterator[Finding]:
+    """Scores of another text than FineWeb's validation set compare with no other submission's."""
+    for log in f.complete:
+        size = log.values.get("bytes")
+        if size is not None and abs(size - common.FINEWEB_BYTES) > common.FINEWEB_SPREAD:
+            what = (
+                f"scored on {log.data}; a submission needs the score on FineWeb's validation set, "
+                f"which is {common.FINEWEB_BYTES:,} bytes (data/README.md)"
+            )
+            yield Finding(log.at("bytes"), what, "FAIL" if f.record else "note")
+
+
 def training_time(log: Log) -> str:
     """The time that counts as training, for people."""
-    trained, calibrated = log.values.get("train_ms"), log.values.get("calibration_ms")
+    trained, calibrated = log.values.get("train_ms"), log.calibrated_ms
     total = f"{log.train_and_calibrate_ms / 1e3:.3f} s"
     if trained is None:
         return f"training took {total}, to 0.1 min"
-    if calibrated is None:
+    if not calibrated:
         return f"training took {total}"
     parts = f"{trained / 1e3:.3f} + {calibrated / 1e3:.3f}"
     return f"training and calibration took {total} ({parts})"
@@ -584,7 +596,8 @@ def check(path: Path, baseline: Path | None, run: bool) -> list[Finding]:
     """All that is found in a folder; InputError if it, or the baseline, is no folder."""
     f = Folder(path)
     found = [*check_files(f), *check_verdict(f), *check_sizes(f), *check_artifacts(f)]
-    found += [*check_script(f, run), *check_track(f), *check_times(f), *check_seeds(f)]
+    found += [*check_script(f, run), *check_track(f), *check_data(f), *check_times(f)]
+    found += check_seeds(f)
     if f.json and not f.broken:
         found += [*check_json(f), *check_readme(f), *check_claim(f, baseline)]
     return found

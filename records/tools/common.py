@@ -22,6 +22,9 @@ import train_gpt as tg
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = frozenset(name.upper() for name in tg.Config.__dataclass_fields__) | {"USE_DEPTH_EMBED"}
+# FineWeb's validation split: PR 1289 decodes 151,073,604 bytes, PR 1804 counts 151,080,891, as
+# tokenizers fold text a little differently.
+FINEWEB_DOCUMENTS, FINEWEB_BYTES, FINEWEB_SPREAD = 50_000, 151_080_891, 30_000
 BAR = "=" * 100  # ends the script in logs whose first line does not give its length
 
 

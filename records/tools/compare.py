@@ -1,12 +1,15 @@
-"""Whether one run, or one system over several seeds, is better than another, and how sure that is.
+r"""Is one run, or one system over several seeds, better than another?
 
     python records/tools/compare.py logs/first logs/second
-    python records/tools/compare.py logs/lab/tiny/T logs/lab/tiny/O --html compare.html
-    python records/tools/compare.py 'logs/a_seed*' logs/b_1,logs/b_2 --png compare.png
+    python records/tools/compare.py logs/lab/tiny/T logs/lab/tiny/O \
+        --html compare.html
+    python records/tools/compare.py 'logs/a_seed*' logs/b_1,logs/b_2 \
+        --png compare.png
 
-A side is the folder of a run, that of a row (with seed*/ below it), a pattern in quotes, or several
-of these with commas between them. Runs of one side are seeds of one system. Nothing is trained or
-scored: what the runs logged is compared.
+A side is the folder of a run, that of a row (with seed*/ below it), a pattern
+in quotes, or several of these with commas between them. The runs of one side
+are seeds of one system. Nothing is trained or scored: what the runs logged is
+compared, and the answer says how sure it is.
 """
 
 from __future__ import annotations
@@ -22,40 +25,43 @@ from statistics import fmean
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import train_gpt as tg
-from records.tools import figures
-from records.tools.common import say
-from records.tools.page import (
-    Cell,
-    Picture,
-    Sheet,
-    badge,
-    change,
-    drawn,
-    number,
-    plain_table,
-    signed,
-    spread,
-    templates,
-    word,
-)
-from records.tools.results import (
-    CONFIDENCE,
-    KINDS,
-    Comparison,
-    Measure,
-    Reading,
-    Result,
-    Trace,
-    compare,
-    evenly,
-    load_seeds,
-    measure,
-    over_steps,
-    over_time,
-    over_training,
-    seed_folders,
-)
+from records.tools.packages import told_if_missing
+
+with told_if_missing(__name__):
+    import train_gpt as tg
+    from records.tools import figures
+    from records.tools.common import say
+    from records.tools.page import (
+        Cell,
+        Picture,
+        Sheet,
+        badge,
+        change,
+        drawn,
+        number,
+        plain_table,
+        signed,
+        spread,
+        templates,
+        word,
+    )
+    from records.tools.results import (
+        CONFIDENCE,
+        KINDS,
+        Comparison,
+        Measure,
+        Reading,
+        Result,
+        Trace,
+        compare,
+        evenly,
+        load_seeds,
+        measure,
+        over_steps,
+        over_time,
+        over_training,
+        seed_folders,
+    )
 
 # ---- 1. The two sides ----------------------------------------------------------------------------
 

@@ -24,11 +24,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import train_gpt as tg
-from records.tools import common
+from records.tools.packages import TRAINING, told_if_missing
+
+with told_if_missing(__name__, TRAINING):
+    import numpy as np
+
+    import train_gpt as tg
+    from records.tools import common
 
 WORK = Path("logs/faults")
 STEPS = 30  # of a run
@@ -70,6 +73,12 @@ PLACES = {  # where a run is, from the last of these lines in its output
 }
 
 
+def obey_signals() -> None:
+    """Ends this process at the signals that it is sent; a shell's background job ignores SIGINT."""
+    for number in tg.STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Job:
     """A run, in processes that carry one tag in their environment."""
 
@@ -100,7 +109,14 @@ class Job:
                 stdout=out,
                 stderr=out,
                 start_new_session=True,
+                preexec_fn=obey_signals,
             )
+
+    def send(self, number: signal.Signals) -> None:
+        """A signal to all its processes that are left."""
+        for process in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, number)
 
     def text(self) -> str:
         return self.out.read_text(errors="replace")
@@ -281,4 +297,6 @@ def worker(fault: str) -> None:
 
 
 if __name__ == "__main__":
+    if "FAULTS_EXITS" not in os.environ or len(sys.argv) != 2:
+        sys.exit("fault_job.py is started by faults.py; see faults.py --help")
     worker(sys.argv[1])

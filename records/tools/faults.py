@@ -1,14 +1,16 @@
 """Faults made on purpose, and what a run of train_gpt.py does then.
 
-    python records/tools/faults.py kills --runs 50    # SIGKILL at random moments
-    python records/tools/faults.py overhead           # what saving costs
-    python records/tools/faults.py table              # one fault each; its disks need root
-    python records/tools/faults.py agents             # two torchrun agents on loopback
-    python records/tools/faults.py report             # the logs of these as report.md
+    python records/tools/faults.py kills --runs 50  # SIGKILL at random moments
+    python records/tools/faults.py overhead         # what saving costs
+    python records/tools/faults.py table            # one fault each; needs root
+    python records/tools/faults.py agents           # two torchrun agents
+    python records/tools/faults.py report           # report.md of all these
 
-Runs are started as a user starts them. Their files go to logs/faults below the current folder,
-which must not exist yet for the same command; rows go to <out>/<command>.jsonl. Linux: processes
-are found through /proc.
+Runs are started as a user starts them. Their files go to logs/faults below
+the current folder, which must not hold files of the same command yet, and
+rows go to <out>/<command>.jsonl. Of the faults in `table`, those on a full
+and on a read-only disk need root. Only for Linux: processes are found through
+/proc.
 """
 
 from __future__ import annotations
@@ -30,25 +32,28 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import train_gpt as tg
-from records.tools import common
-from records.tools.fault_cases import CASES, DISK, SAVED, Case
-from records.tools.fault_job import (
-    BASE,
-    PLACES,
-    STEPS,
-    WORK,
-    Job,
-    difference,
-    digest,
-    finish,
-    metrics,
-    prepare,
-    same_course,
-)
+from records.tools.packages import TRAINING, told_if_missing
+
+with told_if_missing(__name__, TRAINING):
+    import torch
+
+    import train_gpt as tg
+    from records.tools import common
+    from records.tools.fault_cases import CASES, DISK, SAVED, Case
+    from records.tools.fault_job import (
+        BASE,
+        PLACES,
+        STEPS,
+        WORK,
+        Job,
+        difference,
+        digest,
+        finish,
+        metrics,
+        prepare,
+        same_course,
+    )
 
 Row = dict[str, Any]
 Write = Callable[[Row], None]
@@ -236,7 +241,7 @@ def table(options: argparse.Namespace, write: Write) -> None:
         try:
             write(observe(number, case, wholes[case.ranks]))
         finally:
-            if DISK.is_mount():
+            while DISK.is_mount():
                 subprocess.run(["umount", str(DISK)], check=True)
 
 
@@ -445,15 +450,19 @@ def parser() -> argparse.ArgumentParser:
     )
     add = top.add_argument
     add("command", choices=[*COMMANDS, "report"], help="What to do, as above.")
-    add("--runs", type=int, default=50, help="Runs to kill, in all (default: %(default)s).")
+    add("--runs", type=int, default=50, help="Number of runs to kill (default: %(default)s).")
     add(
         "--ranks",
         type=int,
         nargs="+",
         default=[1, 2],
-        help="Ranks of the runs to kill, as many runs on each number (default: 1 2).",
+        help="Numbers of ranks, each for an equal share of the runs to kill (default: 1 2).",
     )
-    add("--only", default="", help="Pattern of the faults of `table` to make (default: all).")
+    add(
+        "--only",
+        default="",
+        help="Regular expression for the faults of `table` to make (default: all).",
+    )
     add(
         "--out",
         type=Path,

@@ -1,8 +1,10 @@
-"""What a model says: it continues a prompt, token by token, until the document ends.
+r"""Continues a prompt with the model in an artifact, token by token.
 
-    python records/tools/generate.py logs/<run>/model.ptz "The city of" --temperature 0.8 --seed 1
+    python records/tools/generate.py logs/<run>/model.ptz "The city of" \
+        --temperature 0.8 --seed 1
 
-The tokenizer is the one that the run names in the result.json beside the artifact, if there is one.
+It ends where the model ends the document. The tokenizer is the one that the
+result.json beside the artifact names, if there is one.
 """
 
 from __future__ import annotations
@@ -15,13 +17,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import sentencepiece as spm
-import torch
-from torch import Tensor
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import train_gpt as tg
-from records.tools import common
+from records.tools.packages import TRAINING, told_if_missing
+
+with told_if_missing(__name__, TRAINING):
+    import sentencepiece as spm
+    import torch
+    from torch import Tensor
+
+    import train_gpt as tg
+    from records.tools import common
 
 
 class Model(NamedTuple):
@@ -155,24 +160,24 @@ def parser() -> argparse.ArgumentParser:
     add = top.add_argument
     add("artifact", type=Path, help="A model.ptz that a run has written.")
     add("prompt", nargs="?", default="", help="The text to continue (default: a new document).")
-    add("--tokens", type=int, default=200, help="Tokens at most (default: %(default)s).")
+    add("--tokens", type=int, default=200, help="Most tokens to print (default: %(default)s).")
     add(
         "--temperature",
         type=float,
         default=0.8,
-        help="Temperature; at 0 it is always the likeliest token (default: %(default)s).",
+        help="Temperature; 0 always takes the likeliest token (default: %(default)s).",
     )
     add(
         "--top-k",
         type=int,
         default=40,
-        help="Draw from so many of the likeliest tokens; 0 is all (default: %(default)s).",
+        help="Number of the likeliest tokens to draw from; 0 means all (default: %(default)s).",
     )
     add(
         "--seed",
         type=int,
         default=1337,
-        help="Seed of the draws; the same one says the same (default: %(default)s).",
+        help="Seed of the draws; the same seed gives the same text (default: %(default)s).",
     )
     add(
         "--tokenizer",

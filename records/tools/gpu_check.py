@@ -1,12 +1,14 @@
-"""The first minutes on a real H100: what works there, how fast, and which estimates were wrong.
+"""The first minutes on a real H100: what works, how fast, and as estimated?
 
-    python records/tools/gpu_check.py                     # at most 12 minutes, into logs/gpu_check
+    python records/tools/gpu_check.py           # at most 12 minutes
     python records/tools/gpu_check.py --only attention race --out /tmp/check
 
-Nothing has to be prepared: without FineWeb in DATA_PATH the sample corpus is made. Every part is a
-process of its own with its own share of the time; what fails or takes too long is recorded, and
-the rest goes on. gpu_check.json holds all figures, the output of each part lies beside it, and the
-last thing printed is a table of what the dry run had estimated and what was measured.
+Nothing has to be prepared: without FineWeb in DATA_PATH the sample corpus is
+made. Every part is a process of its own with its own share of the time; what
+fails or takes too long is recorded, and the rest goes on. The folder of --out
+gets gpu_check.json with all figures and the output of each part. The last
+thing printed is a table of what the dry run had estimated and what was
+measured.
 """
 
 from __future__ import annotations
@@ -29,17 +31,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import train_gpt as tg
-from records.tools import common, race
-from records.tools.dryrun import roofline
-from records.tools.dryrun.dryrun import title_of
-from records.tools.plain import Plain
+from records.tools.packages import TRAINING, told_if_missing
+
+with told_if_missing(__name__, TRAINING):
+    import torch
+    import torch.nn.functional as F
+    from torch import Tensor
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    import train_gpt as tg
+    from records.tools import common, race
+    from records.tools.dryrun import roofline
+    from records.tools.dryrun.dryrun import title_of
+    from records.tools.plain import Plain
 
 ROOT = Path(__file__).resolve().parents[2]
 ESTIMATES = Path(__file__).resolve().parent / "dryrun/estimates.json"
@@ -531,17 +536,22 @@ def make_parser() -> argparse.ArgumentParser:
         "--minutes",
         type=float,
         default=MINUTES,
-        help="Time for all parts together, which have their shares of it (default: %(default)s).",
+        help="Minutes for all parts together; each has its share (default: %(default)s).",
     )
     add(
         "--only",
         nargs="*",
         choices=names,
         metavar="PART",
-        help=f"Some of the parts {', '.join(names)} (default: all).",
+        help=f"Parts to run, of {', '.join(names)} (default: all).",
     )
-    add("--part", choices=names, help="What this tool starts itself with for a part.")
-    add("--seconds", type=float, help="The part's time.")
+    add(
+        "--part",
+        choices=names,
+        metavar="PART",
+        help="The part of a process that this tool starts itself.",
+    )
+    add("--seconds", type=float, help="The time of that part.")
     return parser
 
 

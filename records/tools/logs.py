@@ -67,12 +67,14 @@ KINDS = (  # the last line that matches counts, whichever pattern of its figure 
     kind("calibration_ms", r"(?i)^gptq:\s*collected .*\bin NUMBERs\b", 1e3),
     kind("calibration_ms", r"(?i)^gptq:.*\bcalibrated .*\bin NUMBERs\b", 1e3),
     kind("calibration_ms", r"(?i)^gptq:budget_check .*\bgptq:NUMBERms"),
+    kind("refit_ms", r"^refit .*\btime:NUMBERms"),
     kind("total_eval_ms", r"^total_eval_time:\s*NUMBERs", 1e3),
     kind("code", r"^Code size(?: \(compressed\))?: NUMBER bytes"),
     kind("code_unpacked", r"^Code size \(uncompressed\): NUMBER bytes"),
     kind("model", r"^Serialized model \S+: NUMBER bytes"),
     kind("total", r"^Total submission size \S+: NUMBER bytes"),
     kind("tokens", r"\bval_tokens: ?NUMBER\b"),
+    kind("bytes", r"^val_tokens:\d+ val_bytes:NUMBER\b"),
     kind("ranks", r"(?:^|\s)world_size: ?(\d+)"),
 )
 WORDS = {  # likewise, for texts
@@ -166,9 +168,14 @@ class Log:
 
     @property
     def train_and_calibrate_ms(self) -> float:
-        """Time that counts as training: GPTQ's calibration reads training data."""
+        """Time that counts as training."""
         trained = self.values.get("train_ms", self.values.get("train_rounded_ms", 0.0))
-        return trained + self.values.get("calibration_ms", 0.0)
+        return trained + self.calibrated_ms
+
+    @property
+    def calibrated_ms(self) -> float:
+        """GPTQ's calibration and the refit of what is not rounded: both read training data."""
+        return self.values.get("calibration_ms", 0.0) + self.values.get("refit_ms", 0.0)
 
     @property
     def final_ms(self) -> float | None:
@@ -176,6 +183,20 @@ class Log:
         chosen = self.words.get("final", "").removesuffix("_exact")
         times = [score.ms for score in self.scores if score.evaluation == chosen]
         return next((ms for ms in times if ms is not None), None)
+
+    @property
+    def data(self) -> str:
+        """What was scored, as far as the log says it."""
+        counts = [
+            f"{self.values[name]:,.0f} {name}"
+            for name in ("bytes", "tokens")
+            if name in self.values
+        ]
+        path = self.run.settings().get("DATA_PATH")
+        parts = [" in ".join(counts)] if counts else []
+        if path:
+            parts.append(f"DATA_PATH={path}")
+        return ", ".join(parts) or "data that the log does not name"
 
     def settings(self) -> dict[str, str]:
         """The configuration, without what may differ between the runs of one system."""
@@ -275,6 +296,7 @@ def read_line(log: Log, line: str, where: str) -> None:
     if RESUMED.match(line):  # what follows its checkpoint is made again
         log.disqualified.clear()
         log.values.pop("calibration_ms", None)
+        log.values.pop("refit_ms", None)
         log.words.pop("validated", None)
 
 

@@ -1,13 +1,15 @@
-"""Rate and distortion: one trained model under every rounding and every codec.
+r"""Rate and distortion: one trained model under every rounding and every codec.
 
-    python records/tools/rate.py --set PRESET=T,tiny [KEY=VALUE ...] --seeds 3 \
-        --out records/rate/NAME.json
+    python records/tools/rate.py --set PRESET=T,tiny [KEY=VALUE ...] \
+        --seeds 3 --out records/rate/NAME.json
 
-Makes a run of train_gpt.py in this process for each seed, takes the weights and GPTQ's Hessians
-that it exports, and exports them again with each setting of `ROUNDINGS`. For each: the bytes that
-every codec makes of the parameters, with a byte an integer (what artifacts hold) and with the
-integers' bits packed tightly; val_bpb of the reloaded artifact; seconds to round, to compress and
-to score. Prints a table, writes JSON. Brotli is left out where it is missing.
+For each seed it makes a run of train_gpt.py in this process, takes the
+weights and GPTQ's Hessians that the run exports, and exports them again with
+each setting of ROUNDINGS. It tells the bytes that every codec makes of the
+parameters, with a byte an integer (what artifacts hold) and with the
+integers' bits packed tightly; val_bpb of the reloaded artifact; and the
+seconds to round, to compress and to score. It prints a table and writes JSON.
+Brotli is left out where its package is missing.
 """
 
 from __future__ import annotations
@@ -26,12 +28,15 @@ from statistics import mean, stdev
 from typing import Any, NamedTuple
 from unittest import mock
 
-import numpy as np
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import train_gpt as tg
-from records.tools import common, logs
+from records.tools.packages import TRAINING, told_if_missing
+
+with told_if_missing(__name__, TRAINING):
+    import numpy as np
+    import torch
+
+    import train_gpt as tg
+    from records.tools import common, logs
 
 CODECS = [codec for codec in tg.CODECS if codec != "none"]
 LITE = dict(quant_clip="matrix", quant_scale_floor=1 / 127)  # what PR 1230 calls GPTQ-lite

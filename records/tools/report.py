@@ -2,7 +2,8 @@
 
 `python records/tools/ablate.py report` calls `write`, which makes report.html (one file that needs
 no other and no network), report.md with the same tables, and two pictures for a README. Everything
-is read from the runs' own result.json and metrics.jsonl; nothing is typed in.
+is read from the runs' own result.json and metrics.jsonl; nothing is typed in. Started by its path,
+this file is the same command.
 """
 
 from __future__ import annotations
@@ -19,42 +20,45 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import train_gpt as tg
-from records.tools import figures
-from records.tools.common import ROOT, warn
-from records.tools.page import (
-    Cell,
-    Picture,
-    Sheet,
-    badge,
-    change,
-    drawn,
-    finding,
-    number,
-    signed,
-    spread,
-    templates,
-    tone,
-    word,
-)
-from records.tools.results import (
-    ALPHA,
-    CONFIDENCE,
-    KINDS,
-    Comparison,
-    Measure,
-    Result,
-    adjust,
-    adjusted,
-    compare,
-    delta,
-    equal_time,
-    load_seeds,
-    nan,
-    not_compared,
-    over_training,
-    seed_folders,
-)
+from records.tools.packages import told_if_missing
+
+with told_if_missing(__name__):
+    import train_gpt as tg
+    from records.tools import figures
+    from records.tools.common import ROOT, read_result, warn
+    from records.tools.page import (
+        Cell,
+        Picture,
+        Sheet,
+        badge,
+        change,
+        drawn,
+        finding,
+        number,
+        signed,
+        spread,
+        templates,
+        tone,
+        word,
+    )
+    from records.tools.results import (
+        ALPHA,
+        CONFIDENCE,
+        KINDS,
+        Comparison,
+        Measure,
+        Result,
+        adjust,
+        adjusted,
+        compare,
+        delta,
+        equal_time,
+        load_seeds,
+        nan,
+        not_compared,
+        over_training,
+        seed_folders,
+    )
 
 Found = dict[str, list[Result]]  # the runs of every row, in the order of their seeds
 
@@ -313,6 +317,69 @@ def origins(found: Found) -> list[str]:
         warning = " (they differ: compare with care)" if len(values) > 1 else ""
         lines.append(f"{fact}: {' / '.join(values)}{warning}")
     return lines
+
+
+class Asked(NamedTuple):
+    """What a row is run with at a scale."""
+
+    config: tg.Config
+    options: set[str]  # that the scale or the row sets, in lower case
+
+
+class Intended(NamedTuple):
+    """What a scale asks of its rows; `--set` may have asked something else of the runs."""
+
+    name: str
+    what: str
+    rows: dict[str, Asked]  # rows that this script does not take are absent
+
+
+PATHS = ("data_path", "tokenizer_path")
+
+
+def set_by_hand(run: Result, intended: Intended) -> list[str]:
+    """The options of a run that are not as its row has them at the scale, with both values.
+
+    Looked at are the options that the scale or a row sets, and those in the run's run.json. Other
+    options may differ as well, where a default of the script has changed since.
+    """
+    asked = intended.rows.get(run.row)
+    if asked is None:
+        return []
+    names = {*asked.options, *(name.lower() for name in recorded_variables(run))}
+    found = []
+    for name in sorted(names & run.config.keys() - {"preset", "seed", "log_dir", "run_id"}):
+        own, usual = run.config[name], getattr(asked.config, name)
+        if name in PATHS:
+            own, usual = str(Path(own)), str(Path(usual))
+        if own != usual:
+            found.append(f"{name.upper()}={tg.show(own)} instead of {tg.show(usual) or 'nothing'}")
+    return found
+
+
+def recorded_variables(run: Result) -> dict[str, Any]:
+    """The variables in a run's run.json; none for a run that was started by hand."""
+    try:
+        variables = read_result(run.folder / "run.json").get("variables")
+    except (OSError, tg.InputError):
+        return {}
+    return variables if isinstance(variables, dict) else {}
+
+
+def scale_fact(found: Found, intended: Intended) -> str:
+    """The scale in words, and the values that the runs really had where they are others."""
+    rows: dict[str, list[str]] = {}  # that have a value set by hand
+    for row, runs in found.items():
+        for told in sorted({told for run in runs for told in set_by_hand(run, intended)}):
+            rows.setdefault(told, []).append(row)
+    together: dict[str, list[str]] = {}  # what the same rows have
+    for told, having in rows.items():
+        where = "all runs" if len(having) == len(found) else ", ".join(having)
+        together.setdefault(where, []).append(told)
+    common_first = sorted(together.items(), key=lambda entry: entry[0] != "all runs")
+    parts = [f"{', '.join(values)} in {where}" for where, values in common_first]
+    but = f"; but {'; '.join(parts)}" if parts else ""
+    return f"{intended.name}: {intended.what}{but}."
 
 
 # ---- 4. The headline -----------------------------------------------------------------------------
@@ -624,7 +691,7 @@ def readme_pictures(found: Found, made: Sequence[Comparison]) -> dict[str, bytes
     return pictures
 
 
-def write(folder: Path, table: Any, scale: str, to: Path) -> list[Path]:
+def write(folder: Path, table: Any, intended: Intended, to: Path) -> list[Path]:
     """report.md, report.html and two pictures of the runs below `folder`, into `to`; the files."""
     found, left = load_all(folder, table.rows)
     for message in left:
@@ -632,7 +699,7 @@ def write(folder: Path, table: Any, scale: str, to: Path) -> list[Path]:
     made = compare_all(found, table.rows)
     values = dict(
         title=f"Runs at {folder.name} scale",
-        facts=[scale, *origins(found)],
+        facts=[scale_fact(found, intended), *origins(found)],
         headline=headline(found, made),
         sections=sections(found, table, made, left),
     )
@@ -645,3 +712,9 @@ def write(folder: Path, table: Any, scale: str, to: Path) -> list[Path]:
     for name, data in files.items():
         tg.write_atomically(to / name, data)
     return [to / name for name in files]
+
+
+if __name__ == "__main__":
+    from records.tools import ablate
+
+    sys.exit(ablate.main(["report", *sys.argv[1:]]))

@@ -147,8 +147,10 @@ def logged(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
 
 def full_rate(config: dict[str, Any], clock: list[tuple[int, float]]) -> tuple[int, float]:
     """The last logged step and second at which the learning rate had not begun to fall."""
-    calibration = config["gptq_seconds"] if config["gptq_batches"] else 0.0
-    cap = max(config["max_wallclock_seconds"] - calibration, 0.0)
+    reserved = config["gptq_seconds"] if config["gptq_batches"] else 0.0
+    if config.get("refit_steps"):  # which older scripts do not have
+        reserved += config["refit_seconds"]
+    cap = max(config["max_wallclock_seconds"] - reserved, 0.0)
     seen: Any = SimpleNamespace(**config, training_seconds=cap)  # of any version of the script
     full = [(step, seconds) for step, seconds in clock if tg.lr_factor(seen, step, seconds) == 1]
     return max(full, default=(0, 0.0))

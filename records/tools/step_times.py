@@ -1,10 +1,10 @@
-"""Processor time of a training step at one, two and three passes, plain and with the study's set.
+r"""Processor time of a training step at one, two and three passes.
 
     OMP_NUM_THREADS=1 taskset -c 0 python records/tools/step_times.py \
         --out records/growth/step_times.jsonl
 
-What the numbers of steps of `growth/` follow from. Rows and passes take their steps in turn; it
-needs no data.
+Plain and with the study's set, as the numbers of steps in records/growth/
+follow from it. Rows and passes take their steps in turn. It needs no data.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from statistics import median
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import train_gpt as tg
-from records.tools import common
+from records.tools.packages import TRAINING, told_if_missing
+
+with told_if_missing(__name__, TRAINING):
+    import torch
+
+    import train_gpt as tg
+    from records.tools import common
 
 ROWS: dict[str, dict[str, str]] = {
     "plain": dict(

@@ -1,15 +1,19 @@
-"""Makes a submission folder from finished runs, and checks any such folder against its own logs.
+r"""Makes a submission folder from finished runs, and checks any such folder.
 
-    python records/tools/submit.py logs/lab/full/T/seed* --track 10min_16mb --name looped-T \
-        --author "A. Name" --github-id aname --blurb "What it is." \
-        [--baseline records/track_10min_16mb/<folder>]
-    python records/tools/submit.py --check records/track_10min_16mb/<folder> [--baseline <folder>]
+    python records/tools/submit.py logs/lab/full/T/seed* --track 10min_16mb \
+        --name looped-T --author "A. Name" --github-id aname \
+        --blurb "What it is." [--baseline FOLDER]
+    python records/tools/submit.py --check FOLDER [--baseline FOLDER]
 
-Every number of submission.json and of the table in README.md is parsed from the logs, and the
-script is the one that the logs carry. A folder that fails its own check is not left behind. --check
-starts the folder's script (with nothing to train); --no-start only compiles it, for folders whose
-code is not trusted. The exit code is 0 if nothing is wrong, 1 if the check found a fault, 2 for
-input that cannot be read.
+Every number of submission.json and of the table in README.md is parsed from
+the logs, and the script is the one that the logs carry. A folder that fails
+its own check is not left behind. A submission needs scores on FineWeb's
+validation set; the notes say which data was scored.
+
+--check also starts the folder's script, with nothing to train; --no-start
+only compiles it, for folders whose code you do not trust. The exit code is 0
+if nothing is wrong, 1 if the check found a fault, 2 for input that cannot be
+read.
 """
 
 from __future__ import annotations
@@ -31,9 +35,12 @@ from statistics import mean, stdev
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import train_gpt as tg
-from records.tools import checks, common, logs
-from records.tools.logs import Log
+from records.tools.packages import told_if_missing
+
+with told_if_missing(__name__):
+    import train_gpt as tg
+    from records.tools import checks, common, logs
+    from records.tools.logs import Log
 
 SET_ASIDE = re.compile(r"\.unfinished\d+$")  # by ablate.py
 
@@ -43,12 +50,15 @@ SET_ASIDE = re.compile(r"\.unfinished\d+$")  # by ablate.py
 def run_folders(paths: Sequence[Path]) -> list[Path]:
     """The folders among what a pattern such as seed* names; the rest is told and left out.
 
-    Beside a run's folder lie its lock, its console's output, and what was set aside.
+    Beside a run's folder lie its lock and its console's output, which go without saying, and what
+    was set aside.
     """
     folders = []
     for path in paths:
         if not path.exists():
             raise tg.InputError(f"{path} is not there")
+        if path.suffix in (".lock", ".console"):
+            continue
         if path.is_dir() and not SET_ASIDE.search(path.name):
             folders.append(path)
         else:
@@ -185,6 +195,21 @@ def idle_options(config: tg.Config) -> set[str]:
     return idle
 
 
+def data_variables(log: Log) -> dict[str, str]:
+    """DATA_PATH and TOKENIZER_PATH of a run where they are not the defaults.
+
+    What lies in this repository is named relative to it.
+    """
+    found = {}
+    for name in ("DATA_PATH", "TOKENIZER_PATH"):
+        path, usual = Path(log.run.settings()[name]), Path(getattr(tg.Config, name.lower()))
+        if path.is_relative_to(common.ROOT):
+            path = path.relative_to(common.ROOT)
+        if path != usual:
+            found[name] = str(path)
+    return found
+
+
 def command(log: Log) -> str:
     """How the run is repeated: what its configuration changes of the defaults and can act in it."""
     settings, kinds = log.settings(), tg.get_type_hints(tg.Config)
@@ -196,7 +221,7 @@ def command(log: Log) -> str:
     defaults = {f.name.upper(): tg.show(f.default) for f in dataclass_fields(tg.Config)}
     words = [
         f"{name}={shlex.quote(value)}"
-        for name, value in settings.items()
+        for name, value in (settings | data_variables(log)).items()
         if name not in idle and value != defaults.get(name)
     ]
     ranks = int(log.values["ranks"])
@@ -242,6 +267,8 @@ def make(given: argparse.Namespace) -> Path:
             told = "\n".join(map(str, wrong))
             raise tg.InputError(f"the runs make no valid submission:\n{told}")
         os.rename(draft, folder)
+    for finding in found:
+        common.say(str(finding))
     return folder
 
 
@@ -329,7 +356,7 @@ def summary(log: Log) -> str:
     spent = log.values.get("eval_ms")
     evaluation = "" if spent is None else f", evaluation {spent / 1e3:.1f} s"
     training = checks.training_time(log) if log.train_and_calibrate_ms else "no training time"
-    return f"found {log.path.name}: {name}, {score}, {training}{evaluation}"
+    return f"found {log.path.name}: {name}, {score}, {training}{evaluation}, scored on {log.data}"
 
 
 def run(given: argparse.Namespace) -> int:

@@ -1,17 +1,19 @@
-"""Compiles and steps train_gpt.py for an H100 where there is none, and estimates what that costs.
+r"""Compiles and steps train_gpt.py for an H100 where there is none.
 
-    python records/tools/dryrun/dryrun.py                      # a micro-batch of preset T
-    python records/tools/dryrun/dryrun.py --preset growing --mode -1 --micro-batch 98304
-    python records/tools/dryrun/dryrun.py --step --json T.json # a step of one of 8 ranks
-    python records/tools/dryrun/dryrun.py --exec -m torch.distributed.run --nproc_per_node=2 \\
-        train_gpt.py
+    python records/tools/dryrun/dryrun.py              # a micro-batch of T
+    python records/tools/dryrun/dryrun.py --preset growing --mode -1 \
+        --micro-batch 98304
+    python records/tools/dryrun/dryrun.py --step --json T.json
+    python records/tools/dryrun/dryrun.py --exec -m torch.distributed.run \
+        --nproc_per_node=2 train_gpt.py
 
-Needs a CUDA build of torch and gcc; no GPU and no driver. Libraries that stand in for NVIDIA's are
-preloaded, so that torch's own code runs: its choice of attention kernel, its allocator, Dynamo,
-Inductor, Triton to sm_90, its process group for NCCL. Kernels compute nothing. So this proves that
-a step lowers, compiles and fits, how many kernels it launches and where the host waits; it
-estimates milliseconds by roofline; it cannot tell any value or any measured time. README.md beside
-this file says more.
+It needs a CUDA build of PyTorch and gcc, no GPU and no driver. Libraries that
+stand in for NVIDIA's are preloaded, so that PyTorch's own code runs: its
+choice of attention kernel, its allocator, Dynamo, Inductor, Triton to sm_90,
+its process group for NCCL. Kernels compute nothing. So this proves that a
+step lowers, compiles and fits, how many kernels it launches and where the
+host waits. It estimates milliseconds by roofline. It cannot tell any value or
+any measured time. README.md beside this file says more.
 """
 
 from __future__ import annotations
@@ -43,24 +45,46 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--preset",
         default="T",
-        help="Its preset; all: each of them, in a process of its own (default: %(default)s).",
+        help="Preset of the script, or all, each in its own process (default: %(default)s).",
     )
     add("--set", nargs="*", default=[], metavar="NAME=VALUE", help="Options of the script.")
-    add("--mode", type=int, help="Only this of its modes; -1 is the last one (default: all).")
+    add(
+        "--mode",
+        type=int,
+        help="Only this mode of the script by its number; -1 is the last (default: all).",
+    )
     add("--micro-batch", type=int, metavar="TOKENS", help="The same as MICRO_BATCH_TOKENS.")
-    add("--step", action="store_true", help="A whole step, not one micro-batch.")
-    add("--eval", action="store_true", help="The graph of validation.")
-    add("--ranks", type=int, default=8, help="Ranks, of which this is one (default: %(default)s).")
+    add("--step", action="store_true", help="Take a whole step instead of one micro-batch.")
+    add(
+        "--eval",
+        action="store_true",
+        help="Take the graph of validation instead of that of training.",
+    )
+    add(
+        "--ranks",
+        type=int,
+        default=8,
+        help="Number of ranks, of which this is one (default: %(default)s).",
+    )
     add(
         "--share",
         type=int,
         default=1,
-        help="The batch has 1/SHARE of its tokens, for the work of one rank by a run of one "
+        help="Divide the batch by SHARE, so that one rank does the work of one of SHARE ranks "
         "(default: %(default)s).",
     )
-    add("--top", type=int, default=0, help="Print so many of the most expensive kernels.")
-    add("--json", type=Path, help="A file of reports to add these to.")
-    add("--exec", nargs=argparse.REMAINDER, help="Run a Python with these arguments, no more.")
+    add(
+        "--top",
+        type=int,
+        default=0,
+        help="Number of the most expensive kernels to print (default: %(default)s).",
+    )
+    add("--json", type=Path, help="JSON file of reports that these are added to.")
+    add(
+        "--exec",
+        nargs=argparse.REMAINDER,
+        help="Only run Python with these arguments on the pretended GPUs.",
+    )
     return parser
 
 
