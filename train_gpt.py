@@ -4747,8 +4747,8 @@ def open_log(config: Config, world: World) -> Log:
     log.to_file(f"config:{json.dumps(asdict(config))}")
     log(f"folder:{folder}")
     log(f"set:{settings(config)}")
-    if config.warmdown_iters >= config.iterations and not config.eval_only:
-        span = config.warmdown_iters
+    span = 0 if config.eval_only or config.warmdown_fraction else config.warmdown_iters
+    if span >= config.iterations:
         log(f"warning: WARMDOWN_ITERS={span}: the learning rate falls from step 0 on")
     return log
 

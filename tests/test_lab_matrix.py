@@ -134,6 +134,7 @@ def test_a_scale_divides_and_the_later_word_wins() -> None:
 CLOCK = {"MATRIX_LR": "0.1"}
 GROWN = {"NUM_LOOPS": "3", "PASSES_SCHEDULE": "0:1,0.25:2,0.5:3"}
 CUT = {"NUM_LOOPS": "2", "PASSES_SCHEDULE": "0:1,0.25:2", "TRUNCATE_FRACTION": "0.5"}
+SHARES = {"WARMDOWN_FRACTION": "0.75", "MUON_MOMENTUM_WARMUP_FRACTION": "0.25"}
 TIMED = ablate.Table(
     rows={
         "clock": ablate.Row("clock", "s", "", "", [], CLOCK),
@@ -141,6 +142,7 @@ TIMED = ablate.Table(
         "grown": ablate.Row("grown", "s", "", "", [], GROWN),
         "refit": ablate.Row("refit", "s", "", "", [], {"REFIT_STEPS": "16"}),
         "cut": ablate.Row("cut", "s", "", "", [], CUT),
+        "shares": ablate.Row("shares", "s", "", "", [], GROWN | SHARES),
         "stepped": ablate.Row("stepped", "s", "", "", [], {"PASSES_SCHEDULE": "0:1,30:3"}),
         "unknown": ablate.Row("unknown", "s", "", "", [], {}),
     },
@@ -151,6 +153,7 @@ TIMED = ablate.Table(
         "slow": [25.0],
         "refit": [25.0],
         "grown": [5, 10, 20],
+        "shares": [5, 10, 20],
         "cut": [10, 5, 20],  # two passes, truncated; one; two
         "stepped": [5, 20],
     },
@@ -175,7 +178,11 @@ def test_a_row_makes_the_steps_that_fit_into_the_time_of_the_clock() -> None:
     # 1,000 ms at 5, 1,000 ms at 10, 2,000 ms at 20
     cut = {"ITERATIONS": "400", "WARMDOWN_ITERS": "60", "PASSES_SCHEDULE": "0:1,200:2"}
     assert timed("cut") == CUT | cut | {"TRUNCATE_FRACTION": "0.750000"}
-    for name in ("grown", "cut"):
+    # 200 steps in the first quarter, without a warm-down and with a rising momentum; 200 after it
+    shares = {"WARMDOWN_FRACTION": "0.500000", "MUON_MOMENTUM_WARMUP_FRACTION": "0.500000"}
+    grown.pop("WARMDOWN_ITERS")
+    assert timed("shares") == GROWN | grown | shares
+    for name in ("grown", "cut", "shares"):
         tg.Config.from_env(timed(name))
 
 
@@ -199,7 +206,9 @@ def case(preset: str, given: dict[str, str]) -> tuple:
     return preset, tuple(sorted(values.items())), tuple(passes)
 
 
-TIMELESS = ("PRESET", "COMPILE", "MATRIX_LR", "CORE_LR_POWER", "MATRIX_BITS", "REFIT_STEPS")
+TIMELESS = """PRESET COMPILE MATRIX_LR CORE_LR_POWER MATRIX_BITS REFIT_STEPS WARMDOWN_FRACTION
+    LR_FLOOR MUON_MOMENTUM MUON_MOMENTUM_WARMUP_START MUON_MOMENTUM_WARMUP_FRACTION MUON_POLAR
+    MUON_WD ADAM_WD SCALAR_WD DATA_SEED""".split()
 
 
 def test_milliseconds_are_those_of_the_dry_run() -> None:
@@ -218,7 +227,8 @@ def test_milliseconds_are_those_of_the_dry_run() -> None:
             values = ablate.variables(row, TABLE.scales["pocket"], "pocket", {})
             values = ablate.in_equal_time(row, values, TABLE, "flat_6")
             config = tg.Config.from_env(values)
-            assert 0 < config.warmdown_iters < config.iterations
+            span = config.warmdown_fraction * config.iterations or config.warmdown_iters
+            assert 0 < span < config.iterations
 
 
 @pytest.mark.parametrize(
