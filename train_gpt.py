@@ -1745,14 +1745,15 @@ class GPT(nn.Module):
         starts: list[Tensor] = []  # of passes over the core
         ends: list[Tensor] = []
         lanes: Sequence[Tensor] = ()  # what goes past the core with LOOP_LANES=2
-        begun = x0  # the state before the first pass
+        begun, outside = x0, 0  # the state before the first pass; the outputs kept until then
         for layer, cond in zip(plan, conditions):
             if layer.skip != NONE:
                 x = self.with_skip(x, kept.pop(), layer.skip)
             if layer.opens == 0:
-                begun = x
+                begun, outside = x, len(kept)
             if mode.truncated and layer.opens == mode.passes - 1:
                 x, *lanes = around_passes([x, *lanes], begun)
+                kept[outside:] = around_passes(kept[outside:], begun)
             if layer.opens != NONE:
                 x, lanes = self.core.enter(x, lanes, layer.opens)
                 starts.append(x)

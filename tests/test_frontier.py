@@ -413,6 +413,26 @@ def test_rows_that_wait_for_the_loop_do_not_decay(kind: str, idle: set[int]) -> 
         assert trainer.gradients.complete()
 
 
+def test_truncated_gradients_pass_by_what_skips_keep_of_the_loop() -> None:
+    """Of the core, the layers of the last pass alone have a gradient at their output."""
+    reached: list[bool] = []
+
+    def watched(*args: Any) -> Tensor:
+        out = tg.block(*args)
+        number = len(reached)
+        reached.append(False)
+
+        def note(_: Tensor) -> None:
+            reached[number] = True
+
+        out.register_hook(note)
+        return out
+
+    model = noisy_model(small())
+    model(tokens(), tokens(1), tg.Mode(3, truncated=True), tg.Ops(block=watched)).backward()
+    assert reached == [True] * 3 + [False] * 6 + [True] * 8
+
+
 # ---- What carries it
 
 
