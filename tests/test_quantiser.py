@@ -81,9 +81,10 @@ def test_int6_agrees_with_reference(name: str) -> None:
     q, step = tg.quantize_rows(w, tg.row_clip(w, 6, config), 6, config.quant_scale_floor)
     assert q.dtype == torch.int8 and step.dtype == torch.float16 and q.abs().max() <= 31
     assert int(q.int().abs().sum()) == case["sum_abs_q"]
-    assert step.float().sum().item() == pytest.approx(case["scale_sum"], rel=1e-6)
+    # Releases of PyTorch interpolate quantiles differently: a float16 step may be its neighbour.
+    assert step.float().sum().item() == pytest.approx(case["scale_sum"], rel=2e-5)
     error = (tg.dequantize_rows(q, step) - w).square().mean().sqrt().item()
-    assert error == pytest.approx(case["rms_error"], rel=1e-6)
+    assert error == pytest.approx(case["rms_error"], rel=2e-5)
 
 
 # ---- Where a row saturates
