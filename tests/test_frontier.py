@@ -450,7 +450,7 @@ def tiny_run(corpus: dict[str, str], **values: str) -> dict[str, str]:
 
 def test_an_artifact_carries_every_part(corpus: dict[str, str]) -> None:
     """What comes back is scored with three passes, and every parameter has its say in it."""
-    config = tg.Config.from_env(tiny_run(corpus, DTYPE="float32", MATRIX_CLIP_SIGMAS="8"))
+    config = tg.Config.from_env(tiny_run(corpus, DTYPE="float32", QUANT_CLIP="percentile"))
     model = noisy_model(config.architecture(), 0.1)
     read, found, _ = tg.load_model(tg.pack(model, config), "here")
     assert found == config.architecture() and read.scoring.passes == 3
