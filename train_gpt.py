@@ -88,9 +88,9 @@ def option(
     """A field of `Config`: its default, what it means, its bounds.
 
     Numbers are at least 0 unless `low` says otherwise. `needs` lists what must hold for the option
-    to act, as in "num_shared !tie_embeddings num_loops>1 average=ema". `neutral` is the value that
-    switches a technique off, given where that is not the default, or none of 0, "" and none, which
-    always count as off. `group` opens a group of `--help`.
+    to act, as in "num_shared !tie_embeddings num_loops>1 average=ema !core_skips=none"; of "a|b",
+    one is enough. `neutral` is the value that switches a technique off, given where that is not the
+    default, or none of 0, "" and none, which always count as off. `group` opens a group of --help.
     """
     return field(
         default=default,
@@ -155,10 +155,23 @@ class Architecture:
         needs="num_shared",
     )
     num_coda: int = option(1, "Layers after the core.", low=0, high=256, needs="num_shared")
-    core_skips: Literal["none", "all", "published"] = option(
+    core_skips: Literal["none", "all", "published", "looped", "by_position"] = option(
         "none",
-        "U-Net skips from the prelude to the coda; PR 1230 published half of them.",
+        "U-Net skips: all from the prelude to the coda, or half of them, as PR 1230 published; or "
+        "looped, from the first half of all effective layers to the second, with weights for each "
+        "pair of layers and visits; by_position has them for places in the second half (PR 1394).",
         needs="num_prelude num_coda",
+    )
+    skip_gates: bool = option(
+        False,
+        "Mix a skip in as s x + (1 - s) w skip, s a learned sigmoid per channel, instead of adding "
+        "it.",
+        needs="num_prelude num_coda !core_skips=none",
+    )
+    parallel_layers: str = option(
+        "",
+        "Layers, counted from 0 as they are stored, whose MLP reads what their attention reads "
+        "(parallel residual), as 7-10.",
     )
     share_attn_only: bool = option(
         False, "Give every pass over the core MLPs of its own.", needs="num_shared num_loops>1"
@@ -258,7 +271,14 @@ class Architecture:
     )
     ln_scale: bool = option(False, "Scale the norms of layer i, counted from 0, by (i + 1)^-0.5.")
     xsa_last_n: int = option(
-        0, "Exclusive self-attention in this many last layers outside the core.", low=0, high=256
+        0, "Exclusive self-attention in this many last layers, as they are stored.", low=0, high=256
+    )
+    attn_gate_width: int = option(
+        0,
+        "First channels of the attention's input that gate its heads, y 2 sigmoid(W x), W = 0 at "
+        "first; 0 leaves the gates out.",
+        low=0,
+        high=65536,
     )
     smear_gate: Literal["none", "document", "published"] = option(
         "none",
@@ -270,13 +290,11 @@ class Architecture:
     bigram_dim: int = option(
         64, "Width of the bigram embedding.", low=1, high=65536, needs="bigram_vocab_size"
     )
-    ve_last_n: int = option(
-        0,
-        "This many last layers add the shared value embedding to v; 0 leaves it out.",
-        low=0,
-        high=256,
+    ve_layers: str = option(
+        "",
+        "Layers, counted like PARALLEL_LAYERS, that add the shared value embedding to v, as 9,10.",
     )
-    ve_dim: int = option(128, "Width of the value embedding.", low=1, high=65536, needs="ve_last_n")
+    ve_dim: int = option(128, "Width of the value embedding.", low=1, high=65536, needs="ve_layers")
     qk_gain_init: float = option(1.5, "Initial gain of the normalised queries, per head.")
     tie_embeddings: bool = option(True, "Use the token embedding as output projection.")
     train_seq_len: int = option(
@@ -322,21 +340,48 @@ class Architecture:
             not pool or not core or core <= pool <= core * self.num_loops,
             f"MLP_POOL={pool} is not 0 or {core} to {core * self.num_loops}",
         )
+        gate = self.attn_gate_width
+        require(gate <= D, f"ATTN_GATE_WIDTH={gate} is more than MODEL_DIM={D}")
+        self.listed("parallel_layers")
+        self.listed("ve_layers")
+
+    @property
+    def stored_layers(self) -> int:
+        """Layers without repetition, those of the core among them."""
+        if not self.num_shared:
+            return self.num_layers
+        return self.num_prelude + self.num_shared + self.num_coda
+
+    def listed(self, name: str) -> tuple[int, ...]:
+        """The stored layers that option `name` lists, as 9,10 or 7-10; InputError if malformed."""
+        text: str = getattr(self, name)
+        span = "[0-9]{1,3}(-[0-9]{1,3})?"
+        layers: list[int] = []
+        if re.fullmatch(f"{span}(,{span}){{0,255}}", text):
+            for part in text.split(","):
+                first, _, last = part.partition("-")
+                layers.extend(range(int(first), int(last or first) + 1))
+        rising = layers == sorted(set(layers))
         require(
-            not self.xsa_last_n or any(layer.xsa for layer in make_plan(self)),
-            f"XSA_LAST_N={self.xsa_last_n} cannot act: these last layers are all in the core",
+            not text or (layers and rising and layers[-1] < self.stored_layers),
+            f"{name.upper()}={text:.80} does not list layers from 0 to {self.stored_layers - 1} in "
+            "rising order, as 0-2,4 would",
         )
+        return tuple(layers)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Architecture:
         """From an artifact's header. An older header may lack an option, which was off then."""
-        kinds = get_type_hints(cls)
+        kinds = get_type_hints(cls) | dict(ve_last_n=int)
         unknown = sorted(values.keys() - kinds)
         require(not unknown, f"its architecture has fields that this script lacks: {unknown}")
-        return cls(
-            **neutral_values(cls)
-            | {name: parse(name.upper(), show(x), kinds[name]) for name, x in values.items()}
-        )
+        known = {name: parse(name.upper(), show(x), kinds[name]) for name, x in values.items()}
+        last = known.pop("ve_last_n", 0)  # before VE_LAYERS, value embeddings had the last layers
+        a = cls(**neutral_values(cls) | known)
+        if not last:
+            return a
+        end = a.stored_layers
+        return replace(a, ve_layers=f"{max(end - last, 0)}-{end - 1}")
 
 
 def check_range(f: Field, value: Any) -> None:
@@ -379,6 +424,12 @@ class Config(Architecture):
         "none", "Where metrics go as well, if it is installed."
     )
     seed: int = option(1337, "Seed of the initial weights.", low=0, high=2**64 - 1)
+    data_seed: int = option(
+        0,
+        "Seed of a random order of training sequences; 0: the tokens of the shards in their order.",
+        low=0,
+        high=2**64 - 1,
+    )
     device: Literal["auto", "cuda", "cpu"] = option(
         "auto",
         "Where to train; auto takes CUDA if there is a GPU, and the CPU for a single process only.",
@@ -439,7 +490,23 @@ class Config(Architecture):
         20, "Steps of every training mode before the clock starts, undone afterwards."
     )
     warmdown_iters: int = option(
-        1200, "Steps (or their time) over which the learning rate falls to 0 at the end."
+        1200,
+        "Steps (or their time) over which the learning rate falls at the end.",
+        needs="!warmdown_fraction",
+    )
+    warmdown_fraction: float = option(
+        0.0,
+        "Last fraction of the run (steps or time, whichever is further) over which the learning "
+        "rate falls; 0: WARMDOWN_ITERS.",
+        low=0,
+        high=1,
+    )
+    lr_floor: float = option(
+        0.0,
+        "Fraction of the learning rate below which it does not fall.",
+        low=0,
+        high=1,
+        needs="warmdown_iters|warmdown_fraction",
     )
     train_batch_tokens: int = option(524288, "Tokens of a step, all ranks together.", low=1)
     micro_batch_tokens: int = option(65536, "Tokens of a rank's forward pass, at most.", low=1)
@@ -474,9 +541,7 @@ class Config(Architecture):
     scalar_lr: float = option(0.04, "Adam's learning rate of scales, gains, tables, projections.")
     muon_wd: float = option(0.0, "Decoupled weight decay of matrices: W <- W (1 - lr wd).")
     adam_wd: float = option(0.0, "Decoupled weight decay of embeddings and their projections.")
-    decay_scalars: bool = option(
-        False, "Let ADAM_WD decay scales, gains and tables too, as PR 1230 does.", needs="adam_wd"
-    )
+    scalar_wd: float = option(0.0, "Decoupled weight decay of scales, gains and tables.")
     matrix_init: Literal["uniform", "orthogonal"] = option(
         "uniform", "Initial matrices, of those that do not start at zero."
     )
@@ -484,10 +549,31 @@ class Config(Architecture):
         0.95, "Muon's Nesterov momentum, after its warm-up.", low=0, high=1
     )
     muon_momentum_warmup_start: float = option(
-        0.85, "Muon's momentum at step 0.", low=0, high=1, needs="muon_momentum_warmup_steps"
+        0.85,
+        "Muon's momentum at step 0.",
+        low=0,
+        high=1,
+        needs="muon_momentum_warmup_steps|muon_momentum_warmup_fraction",
     )
-    muon_momentum_warmup_steps: int = option(500, "Steps until Muon's momentum has risen.")
+    muon_momentum_warmup_steps: int = option(
+        500,
+        "Steps until Muon's momentum has risen.",
+        needs="!muon_momentum_warmup_fraction",
+    )
+    muon_momentum_warmup_fraction: float = option(
+        0.0,
+        "First fraction of the run (steps or time, whichever is further) in which Muon's momentum "
+        "rises; 0: MUON_MOMENTUM_WARMUP_STEPS.",
+        low=0,
+        high=1,
+    )
     muon_backend_steps: int = option(5, "Newton-Schulz iterations.", low=1)
+    muon_row_norm: bool = option(
+        False, "Divide every row of Muon's direction by its norm before Newton-Schulz (MuonEq-R)."
+    )
+    muon_polar: bool = option(
+        False, "Newton-Schulz with coefficients of its own for every iteration (Polar Express)."
+    )
     beta1: float = option(0.9, "Adam's decay of the first moment.", low=0, high=1 - 1e-9)
     beta2: float = option(0.95, "Adam's decay of the second moment.", low=0, high=1 - 1e-9)
     adam_eps: float = option(1e-8, "Added to the root of Adam's second moment.")
@@ -521,7 +607,7 @@ class Config(Architecture):
         "Train on rounded matrices once the learning rate is below this fraction.",
         low=0,
         high=1,
-        needs="warmdown_iters",
+        needs="warmdown_iters|warmdown_fraction",
     )
     qat_core_only: bool = option(
         False, "Round only the core's matrices in QAT.", needs="num_shared"
@@ -540,9 +626,24 @@ class Config(Architecture):
         needs="num_shared",
     )
     embed_bits: int = option(8, "Bits of a stored embedding element.", low=2, high=8)
-    quant_clip: Literal["percentile", "matrix", "row"] = option(
+    quant_clip: Literal["percentile", "matrix", "row", "sdclip"] = option(
         "percentile",
-        "Where rows saturate: a percentile, or the least squared error of the matrix or row.",
+        "Where rows saturate: a percentile, the least squared error of the matrix or row, or a "
+        "number of the row's standard deviations.",
+    )
+    matrix_clip_sigmas: float = option(
+        12.85,
+        "Standard deviations at which the rows of matrices saturate; 0: the fewest with which the "
+        "artifact fits.",
+        high=1e4,
+        needs="quant_clip=sdclip",
+    )
+    embed_clip_sigmas: float = option(
+        20.0,
+        "The same of the token embedding and the output projection, without a choice by size.",
+        low=1,
+        high=1e4,
+        needs="quant_clip=sdclip",
     )
     quant_clip_percentile: float = option(
         99.99984, "Percentile of |w| in a row beyond which weights saturate.", low=50, high=100
@@ -556,8 +657,23 @@ class Config(Architecture):
     )
     gptq_seconds: float = option(
         10.0,
-        "Seconds of MAX_WALLCLOCK_SECONDS reserved for GPTQ's calibration.",
+        "Seconds of MAX_WALLCLOCK_SECONDS reserved for GPTQ's calibration; -1: as many as a trial "
+        "before training takes, and a tenth more.",
+        low=-1,
         needs="gptq_batches max_wallclock_seconds",
+    )
+    gptq_embed: bool = option(
+        False,
+        "Round the output projection (a tied embedding) by GPTQ, too, as the matrix that it is to "
+        "the normalised last state.",
+        needs="gptq_batches",
+    )
+    gptq_damping: float = option(
+        0.01,
+        "What GPTQ adds to the diagonal of its sums, as a fraction of the diagonal's mean.",
+        low=1e-6,
+        high=1e6,
+        needs="gptq_batches",
     )
     refit_steps: int = option(
         0,
@@ -574,6 +690,9 @@ class Config(Architecture):
     )
     codec: Literal["zlib", "lzma", "brotli"] = option(
         "zlib", "Compression of the artifact; brotli is a package of its own."
+    )
+    byte_shuffle: bool = option(
+        False, "Compress the artifact's bytes in another order: those at even places, then the odd."
     )
     size_limit_bytes: int = option(
         16_000_000, "Bytes of script and artifact together; beyond it the exit code is 4."
@@ -648,6 +767,15 @@ class Config(Architecture):
         )
         require(1 not in (bits, self.core_bits), "MATRIX_BITS and CORE_BITS are 0 or 2 to 8")
         require(
+            bits or not self.fits_by_clip,
+            "MATRIX_BITS=0 and MATRIX_CLIP_SIGMAS=0: only one of them can be what makes it fit",
+        )
+        require(
+            self.quant_clip != "sdclip" or round(self.mlp_mult * self.model_dim) > 1,
+            f"QUANT_CLIP=sdclip: MLP_MULT={self.mlp_mult} of MODEL_DIM={self.model_dim} is one "
+            "channel, which has no standard deviation",
+        )
+        require(
             not cap or self.training_seconds,
             f"GPTQ_SECONDS={self.gptq_seconds} and REFIT_SECONDS={self.refit_seconds} leave none "
             f"of MAX_WALLCLOCK_SECONDS={cap}",
@@ -656,6 +784,24 @@ class Config(Architecture):
             bits or not self.refit_steps,
             f"MATRIX_BITS=0, chosen after training, rules out REFIT_STEPS={self.refit_steps}",
         )
+        require(
+            not self.fits_by_clip or not qat,
+            "MATRIX_CLIP_SIGMAS=0, chosen after training, rules out QAT_FRACTION and QAT_LR_FACTOR",
+        )
+        require(
+            not self.fits_by_clip or not self.refit_steps,
+            "MATRIX_CLIP_SIGMAS=0, chosen after training, rules out "
+            f"REFIT_STEPS={self.refit_steps}",
+        )
+        waits = {"QAT_LR_FACTOR": self.qat_lr_factor}
+        if self.average == "swa":
+            waits["SWA_LR_FACTOR"] = self.swa_lr_factor
+        for name, factor in waits.items():
+            require(
+                not factor or self.lr_floor < factor,
+                f"{name}={factor} cannot act: the learning rate stays above LR_FLOOR="
+                f"{self.lr_floor} of itself",
+            )
 
     def check_schedule(self) -> None:
         schedule, n = self.schedule(), self.num_loops
@@ -683,9 +829,14 @@ class Config(Architecture):
     @property
     def training_seconds(self) -> float:
         """When training ends: MAX_WALLCLOCK_SECONDS less GPTQ and refit; 0: no limit."""
-        reserved = self.gptq_seconds if self.gptq_batches else 0.0
+        reserved = max(self.gptq_seconds, 0.0) if self.gptq_batches else 0.0
         reserved += self.refit_seconds if self.refit_steps else 0.0
         return max(self.max_wallclock_seconds - reserved, 0.0)
+
+    @property
+    def fits_by_clip(self) -> bool:
+        """Whether export chooses the clip of matrices by the artifact's size."""
+        return self.quant_clip == "sdclip" and not self.matrix_clip_sigmas
 
     def bits(self, name: str) -> int:
         """The stored width that option `name` says; CORE_BITS=0 means MATRIX_BITS."""
@@ -693,12 +844,17 @@ class Config(Architecture):
 
     def unmet_need(self, need: str) -> str:
         """What stands against one entry of `needs`, as in NUM_LOOPS=1; "" if nothing does."""
+        unmet = [self.unmet_condition(condition) for condition in need.split("|")]
+        return " and ".join(unmet) if all(unmet) else ""
+
+    def unmet_condition(self, need: str) -> str:
+        """The same of an entry that names one option."""
         found = re.fullmatch(r"(!?)(\w+)([>=]?)(\w*)", need)
         assert found, need
         negated, name, sign, value = found.groups()
         actual = getattr(self, name)
         if sign == "=":
-            met = actual == value
+            met = (actual == value) != bool(negated)
         elif sign == ">":
             met = actual > int(value)
         else:
@@ -754,6 +910,7 @@ class Layer(NamedTuple):
     skip: int = NONE  # U-Net: index of the weight of the kept output that is added to its input
     value: int = NONE  # row of the value embedding's scales
     xsa: bool = False  # exclusive self-attention
+    parallel: bool = False  # attention and MLP read the same
     mix: bool = True  # x0 is mixed in before it
 
 
@@ -763,45 +920,41 @@ def make_plan(a: Architecture, passes: int = 0) -> tuple[Layer, ...]:
     A layer has the same row at any number of passes, and passes beyond NUM_LOOPS have the rows of
     the last one. Without a core, the prelude and coda are the two halves of a flat U-Net.
     """
-    prelude, core, coda = a.num_prelude, a.num_shared, a.num_coda
-    if not core:
-        prelude = a.num_layers // 2
-        coda = a.num_layers - prelude
-    stored = prelude + core + coda
-    skips = num_skips(a, prelude, coda)
+    prelude, core, coda = sections(a)
     last = a.num_loops - 1
     pool = core_mlps(a)
+    values = {index: row for row, index in enumerate(a.listed("ve_layers"))}
+    parallel = a.listed("parallel_layers")
 
-    def outer_layer(index: int, row: int, push: bool = False, skip: int = NONE) -> Layer:
-        mlp = index if index < prelude else index + pool - core
-        xsa = index >= stored - a.xsa_last_n
-        return Layer(row, index, mlp, push=push, skip=skip, value=value_row(index), xsa=xsa)
+    def layer(index: int, row: int) -> Layer:
+        return Layer(
+            row,
+            attn=index,
+            mlp=index if index < prelude else index + pool - core,
+            value=values.get(index, NONE),
+            xsa=index >= a.stored_layers - a.xsa_last_n,
+            parallel=index in parallel,
+        )
 
-    def value_row(index: int) -> int:
-        first = stored - a.ve_last_n
-        return index - first if index >= first else NONE
-
-    layers = [outer_layer(i, i, push=i >= prelude - skips) for i in range(prelude)]
+    layers = [layer(i, i) for i in range(prelude)]
     for number in range((passes or a.num_loops) if core else 0):
         visit = min(number, last)
         for i in range(prelude, prelude + core):
             row = i + core * visit
             layers.append(
-                Layer(
-                    row,
-                    attn=i,
+                layer(i, row)._replace(
                     mlp=prelude + (row - prelude) % pool,
                     gain=row - prelude if a.use_unique_norms else NONE,
                     core=True,
                     opens=visit if i == prelude else NONE,
                     closes=visit if i == prelude + core - 1 else NONE,
-                    value=value_row(i),
                     mix=i == prelude or not a.mix_once_a_pass,
                 )
             )
-    for t in range(coda):
-        i = prelude + core + t
-        layers.append(outer_layer(i, i + core * last, skip=t if t < skips else NONE))
+    layers += [layer(i, i + core * last) for i in range(prelude + core, a.stored_layers)]
+    for source, target, row in skip_pairs(a, passes):
+        layers[source] = layers[source]._replace(push=True)
+        layers[target] = layers[target]._replace(skip=row)
     return tuple(layers)
 
 
@@ -812,12 +965,79 @@ def core_mlps(a: Architecture) -> int:
     return a.mlp_pool or a.num_shared
 
 
-def num_skips(a: Architecture, prelude: int, coda: int) -> int:
-    """U-Net skips: the last `n` layers before the core feed the first `n` after it, in reverse."""
-    if not a.num_shared or a.core_skips == "all":
-        return min(prelude, coda)
-    # PR 1230 adds a skip only while the tail layer's index is below the number of skips left.
-    return min((prelude + 1) // 2, coda) if a.core_skips == "published" else 0
+def sections(a: Architecture) -> tuple[int, int, int]:
+    """Layers of prelude, core and coda; a flat U-Net has two halves and no core."""
+    if a.num_shared:
+        return a.num_prelude, a.num_shared, a.num_coda
+    half = a.num_layers // 2
+    return half, 0, a.num_layers - half
+
+
+class Skip(NamedTuple):
+    """A U-Net skip. Of those of a plan, any two are nested or apart."""
+
+    source: int  # the effective layer whose output is kept
+    target: int  # the effective layer that takes it
+    row: int  # of the weights
+
+
+def skip_pairs(a: Architecture, passes: int) -> list[Skip]:
+    """The U-Net skips of the plan with so many passes (0: NUM_LOOPS)."""
+    prelude, core, coda = sections(a)
+    passes = passes or a.num_loops
+    if not core or a.core_skips == "all":
+        number = min(prelude, coda)
+    elif a.core_skips == "published":
+        # PR 1230 adds a skip only while the tail layer's index is below the number of skips left.
+        number = min((prelude + 1) // 2, coda)
+    elif a.core_skips == "looped":
+        return looped_skips(visits(a, a.num_loops), visits(a, passes))
+    elif a.core_skips == "by_position":
+        # At another number of passes a place has other partners (PR 1394), and a new place none.
+        half = len(visits(a, passes)) // 2
+        known = len(visits(a, a.num_loops)) // 2
+        return [Skip(half - 1 - r, half + r, r) for r in range(min(half, known))]
+    else:
+        number = 0
+    first = prelude + core * passes
+    return [Skip(prelude - 1 - t, first + t, t) for t in range(number)]
+
+
+class Visit(NamedTuple):
+    """An effective layer by its stored layer and by how often that was visited."""
+
+    layer: int
+    before: int  # visits before this one
+    after: int
+
+
+def visits(a: Architecture, passes: int) -> list[Visit]:
+    """The effective layers of the plan with so many passes."""
+    prelude, core, coda = sections(a)
+    inner = range(prelude, prelude + core)
+    return (
+        [Visit(i, 0, 0) for i in range(prelude)]
+        + [Visit(i, p, passes - 1 - p) for p in range(passes) for i in inner]
+        + [Visit(i, 0, 0) for i in range(prelude + core, prelude + core + coda)]
+    )
+
+
+def looped_skips(full: list[Visit], plan: list[Visit]) -> list[Skip]:
+    """The skips of `plan`: those of the two halves of `full` whose ends are there, in their order.
+
+    The visits of a source count from its first, those of a target from its last, so that a skip
+    has the same partners, and the same weights, at any number of passes.
+    """
+    sources = {(v.layer, v.before): at for at, v in enumerate(plan)}
+    targets = {(v.layer, v.after): at for at, v in enumerate(plan)}
+    half, skips = len(full) // 2, []
+    for row in range(half):
+        kept, taker = full[half - 1 - row], full[half + row]
+        source = sources.get((kept.layer, kept.before), len(plan))
+        target = targets.get((taker.layer, taker.after), NONE)
+        if source < target:
+            skips.append(Skip(source, target, row))
+    return skips
 
 
 # ---- 3. Model ----------------------------------------------------------------------------------
@@ -831,19 +1051,20 @@ class Role(NamedTuple):
     optimizer: Literal["muon", "adam"]
     lr: str  # the option that is its learning rate
     bits: str = ""  # the option that is its stored width; "": float16
-    decays: bool = True  # ADAM_WD decays it without DECAY_SCALARS
+    decay: str = "adam_wd"  # the option that is its weight decay
+    clip: str = ""  # the option that is its clip under QUANT_CLIP=sdclip; "": a percentile
 
 
 ROLES = {
-    "matrix": Role("muon", "matrix_lr", "matrix_bits"),
-    "core matrix": Role("muon", "matrix_lr", "core_bits"),
-    "tied embedding": Role("adam", "tied_embed_lr", "embed_bits"),
-    "embedding": Role("adam", "embed_lr", "embed_bits"),
-    "head": Role("adam", "head_lr", "embed_bits"),
+    "matrix": Role("muon", "matrix_lr", "matrix_bits", "muon_wd", "matrix_clip_sigmas"),
+    "core matrix": Role("muon", "matrix_lr", "core_bits", "muon_wd", "matrix_clip_sigmas"),
+    "tied embedding": Role("adam", "tied_embed_lr", "embed_bits", clip="embed_clip_sigmas"),
+    "embedding": Role("adam", "embed_lr", "embed_bits", clip="embed_clip_sigmas"),
+    "head": Role("adam", "head_lr", "embed_bits", clip="embed_clip_sigmas"),
     "side embedding": Role("adam", "tied_embed_lr", "embed_bits"),  # bigrams, values
     "projection": Role("adam", "scalar_lr", "embed_bits"),  # of side embeddings, error feedback
-    "table": Role("adam", "scalar_lr", decays=False),  # a row for every effective layer
-    "scalar": Role("adam", "scalar_lr", decays=False),  # a vector of one layer
+    "table": Role("adam", "scalar_lr", decay="scalar_wd"),  # a row for every effective layer
+    "scalar": Role("adam", "scalar_lr", decay="scalar_wd"),  # a vector of one layer
 }
 
 
@@ -874,6 +1095,8 @@ class Rounding(NamedTuple):
 
     bits: int = 0  # 0: none
     floor: float = 0.0  # QUANT_SCALE_FLOOR
+    search: bool = False  # rows saturate at the clip of least error, not at their largest weight
+    sigmas: float = 0.0  # or at so many standard deviations
 
 
 class Mode(NamedTuple):
@@ -907,6 +1130,21 @@ def round_to_steps(w: Tensor, step: Tensor, bits: int) -> Tensor:
     return torch.round(w / step).clamp(-levels, levels)
 
 
+def training_clip(w: Tensor, rounding: Rounding) -> Tensor:
+    """Where the rows of w [r, c] saturate in training, [r, 1]: as in export where that is cheap.
+
+    For QUANT_CLIP=row and sdclip the two grids are one. The rules of the reference differ: rows end
+    at their largest weight, and export alone looks for quantiles (PR 1230). Training on the clips
+    that export searches was .0037 bpb better (six seeds, five of them better, standard error .0019;
+    4 bits, D 64, 120 steps: records/qat_grid).
+    """
+    if rounding.sigmas:
+        return rounding.sigmas * w.std(1, keepdim=True)
+    if rounding.search:
+        return least_error_clip(w, rounding.bits, rounding.floor)[:, None]
+    return w.abs().amax(1, keepdim=True)
+
+
 class Matrix(nn.Module):
     """A linear map without bias, which Muon trains and the quantiser rounds."""
 
@@ -918,10 +1156,8 @@ class Matrix(nn.Module):
         """x [..., c] -> [..., r]; `factor` multiplies columns [c] or rows [r, 1] of the weight."""
         w: Tensor = self.weight
         if rounding.bits:
-            # Straight-through (arXiv 1308.3432). The grid ends at the row's largest weight, as that
-            # of QUANT_CLIP=percentile does; export alone searches for other clips, as in PR 1230.
-            exact = w.detach()
-            step = row_steps(exact.abs().amax(1, keepdim=True), rounding.bits, rounding.floor)
+            exact = w.detach()  # the gradient goes straight through (arXiv 1308.3432)
+            step = row_steps(training_clip(exact, rounding), rounding.bits, rounding.floor)
             w = w + (round_to_steps(exact, step, rounding.bits) * step - exact)
         return F.linear(x, (w * factor).to(x.dtype))
 
@@ -1025,6 +1261,7 @@ class Context(NamedTuple):
     attention: Callable[..., Tensor]  # of q, k, v
     value: Tensor | None = None  # value embedding [B, T, K E] that is added to v
     xsa: bool = False
+    parallel: bool = False
 
 
 class Mix(nn.Module):
@@ -1079,11 +1316,15 @@ class Attention(nn.Module):
         self.proj = Matrix(torch.zeros(a.model_dim, a.model_dim), core)
         self.q_gain = parameter("scalar", torch.full((a.num_heads,), a.qk_gain_init))
         self.scale = parameter("scalar", torch.ones(a.model_dim))
+        self.gated = a.attn_gate_width > 0
+        if self.gated:
+            self.gate = parameter("scalar", torch.zeros(a.num_heads, a.attn_gate_width))
 
     def forward(self, x: Tensor, mod: Modulation, context: Context) -> Tensor:
         B, T, _ = x.shape
         H, K = self.num_heads, self.num_kv_heads
-        qkv = self.qkv(rms_norm(x), mod.gain, context.rounding).view(B, T, -1, self.head_dim)
+        h = rms_norm(x)
+        qkv = self.qkv(h, mod.gain, context.rounding).view(B, T, -1, self.head_dim)
         qk, v = qkv.split((H + K, K), dim=2)
         if context.value is not None:
             v = v + context.value.view(v.shape)
@@ -1094,8 +1335,19 @@ class Attention(nn.Module):
         y = context.attention(q, k, v.transpose(1, 2)).transpose(1, 2)
         if context.xsa:
             y = without_own_value(y, v)
+        if self.gated:
+            y = y * self.open_gates(h, mod.gain)[..., None]
         scale = (self.scale * mod.gamma)[:, None]
         return x + self.proj(y.flatten(2), scale, context.rounding) + mod.beta
+
+    def open_gates(self, h: Tensor, gain: Tensor) -> Tensor:
+        """Factors of the heads [B, T, H], 0 to 2, by the first channels of h [B, T, D].
+
+        With twice a sigmoid, heads start as they are without gates (PR 1667).
+        """
+        width = self.gate.shape[1]
+        weight = (self.gate * gain[:width]).to(h.dtype)
+        return 2 * torch.sigmoid(F.linear(h[..., :width], weight))
 
 
 class MLP(nn.Module):
@@ -1110,8 +1362,12 @@ class MLP(nn.Module):
         self.proj = Matrix(torch.zeros(a.model_dim, hidden), core)
         self.scale = parameter("scalar", torch.ones(a.model_dim))
 
-    def forward(self, x: Tensor, mod: Modulation, rounding: Rounding) -> Tensor:
-        h = self.fc(rms_norm(x) if self.input_norm else x, mod.gain, rounding)
+    def forward(
+        self, x: Tensor, mod: Modulation, rounding: Rounding, read: Tensor | None = None
+    ) -> Tensor:
+        """x [B, T, D] plus the branch of `read`, or of x itself."""
+        read = x if read is None else read
+        h = self.fc(rms_norm(read) if self.input_norm else read, mod.gain, rounding)
         h = F.leaky_relu(h, self.slope).square()
         scale = self.scale * mod.gamma
         if self.output_norm:
@@ -1134,9 +1390,9 @@ def block(
     layer: LayerModules, x: Tensor, x0: Tensor, cond: LayerConditioning, context: Context
 ) -> Tensor:
     """One effective layer, [B, T, D] -> [B, T, D]; COMPILE=block compiles it once for all alike."""
-    x = layer.mix(x, x0) + cond.depth
-    x = layer.attn(x, cond.attn, context)
-    return layer.mlp(x, cond.mlp, context.rounding)
+    start = layer.mix(x, x0) + cond.depth
+    x = layer.attn(start, cond.attn, context)
+    return layer.mlp(x, cond.mlp, context.rounding, start if context.parallel else None)
 
 
 def head_loss(h: Tensor, head: Tensor, targets: Tensor, softcap: float) -> Tensor:
@@ -1432,14 +1688,16 @@ class GPT(nn.Module):
         self.mlp = modules(MLP(a, x.core, has_input_norm(a, x)) for x in mlps.values())
         self.cond = Conditioning(a, trained)
         self.core = PassBoundary(a)  # its parameters are named core.* in artifacts
-        self.skip = nn.ParameterList(
-            parameter("scalar", torch.ones(D)) for layer in trained if layer.push
-        )
+        skips = [layer for layer in trained if layer.push]
+        self.skip = nn.ParameterList(parameter("scalar", torch.ones(D)) for _ in skips)
+        self.gated_skips = a.skip_gates
+        gates = skips if a.skip_gates else []
+        self.skip_gate = nn.ParameterList(parameter("scalar", torch.zeros(D)) for _ in gates)
         if self.smear != "none":
             self.smear_gate = parameter("scalar", torch.zeros(D))
         if self.buckets:
             self.bigram = SideEmbedding(self.buckets, a.bigram_dim, D, 0.05)
-        self.has_values = a.ve_last_n > 0
+        self.has_values = any(layer.value != NONE for layer in trained)
         if self.has_values:
             self.value = SideEmbedding(V, a.ve_dim, D // a.num_heads * a.num_kv_heads, 0.1)
             self.value_scale = parameter("scalar", torch.ones(1 + max(x.value for x in trained)))
@@ -1487,14 +1745,15 @@ class GPT(nn.Module):
         starts: list[Tensor] = []  # of passes over the core
         ends: list[Tensor] = []
         lanes: Sequence[Tensor] = ()  # what goes past the core with LOOP_LANES=2
-        begun = x0  # the state before the first pass
+        begun, outside = x0, 0  # the state before the first pass; the outputs kept until then
         for layer, cond in zip(plan, conditions):
             if layer.skip != NONE:
-                x = torch.addcmul(x, kept.pop(), self.skip[layer.skip].to(self.dtype))
+                x = self.with_skip(x, kept.pop(), layer.skip)
             if layer.opens == 0:
-                begun = x
+                begun, outside = x, len(kept)
             if mode.truncated and layer.opens == mode.passes - 1:
                 x, *lanes = around_passes([x, *lanes], begun)
+                kept[outside:] = around_passes(kept[outside:], begun)
             if layer.opens != NONE:
                 x, lanes = self.core.enter(x, lanes, layer.opens)
                 starts.append(x)
@@ -1505,6 +1764,7 @@ class GPT(nn.Module):
                 attention=ops.attention,
                 value=values[layer.value] if layer.value != NONE else None,
                 xsa=layer.xsa,
+                parallel=layer.parallel,
             )
             x = ops.block(stored, x, x0, cond, context)
             if layer.closes != NONE:
@@ -1513,6 +1773,22 @@ class GPT(nn.Module):
             if layer.push:
                 kept.append(x)
         return rms_norm(x), self.penalty(mode, starts, ends)
+
+    def with_skip(self, x: Tensor, kept: Tensor, row: int) -> Tensor:
+        """x with an earlier layer's output, added or mixed in, by the weights of `row`."""
+        weight = self.skip[row].to(x.dtype)
+        if not self.gated_skips:
+            return torch.addcmul(x, kept, weight)
+        return torch.lerp(kept * weight, x, torch.sigmoid(self.skip_gate[row]).to(x.dtype))
+
+    def idle(self, passes: int) -> list[nn.Parameter]:
+        """Vectors that no layer uses in so many passes over the core, and in others does."""
+        taken = {layer.skip for layer in self.plans[passes]}
+        rows = [row for row in range(len(self.skip)) if row not in taken]
+        skips = [self.skip[row] for row in rows]
+        gates = [self.skip_gate[row] for row in rows if self.gated_skips]
+        between = self.core.unused_in_one_pass() if passes == 1 else []
+        return [*skips, *gates, *between]
 
     def penalty(self, mode: Mode, starts: list[Tensor], ends: list[Tensor]) -> Tensor | float:
         """The weighted mean penalty on growth over all passes, or over each; 0 without a core."""
@@ -1538,17 +1814,37 @@ def has_input_norm(a: Architecture, layer: Layer) -> bool:
 # ---- 4. Optimizers -----------------------------------------------------------------------------
 
 
-def newton_schulz(x: Tensor, steps: int) -> Tensor:
-    """Moves the singular values of [N, r, c], r <= c, to 0.7 to 1.2.
+ALIKE = ((3.4445, -4.7750, 2.0315),)  # kellerjordan.github.io/posts/muon
+# arXiv 2505.16932, as PR 1344 rounds them.
+POLAR_EXPRESS = (
+    (8.156554, -22.483293, 15.878770),
+    (4.042930, -2.808917, 0.500018),
+    (3.891668, -2.772484, 0.506065),
+    (3.285754, -2.368129, 0.464490),
+    (2.346541, -1.709783, 0.423236),
+)
 
-    Source: kellerjordan.github.io/posts/muon.
+
+def newton_schulz(x: Tensor, steps: int, polar: bool = False) -> Tensor:
+    """Moves the singular values s of [N, r, c], r <= c, towards 1, by a s + b s^3 + c s^5.
+
+    Five iterations bring them to 0.7 to 1.2, or with `polar` nearer. The last coefficients are
+    those of all further iterations.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
+    coefficients = POLAR_EXPRESS if polar else ALIKE
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for i in range(steps):
+        a, b, c = coefficients[min(i, len(coefficients) - 1)]
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
+
+
+def normalise_rows(directions: tuple[Tensor, ...] | list[Tensor]) -> None:
+    """Divides every row, of an output unit, by its norm (MuonEq-R, arXiv 2603.28254)."""
+    norms = [direction.norm(dim=1, keepdim=True) for direction in directions]
+    torch._foreach_clamp_min_(norms, 1e-7)
+    torch._foreach_div_(directions, norms)
 
 
 class Update(NamedTuple):
@@ -1567,12 +1863,19 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: list[nn.Parameter], lr: float, momentum: float, steps: int, decay: float = 0.0
+        self,
+        params: list[nn.Parameter],
+        lr: float,
+        momentum: float,
+        steps: int,
+        decay: float = 0.0,
+        row_norm: bool = False,
+        polar: bool = False,
     ) -> None:
         # Of the core's learning rate: a step has a fixed length, and moves the function as often as
         # its matrix is used.
         super().__init__(params, dict(lr=lr, momentum=momentum, core_factor=1.0))
-        self.steps, self.decay = steps, decay
+        self.steps, self.decay, self.row_norm, self.polar = steps, decay, row_norm, polar
         self.state.update({p: dict(velocity=torch.zeros_like(p)) for p in params})
         self.dtype = torch.bfloat16 if params[0].is_cuda else torch.float32
         self.iterate: Callable[..., Tensor] = newton_schulz
@@ -1588,6 +1891,8 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_mul_(velocities, group["momentum"])
             torch._foreach_add_(velocities, grads)
             directions = torch._foreach_add(grads, velocities, alpha=group["momentum"])
+            if self.row_norm:
+                normalise_rows(directions)
             for stack in self.stacks(params, directions, rates):
                 self.apply(stack)
 
@@ -1610,7 +1915,7 @@ class Muon(torch.optim.Optimizer):
 
     def apply(self, stack: list[Update]) -> None:
         batch = torch.stack([update.direction for update in stack]).to(self.dtype)
-        steps = self.iterate(batch, self.steps).float().unbind()
+        steps = self.iterate(batch, self.steps, self.polar).float().unbind()
         steps = torch._foreach_mul(steps, [update.rate for update in stack])
         torch._foreach_add_([update.weight for update in stack], steps)
 
@@ -1627,9 +1932,9 @@ def make_optimizers(model: GPT, config: Config) -> Optimizers:
     groups = []
     for name, role in ROLES.items():
         if role.optimizer == "adam":
-            decay = config.adam_wd if role.decays or config.decay_scalars else 0.0
+            lr, decay = getattr(config, role.lr), getattr(config, role.decay)
             members = [p for p in params if p.role == name]  # type: ignore[attr-defined]
-            groups.append(dict(params=members, lr=getattr(config, role.lr), weight_decay=decay))
+            groups.append(dict(params=members, lr=lr, weight_decay=decay))
     adam = torch.optim.AdamW(
         groups, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True
     )
@@ -1644,6 +1949,8 @@ def make_optimizers(model: GPT, config: Config) -> Optimizers:
         momentum=config.muon_momentum,
         steps=config.muon_backend_steps,
         decay=config.muon_wd,
+        row_norm=config.muon_row_norm,
+        polar=config.muon_polar,
     )
     return Optimizers(adam, muon)
 
@@ -1673,59 +1980,87 @@ def dequantize_rows(q: Tensor, step: Tensor) -> Tensor:
     return q.float() * step.float()[:, None]
 
 
-def row_clip(w: Tensor, bits: int, config: Config) -> Tensor:
+def row_clip(w: Tensor, bits: int, config: Config, sigmas: float = 0.0) -> Tensor:
     """Where the rows of w [r, c] saturate, [r], as QUANT_CLIP says."""
-    size = w.abs()
-
-    def squared_error(clip: Tensor) -> Tensor:
-        rounded = dequantize_rows(*quantize_rows(w, clip, bits, config.quant_scale_floor))
-        return (rounded - w).square().sum(1)
-
+    if config.quant_clip == "sdclip":  # sigmas of each row's own standard deviations (PR 1394)
+        return sigmas * w.std(1)
+    size, floor = w.abs(), config.quant_scale_floor
     if config.quant_clip == "percentile":
         return torch.quantile(size, config.quant_clip_percentile / 100, dim=1)
     if config.quant_clip == "matrix":  # one of five quantiles for all rows (PR 1230)
         quantiles = size.new_tensor([0.999, 0.9995, 0.9999, 0.99999, 1.0])
         clips = torch.quantile(size, quantiles, dim=1)
-        errors = torch.stack([squared_error(clip) for clip in clips])
-        return clips[errors.sum(1).argmin()]
+        return clips[rounding_errors(w, clips, bits, floor).sum(1).argmin()]
+    return least_error_clip(w, bits, floor)
+
+
+def least_error_clip(w: Tensor, bits: int, floor: float) -> Tensor:
+    """The share of each row's largest weight that rounds w [r, c] with the least error, [r]."""
     shares = torch.linspace(0.3, 1, 29, device=w.device)
-    clips = shares[:, None] * size.amax(1)
-    errors = torch.stack([squared_error(clip) for clip in clips])
-    return clips.gather(0, errors.argmin(0)[None])[0]
+    clips = shares[:, None] * w.abs().amax(1)
+    return clips.gather(0, rounding_errors(w, clips, bits, floor).argmin(0)[None])[0]
 
 
-def gptq_rows(w: Tensor, step: Tensor, bits: int, hessian: Tensor) -> Tensor:
+def rounding_errors(w: Tensor, clips: Tensor, bits: int, floor: float) -> Tensor:
+    """Squared errors [n, r] of the rows of w [r, c] when they saturate at clips [n, r]."""
+    rounded = (dequantize_rows(*quantize_rows(w, clip, bits, floor)) for clip in clips)
+    return torch.stack([(values - w).square().sum(1) for values in rounded])
+
+
+GPTQ_BLOCK = 128  # columns whose error is moved onto all later ones together
+
+
+def gptq_rows(w: Tensor, step: Tensor, bits: int, hessian: Tensor, damping: float = 0.01) -> Tensor:
     """Integers as int8 of w [r, c], rounded column by column, the error moved onto later columns.
 
     So w x changes least over inputs x with sum x x^T = hessian [c, c] (GPTQ, arXiv 2210.17323).
     """
     h = hessian.double()
     order = h.diagonal().argsort(descending=True)  # columns of large inputs first
-    damping = 0.01 * h.diagonal().mean() + 1e-12
-    h = h[order][:, order] + torch.eye(len(h), device=h.device) * damping
+    added = damping * h.diagonal().mean() + 1e-12
+    h = h[order][:, order] + torch.eye(len(h), device=h.device) * added
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
     upper = torch.linalg.cholesky(inverse, upper=True).float()
-    left, q = w[:, order].clone(), torch.empty_like(w)
-    for j in range(w.shape[1]):
-        q[:, j] = round_to_steps(left[:, j], step, bits)
-        error = (left[:, j] - q[:, j] * step) / upper[j, j]
-        left[:, j + 1 :].addr_(error, upper[j, j + 1 :], alpha=-1)
-    return q[:, order.argsort()].to(torch.int8)
+    left = w.T[order].contiguous()  # [c, r]: what is a column of w lies in one place
+    q = torch.empty_like(left)
+    for start in range(0, len(left), GPTQ_BLOCK):
+        stop = min(start + GPTQ_BLOCK, len(left))
+        errors = torch.empty_like(left[start:stop])
+        for j in range(start, stop):
+            q[j] = round_to_steps(left[j], step, bits)
+            errors[j - start] = (left[j] - q[j] * step) / upper[j, j]
+            left[j + 1 : stop].addr_(upper[j, j + 1 : stop], errors[j - start], alpha=-1)
+        left[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+    return q[order.argsort()].T.contiguous().to(torch.int8)
 
 
 @torch.no_grad()
-def input_moments(model: GPT, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """GPTQ's Hessians: sums of x x^T [c, c] over the inputs x of every matrix, all passes."""
+def input_moments(
+    model: GPT, batches: Iterable[tuple[Tensor, Tensor]], with_head: bool = False
+) -> dict[str, Tensor]:
+    """GPTQ's Hessians: sums of x x^T [c, c] over the inputs x of every matrix, all passes.
+
+    The output projection, a matrix too, is among them `with_head`.
+    """
     sums: dict[str, Tensor] = {}
 
+    def add(name: str, x: Tensor) -> None:
+        sums[name] = sums.get(name, 0.0) + x.T @ x
+
     def watch(name: str, matrix: Matrix) -> Any:
-        def add(_: nn.Module, args: tuple[Any, ...]) -> None:
+        def add_input(_: nn.Module, args: tuple[Any, ...]) -> None:
             x, factor = args[0].flatten(0, -2).float(), torch.as_tensor(args[1])
             if factor.dim() == 1:  # a gain on the weight's columns acts on its input
                 x = x * factor
-            sums[name] = sums.get(name, 0.0) + x.T @ x
+            add(name, x)
 
-        return matrix.register_forward_pre_hook(add)
+        return matrix.register_forward_pre_hook(add_input)
+
+    def no_loss(h: Tensor, *_: Any) -> Tensor:
+        """In the place of the loss, which takes the last state and is not needed."""
+        if with_head:
+            add("tok_emb" if model.tied else "lm_head", h.float())
+        return h.new_zeros(())
 
     hooks = [
         watch(f"{name}.weight", module)
@@ -1733,7 +2068,7 @@ def input_moments(model: GPT, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[
         if isinstance(module, Matrix)
     ]
     for ids, targets in batches:
-        model(ids, targets, model.scoring)
+        model(ids, targets, model.scoring, PLAIN_OPS._replace(loss=no_loss))
     for hook in hooks:
         hook.remove()
     return sums
@@ -1754,11 +2089,14 @@ def store(p: nn.Parameter, config: Config, hessian: Tensor | None) -> Stored:
         exact_enough = (half.float() - w).norm() <= 1e-3 * w.norm()  # and does not overflow
         return Stored("float16", [half]) if exact_enough else Stored("float32", [w])
     bits = config.bits(role.bits)
-    if role.optimizer != "muon":  # the searches are for matrices
+    sigmas = 0.0
+    if config.quant_clip == "sdclip" and role.clip:
+        sigmas = getattr(config, role.clip)
+    elif role.optimizer != "muon":  # the searches are for matrices
         config = replace(config, quant_clip="percentile")
-    q, step = quantize_rows(w, row_clip(w, bits, config), bits, config.quant_scale_floor)
+    q, step = quantize_rows(w, row_clip(w, bits, config, sigmas), bits, config.quant_scale_floor)
     if hessian is not None:
-        q = gptq_rows(w, step.float(), bits, hessian)
+        q = gptq_rows(w, step.float(), bits, hessian, config.gptq_damping)
     return Stored(f"int{bits}", [q, step])
 
 
@@ -1772,14 +2110,97 @@ def pack(model: GPT, config: Config, hessians: Mapping[str, Tensor] | None = Non
         tensors=[(name, stored.kind) for name, stored in held.items()],
     )
     values = (t.cpu().numpy().tobytes() for stored in held.values() for t in stored.tensors)
-    return seal("artifact", config.codec, header, values)
+    codec = config.codec + SHUFFLED if config.byte_shuffle else config.codec
+    return seal("artifact", codec, header, values)
+
+
+LANDING = 0.003  # share of SIZE_LIMIT_BYTES that MATRIX_CLIP_SIGMAS=0 leaves unused, at most
+LANDING_TRIALS = 12  # most runs need two or three
+MOST_SIGMAS = 1e4  # every weight is rounded to 0
+# Bytes that codecs make of an integer in units of its entropy: of a million normal ones, in steps
+# of 12.85 / 31 standard deviations.
+OVERHEAD = dict(zlib=1.158, lzma=1.058, brotli=1.014)
+
+
+def expected_bytes(model: GPT, config: Config) -> float:
+    """Bytes of script and artifact, were the rows of all matrices normally distributed.
+
+    In steps of s standard deviations, such a weight has log2(sqrt(2 pi e) / s) bits of entropy.
+    """
+    total = float(len(script_file()))
+    for p in model.parameters():
+        role = role_of(p)
+        if not role.bits:
+            total += 2 * p.numel()
+            continue
+        bits = float(config.bits(role.bits))
+        if role.clip:
+            step = getattr(config, role.clip) / max_level(config.bits(role.bits))
+            bits = OVERHEAD[config.codec] * max(2.047 - math.log2(step), 0.0)
+        total += 2 * len(p) + p.numel() * bits / 8
+    return total
+
+
+def least_clip(config: Config) -> float:
+    """Standard deviations below which saturation costs more than the smaller steps gain.
+
+    For Laplace-distributed weights, the squared error is within 2 % of the least at 2 to 8 bits.
+    """
+    bits = max(config.matrix_bits, config.core_bits)
+    return round(1.3 + 1.17 * math.log(max_level(bits)), 4)
+
+
+def clip_of_size(model: GPT, config: Config, size: float, between: tuple[float, float]) -> float:
+    """The MATRIX_CLIP_SIGMAS whose `expected_bytes` are `size`, or the nearest in an interval."""
+    low, high = between
+    for _ in range(60):
+        middle = math.sqrt(low * high)
+        if expected_bytes(model, replace(config, matrix_clip_sigmas=middle)) > size:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def pack_by_clip(model: GPT, config: Config, hessians: Mapping[str, Tensor], log: Log) -> bytes:
+    """The artifact of the fewest MATRIX_CLIP_SIGMAS with which it and the script fit.
+
+    They end within LANDING below the limit, unless there is room for finer steps than help. What
+    a trial has more or fewer bytes than expected, the next one is expected to have, too.
+    """
+    limit, least = config.size_limit_bytes, least_clip(config)
+    low, high, surplus = least, MOST_SIGMAS, 0.0  # too many bytes at `low`, few enough at `high`
+    fitting = data = b""
+    tried: set[float] = set()
+    while low < high and len(tried) < LANDING_TRIALS:
+        aim = (1 - LANDING / 3) * limit - surplus
+        sigmas = round(clip_of_size(model, config, aim, (low, high)), 4)
+        if sigmas in tried:  # an end of the interval: the weights are nothing like normal
+            sigmas = round(math.sqrt(low * high), 4)
+        tried.add(sigmas)
+        chosen = replace(config, matrix_clip_sigmas=sigmas)
+        data = pack(model, chosen, hessians)
+        total = len(script_file()) + len(data)
+        log(f"packed matrix_clip_sigmas:{sigmas} codec:{config.codec} total:{total} bytes")
+        surplus = total - expected_bytes(model, chosen)
+        if total > limit:
+            low = sigmas
+            continue
+        high, fitting = sigmas, data
+        if total >= (1 - LANDING) * limit:
+            break
+        if sigmas == least:
+            log(f"{limit - total} bytes are left, which only more MATRIX_BITS can use")
+    return fitting or data
 
 
 def pack_to_fit(model: GPT, config: Config, hessians: Mapping[str, Tensor], log: Log) -> bytes:
-    """The artifact; for MATRIX_BITS=0 that of the most bits with which it and the script fit."""
+    """The artifact; if MATRIX_BITS=0, or MATRIX_CLIP_SIGMAS=0, of those with which it fits."""
+    if config.fits_by_clip:
+        return pack_by_clip(model, config, hessians, log)
     for bits in [config.matrix_bits] if config.matrix_bits else range(8, 1, -1):
         data = pack(model, replace(config, matrix_bits=bits), hessians)
-        total = len(source()) + len(data)
+        total = len(script_file()) + len(data)
         log(f"packed matrix_bits:{bits} codec:{config.codec} total:{total} bytes")
         if total <= config.size_limit_bytes:
             break
@@ -2165,12 +2586,44 @@ class Tokens:
         return tokens
 
 
+class Shuffle:
+    """A random order of the sequences of a split, without end.
+
+    An epoch skips a random number of tokens, cuts the rest into sequences and permutes them: each
+    comes once before any comes again, and the next epoch cuts elsewhere. All of it follows from
+    DATA_SEED and the size of the split, whatever its shards: ranks need not agree on it, and a run
+    that goes on need only know its step.
+    """
+
+    def __init__(self, tokens: Tokens, length: int, seed: int) -> None:
+        self.tokens, self.length, self.seed = tokens, length, seed
+        self.epoch, self.starts = NONE, np.empty(0, np.int64)  # the epoch that was drawn last
+
+    def start(self, number: int) -> int:
+        """Where in the split the `number`-th sequence of training begins."""
+        T, total = self.length, self.tokens.total
+        count = max(total // T - 1, 1)  # of sequences, as many in every epoch
+        epoch, index = divmod(number, count)
+        if epoch != self.epoch:
+            draw = np.random.default_rng((self.seed, epoch))
+            skipped = draw.integers(min(T, total - count * T))
+            self.epoch, self.starts = epoch, skipped + T * draw.permutation(count)
+        return int(self.starts[index])
+
+
 class Batches:
-    """Step s is the s-th TRAIN_BATCH_TOKENS of the split; each rank has sequences of them."""
+    """Step s is the s-th TRAIN_BATCH_TOKENS of the split; each rank has sequences of them.
+
+    The split is in its order, or with DATA_SEED in a random one. A thread of its own reads, so that
+    a disk that is slow or far away does not keep a step waiting.
+    """
 
     def __init__(self, tokens: Tokens, config: Config, world: World) -> None:
         T, batch = config.train_seq_len, config.train_batch_tokens
-        self.tokens, self.world, self.length, self.batch = tokens, world, T, batch
+        self.tokens, self.world, self.length = tokens, world, T
+        self.shuffle = Shuffle(tokens, T, config.data_seed) if config.data_seed else None
+        self.reader = ThreadPoolExecutor(1)
+        self.ahead: dict[int, Future[list[Tensor]]] = {}  # by step
         sequences, ragged = divmod(batch, T)
         require(
             sequences and not ragged,
@@ -2188,16 +2641,43 @@ class Batches:
         self.accumulation = next(n for n in divisors if local // n <= limit)
         self.sequences = local // self.accumulation  # per rank and micro-batch
 
+    def start(self, number: int) -> int:
+        """Where in the split, which starts again at its end, a sequence of training begins."""
+        return self.shuffle.start(number) if self.shuffle else number * self.length
+
+    def read_ahead(self, step: int) -> None:
+        """Begins to read a step that is to come."""
+        self.ahead[step] = self.reader.submit(self.read, step)
+
     def micro(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Inputs and targets, int64 [B, T] on the rank's device, of every micro-batch of a step."""
-        size = self.sequences * self.length
-        for i in range(self.accumulation):
-            first = (i * self.world.size + self.world.rank) * size
-            span = self.tokens.read(step * self.batch + first, size + 1)
+        if step not in self.ahead:
+            self.read_ahead(step)
+        for pair in self.ahead.pop(step).result():
             if self.world.on_cuda:
-                span = span.pin_memory()  # else the copy waits for the device's queue
-            span = span.to(self.world.device, non_blocking=True).long()
-            yield span[:-1].view(-1, self.length), span[1:].view(-1, self.length)
+                pair = pair.pin_memory()  # else the copy waits for the device's queue
+            pair = pair.to(self.world.device, non_blocking=True).long()
+            yield pair[0], pair[1]
+
+    def read(self, step: int) -> list[Tensor]:
+        """Inputs and targets, int32 [2, B, T], of every micro-batch of a step."""
+        first = step * self.accumulation * self.world.size + self.world.rank
+        return [
+            self.read_sequences((first + i * self.world.size) * self.sequences)
+            for i in range(self.accumulation)
+        ]
+
+    def read_sequences(self, first: int) -> Tensor:
+        """Inputs and targets, int32 [2, B, T], of the sequences from the `first`-th one on."""
+        B, T = self.sequences, self.length
+        if self.shuffle:
+            starts = map(self.start, range(first, first + B))
+            rows = np.stack([self.tokens.read(start, T + 1) for start in starts])
+            ids, targets = rows[:, :-1], rows[:, 1:]
+        else:
+            span = self.tokens.read(self.start(first), B * T + 1).numpy()
+            ids, targets = span[:-1].reshape(B, T), span[1:].reshape(B, T)
+        return torch.from_numpy(np.stack([ids, targets]))  # by NumPy: no threads of its own
 
 
 SPACE = "\u2581"  # how SentencePiece writes a space
@@ -2337,30 +2817,46 @@ class SkippedSteps:
         return int(self.numbers[1])
 
 
+def fraction_done(config: Config, step: int, seconds: float) -> float:
+    """How far a run is after `step` steps: in steps or in time, whichever is further.
+
+    The seconds are those of rank 0's clock, so all ranks do the same in the same step.
+    """
+    in_steps = step / max(config.iterations, 1)
+    in_time = seconds / config.training_seconds if config.training_seconds else 0.0
+    return max(in_steps, in_time)
+
+
 def lr_factor(config: Config, step: int, seconds: float) -> float:
-    """Factor of the learning rates: falls to 0 over the last WARMDOWN_ITERS steps or their time."""
+    """Factor of the learning rates: 1, and in the warm-down at the end from 1 to LR_FLOOR."""
     span, cap = config.warmdown_iters, config.training_seconds
-    if not span:
+    if config.warmdown_fraction:
+        factor = (1 - fraction_done(config, step, seconds)) / config.warmdown_fraction
+    elif span:
+        factor = (config.iterations - step) / span
+        if cap and seconds and step > 9:  # before, a step's time is no measure
+            factor = min(factor, (cap - seconds) / (span * seconds / step))
+    else:
         return 1.0
-    factor = (config.iterations - step) / span
-    if cap and seconds and step > 9:  # before, a step's time is no measure
-        factor = min(factor, (cap - seconds) / (span * seconds / step))
-    return min(max(factor, 0.0), 1.0)
+    return min(max(factor, config.lr_floor), 1.0)
 
 
-def muon_momentum(config: Config, step: int) -> float:
+def muon_momentum(config: Config, step: int, seconds: float) -> float:
     """Rises from its start to MUON_MOMENTUM over its warm-up."""
-    if step >= config.muon_momentum_warmup_steps:
+    if config.muon_momentum_warmup_fraction:
+        done = fraction_done(config, step, seconds) / config.muon_momentum_warmup_fraction
+    elif config.muon_momentum_warmup_steps:
+        done = step / config.muon_momentum_warmup_steps
+    else:
+        done = 1.0
+    if done >= 1:
         return config.muon_momentum
-    done = step / config.muon_momentum_warmup_steps
     return config.muon_momentum_warmup_start * (1 - done) + config.muon_momentum * done
 
 
 def training_mode(config: Config, step: int, seconds: float) -> Mode:
     """Passes and rounding of a training step, `seconds` into training."""
-    in_steps = step / max(config.iterations, 1)
-    in_time = seconds / config.training_seconds if config.training_seconds else 0.0
-    done = max(in_steps, in_time)
+    done = fraction_done(config, step, seconds)
     begun = [passes for when, passes in config.schedule() if when <= (done if when < 1 else step)]
     mode = Mode(
         begun[-1],
@@ -2370,11 +2866,20 @@ def training_mode(config: Config, step: int, seconds: float) -> Mode:
     )
     near_end = config.qat_fraction > 0 and 1 - done <= config.qat_fraction
     if near_end or lr_factor(config, step, seconds) < config.qat_lr_factor:
-        core = Rounding(config.bits("core_bits"), config.quant_scale_floor)
-        mode = mode._replace(core=core, truncated=False)
+        mode = mode._replace(core=rounding_of(config, "core matrix"), truncated=False)
         if not config.qat_core_only:
-            mode = mode._replace(outside=Rounding(config.matrix_bits, config.quant_scale_floor))
+            mode = mode._replace(outside=rounding_of(config, "matrix"))
     return mode
+
+
+def rounding_of(config: Config, role: str) -> Rounding:
+    """How QAT rounds matrices of a role."""
+    return Rounding(
+        config.bits(ROLES[role].bits),
+        config.quant_scale_floor,
+        search=config.quant_clip == "row",
+        sigmas=config.matrix_clip_sigmas if config.quant_clip == "sdclip" else 0.0,
+    )
 
 
 def training_modes(config: Config) -> list[Mode]:
@@ -2475,8 +2980,8 @@ class Trainer:
         self.gradients = Gradients(self.params)
         several = world.on_cuda and world.size > 1
         self.reduced = torch.cuda.Event(blocking=True) if several else None  # the last all-reduce
-        # What acts between passes is not used where there is one: no gradient, so no decay either.
-        self.between_passes = [(p, p.grad) for p in model.core.unused_in_one_pass()]
+        # What a number of passes leaves out has no gradient there, so no decay either.
+        self.homes = {p: p.grad for passes in model.plans for p in model.idle(passes)}
         for p in self.params:
             world.broadcast(p.data)  # unlike processors may draw unlike weights
         self.reset()
@@ -2510,7 +3015,7 @@ class Trainer:
         if config.grad_clip_norm:
             self.grad_norm = gradients.clip(config.grad_clip_norm)
         self.lr_factor = lr_factor(config, step, seconds)
-        self.set_rates(self.lr_factor, muon_momentum(config, step), mode.passes)
+        self.set_rates(self.lr_factor, muon_momentum(config, step, seconds), mode.passes)
         for optimizer in self.optimizers:
             optimizer.step()
         if config.reference_bf16:
@@ -2520,8 +3025,9 @@ class Trainer:
         """Loss and gradient of a step, from this rank's micro-batches and the other ranks."""
         gradients = self.gradients
         gradients.zero()
-        for p, gradient in self.between_passes:
-            p.grad = gradient if mode.passes > 1 else None
+        idle = set(self.model.idle(mode.passes))
+        for p, gradient in self.homes.items():
+            p.grad = None if p in idle else gradient
         parts = self.batches.accumulation * self.world.size
         for ids, targets in micro:
             loss = self.forward(ids, targets, mode) / parts
@@ -2581,7 +3087,7 @@ class Trainer:
         for mode in modes:
             for _ in range(config.warmup_steps):
                 self.train_step(0, 0.0, [pair] * self.batches.accumulation, mode)
-                assert self.gradients.complete(), "unused_in_one_pass names a part that is used"
+                assert self.gradients.complete(), "GPT.idle names a part that is used"
         torch._foreach_copy_([p.data for p in self.params], before)
         self.reset()
         world.synchronize()
@@ -2617,6 +3123,8 @@ class Trainer:
     def train(self, reporter: Reporter, checkpoints: Checkpoints, validate: Validate) -> Trained:
         """Trains until ITERATIONS or the cap; `validate` runs off the clock."""
         config, clock = self.config, self.clock
+        if self.step < config.iterations:
+            self.batches.read_ahead(self.step)
         clock.start()
         while True:
             why = self.why_to_stop(clock.read(self.step))
@@ -2644,6 +3152,8 @@ class Trainer:
         self.world.enter(f"step {step + 1}", training=True)
         mode = training_mode(self.config, step, seconds)
         reporter.mode(step, mode)
+        if step + 1 < self.config.iterations:
+            self.batches.read_ahead(step + 1)  # while the device makes this step
         self.train_step(step, seconds, self.batches.micro(step), mode)
         self.average.update(self.params, step + 1, lr_factor(self.config, step + 1, seconds))
         self.step = step + 1  # from here on a checkpoint is of this step
@@ -3574,6 +4084,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 SEAL = struct.Struct("<8s32s8sQ")
 MAGIC = dict(artifact=b"GOLFGPT\x02", checkpoint=b"GOLFRUN\x02")  # the last byte is the version
 CODECS = ("none", "zlib", "lzma", "brotli")
+SHUFFLED = "-2"  # behind a codec's name: what it packs are first the even bytes, then the odd ones
 
 
 def brotli_module() -> Any:
@@ -3584,6 +4095,8 @@ def brotli_module() -> Any:
 
 
 def compress(codec: str, data: bytes) -> bytes:
+    if codec.endswith(SHUFFLED):
+        return compress(codec.removesuffix(SHUFFLED), data[::2] + data[1::2])
     if codec == "zlib":
         return zlib.compress(data, 9)
     if codec == "lzma":
@@ -3596,6 +4109,11 @@ def compress(codec: str, data: bytes) -> bytes:
 
 def decompress(codec: str, data: bytes, limit: int) -> bytes:
     """The first `limit` bytes or a little more; ValueError if `data` is malformed."""
+    if codec.endswith(SHUFFLED):
+        shuffled = decompress(codec.removesuffix(SHUFFLED), data, limit)
+        ordered, even = bytearray(len(shuffled)), (len(shuffled) + 1) // 2
+        ordered[::2], ordered[1::2] = shuffled[:even], shuffled[even:]
+        return bytes(ordered)
     require(codec in CODECS, f"{codec!r} is none of the codecs {', '.join(CODECS)}")
     if codec == "none":
         return data[:limit]
@@ -3665,8 +4183,8 @@ def unseal(kind: str, data: bytes, origin: str, limit: int, read: Callable[..., 
 
 # ---- 11. Presets, names and help ---------------------------------------------------------------
 # PR 855's 21 runs (Ap is A'), the naive baseline, the "baseline wins" report (its head counts are
-# not published; these give its parameter counts), and PR 1230: `growing` without error feedback and
-# bigrams, which could not learn there, `growing_live` with them.
+# not published; these give its parameter counts), PR 1230: `growing` without error feedback and
+# bigrams, which could not learn there, `growing_live` with them; and PR 1720: `frontier`.
 
 
 def layers(prelude: int, shared: int, loops: int, coda: int) -> dict[str, Any]:
@@ -3699,7 +4217,7 @@ GROWING = (
         rope_dims=16,
         rope_base=10000 * 2 ** (16 / 14),
         xsa_last_n=4,
-        ve_last_n=2,
+        ve_layers="9,10",
         smear_gate="published",
         train_seq_len=2048,
         train_batch_tokens=786432,
@@ -3714,7 +4232,7 @@ GROWING = (
         muon_momentum_warmup_steps=1500,
         muon_wd=0.04,
         adam_wd=0.04,
-        decay_scalars=True,
+        scalar_wd=0.04,
         grad_clip_norm=0.3,
         average="ema",
         qat_lr_factor=0.15,
@@ -3725,6 +4243,45 @@ GROWING = (
         codec="lzma",
         eval_stride=64,
         ttt_lr=0.002,
+    )
+)
+FRONTIER = (
+    PLAIN
+    | layers(3, 3, 3, 5)
+    | dict(
+        vocab_size=8192,
+        data_path="./data/datasets/fineweb10B_sp8192",
+        tokenizer_path="./data/tokenizers/fineweb_8192_bpe.model",
+        passes_schedule="0:1,0.35:3",
+        core_skips="looped",
+        skip_gates=True,
+        parallel_layers="7-10",
+        mlp_mult=4.0,
+        ln_scale=True,
+        rope_dims=16,
+        xsa_last_n=11,
+        qk_gain_init=5.25,
+        train_seq_len=2048,
+        train_batch_tokens=786432,
+        micro_batch_tokens=98304,
+        matrix_init="orthogonal",
+        warmdown_iters=3440,  # .75 of PR 1720's 4,586 steps
+        matrix_lr=0.026,
+        scalar_lr=0.02,
+        tied_embed_lr=0.03,
+        muon_momentum=0.99,
+        muon_momentum_warmup_start=0.92,
+        muon_momentum_warmup_steps=1500,
+        muon_wd=0.095,
+        adam_wd=0.085,
+        grad_clip_norm=0.3,
+        average="ema",
+        ema_decay=0.9965,
+        matrix_bits=6,
+        gptq_batches=32,
+        gptq_seconds=14.0,
+        codec="lzma",
+        eval_stride=64,
     )
 )
 
@@ -3818,10 +4375,16 @@ SYSTEMS: dict[str, Preset] = {
         | dict(core_skips="all", smear_gate="document", feedback_rank=2, bigram_vocab_size=512),
         "the same with error feedback, bigrams and skips that learn",
     ),
+    "frontier": Preset(
+        FRONTIER,
+        "PR 1720: 3+3x(1, 3)+5, U-Net over the loop, parallel residual, XSA, 8192 pieces",
+        1.0818,
+    ),
 }
 SCALES: dict[str, Preset] = {
     "tiny": Preset(
         dict(
+            vocab_size=1024,
             data_path="./data/datasets/sample_sp1024",
             tokenizer_path="./data/tokenizers/sample_1024_bpe.model",
             train_seq_len=256,
@@ -3836,6 +4399,7 @@ SCALES: dict[str, Preset] = {
             train_log_every=25,
             muon_momentum_warmup_steps=50,
             ema_decay=0.9,
+            gptq_seconds=1.0,
             ttt_chunk_tokens=8192,
         ),
         "a quarter of the width, half the heads, 256-token sequences, the sample corpus; for a CPU",
@@ -3884,7 +4448,8 @@ INSTEAD = {
         "TTT_CHUNK_TOKENS": "TTT_CHUNK_SIZE GLOBAL_TTT_CHUNK_TOKENS",
         "TTT_MOMENTUM": "GLOBAL_TTT_MOMENTUM",
         "TTT_GRAD_CLIP": "GLOBAL_TTT_GRAD_CLIP",
-        "WARMDOWN_ITERS, in steps": "WARMDOWN_FRAC MUON_COOLDOWN_START",
+        "WARMDOWN_FRACTION": "WARMDOWN_FRAC MUON_COOLDOWN_START",
+        "LR_FLOOR": "MIN_LR",
         "PASSES_SCHEDULE": "ENABLE_LOOPING_AT",
         "NUM_PRELUDE, NUM_SHARED and NUM_CODA": "LOOP_START LOOP_END OUTER_LAYERS "
         "NUM_UNIQUE_BLOCKS",
@@ -3893,6 +4458,8 @@ INSTEAD = {
         "MUON_WD": "MUON_WEIGHT_DECAY",
         "ADAM_WD": "ADAM_WEIGHT_DECAY EMBED_WD",
         "MUON_WD and ADAM_WD": "WEIGHT_DECAY",
+        "SCALAR_WD": "DECAY_SCALARS",
+        "MUON_ROW_NORM": "MUON_EQ_R MUON_ROW_NORMALIZE",
         "AVERAGE=swa": "SWA_ENABLED LAWA_ENABLED",
         "SWA_EVERY": "LAWA_FREQ",
         "SWA_LR_FACTOR": "SWA_START_FRAC",
@@ -3901,6 +4468,9 @@ INSTEAD = {
         "QAT_LR_FACTOR": "LATE_QAT_THRESHOLD QAT_THRESHOLD",
         "MATRIX_BITS": "QUANT_BITS QUANT_BITS_MLP QAT_BITS QAT_INT6 USE_INT6",
         "EMBED_BITS": "QUANT_BITS_EMBED",
+        "MATRIX_CLIP_SIGMAS": "GPTQ_CLIP_SIGMAS",
+        "EMBED_CLIP_SIGMAS": "GPTQ_EMBED_CLIP_SIGMAS",
+        "GPTQ_DAMPING": "GPTQ_DAMP",
         "QUANT_CLIP=matrix": "GPTQ_LITE",
         "GPTQ_BATCHES": "USE_GPTQ GPTQ_CALIBRATION_BATCHES GPTQ_CALIB_BATCHES GPTQ_CALIB_SAMPLES "
         "GPTQ_NUM_SEQS",
@@ -3910,7 +4480,10 @@ INSTEAD = {
         "SMEAR_GATE": "USE_SMEARGATE SMEAR_GATE_ENABLED",
         "BIGRAM_VOCAB_SIZE": "USE_BIGRAM_HASH BIGRAM_BUCKETS BIGRAM_HASH_BUCKETS",
         "BIGRAM_DIM": "BIGRAM_HASH_DIM",
-        "VE_LAST_N": "VE_ENABLED VE_LAYERS",
+        "VE_LAYERS": "VE_ENABLED",
+        "CORE_SKIPS and SKIP_GATES": "SKIP_GATES_ENABLED",
+        "PARALLEL_LAYERS": "PARALLEL_START_LAYER",
+        "ATTN_GATE_WIDTH": "ATTN_OUT_GATE_ENABLED GATE_ATTN_OUT GATE_WIDTH",
         "MATRIX_INIT=orthogonal": "USE_ORTHO_INIT",
         "LEAKY_RELU_SLOPE": "NEGATIVE_SLOPE",
         "MLP_MULT": "MLP_HIDDEN",
@@ -3926,15 +4499,15 @@ INSTEAD = {
 }
 # Others of their names, for which there is nothing here.
 UNSUPPORTED = frozenset(
-    """ATTN_CLIP_SIGMAS ATTN_OUT_GATE_ENABLED ATTN_OUT_GATE_SRC ATTN_VARIANT BLOCK_LARS_MIN_SCALE
+    """ATTN_CLIP_SIGMAS ATTN_OUT_GATE_SRC ATTN_VARIANT BLOCK_LARS_MIN_SCALE
     BLOCK_LARS_TRUST BLOCK_TYPE CASEOPS_ENABLED CE_PURE_FRAC CE_WEIGHT COEFF_LR_BASE COEFF_LR_SCALE
-    DEPTH_LORA_RANK DTG_ENABLED EMBED_CLIP_SIGMAS EMBED_INNER_DIM EVAL_NTK_ALPHA EVAL_STATE_RESET
+    DEPTH_LORA_RANK DTG_ENABLED EMBED_INNER_DIM EVAL_NTK_ALPHA EVAL_STATE_RESET
     EVAL_TEMP FP16_EMBED_EXPORT FP16_KEEP_NAME_PATTERNS FP16_PASSTHROUGH_PATTERNS FP_STORAGE
     FUSED_CE_ENABLED GATED_ATTENTION GATED_ATTN_ENABLED GATED_ATTN_INIT_STD GATED_ATTN_QUANT_GATE
-    GATE_ATTN_OUT GATE_ATTN_SRC GATE_MLP_OUT GATE_WIDTH GATE_WINDOW GDN_CONV_SIZE GDN_EXPAND_V
+    GATE_ATTN_SRC GATE_MLP_OUT GATE_WINDOW GDN_CONV_SIZE GDN_EXPAND_V
     GDN_HEAD_DIM_RATIO GDN_LAYERS GDN_N_HEADS GLOBAL_TTT_BATCH_SEQS GLOBAL_TTT_DOC_LIMIT
     GLOBAL_TTT_RESPECT_DOC_BOUNDARIES GLOBAL_TTT_WARMUP_CHUNKS GLOBAL_TTT_WARMUP_START_LR
-    GPTQ_BLOCK_SIZE GPTQ_CLIP_SIGMAS GPTQ_DAMP GPTQ_EMBED_CLIP_SIGMAS GPTQ_GEN_LEN GPTQ_GEN_TEMP
+    GPTQ_BLOCK_SIZE GPTQ_GEN_LEN GPTQ_GEN_TEMP
     HNET_LR_DIFF INDEPENDENT_LR INT4_LAYERS INT4_STEP INT6_LAYERS INT6_LAYER_END INT6_LAYER_START
     INT6_STEP INT8_FULL_RANGE_PATTERNS INT8_KEEP_FLOAT_FP32_NAME_PATTERNS JEPA_PURE_FRAC JEPA_WEIGHT
     LATENT_KV_DIM LAWA_K LEGENDRE_DEGREE_ATTN LEGENDRE_DEGREE_FFN LEGENDRE_GROUPS LORA_LR LORA_RANK
@@ -3942,11 +4515,11 @@ UNSUPPORTED = frozenset(
     LR_START MAMBA3_CHUNK_SIZE MAMBA3_D_STATE MAMBA3_EXPAND MAMBA3_HEADDIM MAMBA3_NGROUPS
     MAMBA3_OUTPROJ_NORM MAMBA3_ROPE_FRACTION MATCHED_FINEWEB_REMOTE_ROOT_PREFIX
     MATCHED_FINEWEB_REPO_ID MATCHED_FINEWEB_SP_BATCH_SIZE MATCHED_FINEWEB_TOKENIZER_THREADS
-    MATRIX_CLIP_SIGMAS MIN_LR MLP_CLIP_SIGMAS MLP_RANK MODE MTP_LOSS_WEIGHT MTP_NUM_HEADS MUON_BETA2
-    MUON_COOLDOWN_END MUON_EQ_R MUON_ROW_NORMALIZE NUM_ATTN_LAYERS NUM_LIGHT_BLOCKS
-    PARALLEL_FINAL_LANE PARALLEL_START_LAYER PHASED_TTT_ENABLED PHASED_TTT_NUM_PHASES
+    MLP_CLIP_SIGMAS MLP_RANK MODE MTP_LOSS_WEIGHT MTP_NUM_HEADS MUON_BETA2
+    MUON_COOLDOWN_END NUM_ATTN_LAYERS NUM_LIGHT_BLOCKS
+    PARALLEL_FINAL_LANE PHASED_TTT_ENABLED PHASED_TTT_NUM_PHASES
     PHASED_TTT_PREFIX_DOCS PREQUANT_ONLY PRUNE_RATIO QUANT_CLIP_RANGE QUANT_CONFIG RATIO_LOSS_WEIGHT
-    ROPE_YARN SCALE_STORAGE SIGREG_WEIGHT SKIP_GATES_ENABLED SKIP_POST_TRAIN_EVAL SKIP_TOKENS
+    ROPE_YARN SCALE_STORAGE SIGREG_WEIGHT SKIP_POST_TRAIN_EVAL SKIP_TOKENS
     SMEAR_GATE_WIDTH SPARSE_ATTN_GATE_ENABLED SPARSE_ATTN_GATE_INIT_STD SPARSE_ATTN_GATE_SCALE
     SWA_DECAY SWEEP_MODE TARGET_AVG_CHUNK_LEN TRIGRAM TTT_BATCH_SEQS TTT_BATCH_SIZE TTT_BETA1
     TTT_BETA2 TTT_DOC_LIMIT TTT_EVAL_BATCHES TTT_FREEZE_BLOCKS TTT_HEARTBEAT_SECONDS TTT_K_LORA
@@ -4019,7 +4592,7 @@ def help_text(width: int = 80) -> str:
     text.append(
         textwrap.fill(
             "Figures in brackets are the val_bpb published with a system, after rounding; that of "
-            "growing is after test-time training.",
+            "growing is after test-time training, that of frontier of sliding windows.",
             width,
         )
     )
@@ -4049,6 +4622,11 @@ def option_text(f: Field, width: int = 80) -> str:
 
 def need_text(need: str) -> str:
     """One entry of `needs` as variables are written: NUM_LOOPS>1, TIE_EMBEDDINGS=0."""
+    if "|" in need:
+        return " or ".join(map(need_text, need.split("|")))
+    if need.startswith("!") and "=" in need:
+        name, _, value = need[1:].partition("=")
+        return f"{name.upper()} other than {value}"
     if need.startswith("!"):
         return f"{need[1:].upper()}=0"
     name = re.split("[>=]", need)[0]
@@ -4090,9 +4668,19 @@ def answer(arguments: list[str]) -> str:
 
 
 @functools.cache
-def source() -> bytes:
-    """This script as it is when the run begins, whoever edits it meanwhile."""
+def script_file() -> bytes:
+    """The file that runs, as it is when the run begins: its bytes count against the limit."""
     return Path(__file__).read_bytes()
+
+
+def packed_text() -> bytes:
+    """The text that this script was unpacked from (records/tools/packing.py); b"" if it was not."""
+    return globals().get("READABLE_SOURCE", b"")
+
+
+def source() -> bytes:
+    """The text of this script, whoever edits it meanwhile."""
+    return packed_text() or script_file()
 
 
 def source_hash() -> str:
@@ -4102,7 +4690,7 @@ def source_hash() -> str:
 def versions(world: World) -> dict[str, str]:
     """What a run depends on besides its configuration and data."""
     device = torch.cuda.get_device_name() if world.on_cuda else platform.machine()
-    return dict(
+    found = dict(
         python=platform.python_version(),
         torch=torch.__version__,
         numpy=np.__version__,
@@ -4112,6 +4700,9 @@ def versions(world: World) -> dict[str, str]:
         threads=f"{torch.get_num_threads()} a rank",
         script_sha256=source_hash(),
     )
+    if packed_text():
+        found["packed_sha256"] = hashlib.sha256(script_file()).hexdigest()
+    return found
 
 
 def lock_folder(folder: Path) -> TextIO:
@@ -4157,8 +4748,8 @@ def open_log(config: Config, world: World) -> Log:
     log.to_file(f"config:{json.dumps(asdict(config))}")
     log(f"folder:{folder}")
     log(f"set:{settings(config)}")
-    if config.warmdown_iters >= config.iterations and not config.eval_only:
-        span = config.warmdown_iters
+    span = 0 if config.eval_only or config.warmdown_fraction else config.warmdown_iters
+    if span >= config.iterations:
         log(f"warning: WARMDOWN_ITERS={span}: the learning rate falls from step 0 on")
     return log
 
@@ -4214,7 +4805,7 @@ def read_artifact(path: Path, config: Config, world: World) -> Artifact:
 def round_trip(scorer: Scorer, artifact: Artifact, compiler: Compiler, log: Log) -> dict[str, Any]:
     """Size and scores of a reloaded artifact; the first as the trained model was scored."""
     config, data, model, kind = artifact
-    script, total = len(source()), len(source()) + len(data)
+    script, total = len(script_file()), len(script_file()) + len(data)
     raw = sum(4 * p.numel() for p in model.parameters())
     log(f"Code size: {script} bytes")
     ratio = raw / len(data)
@@ -4276,7 +4867,8 @@ def make_trainer(config: Config, world: World) -> Trainer:
         decompress(config.codec, compress(config.codec, b"x"), 1)  # is it installed, on all ranks?
         return Batches(Tokens(config, "train"), config, world)
 
-    data = world.on_all(batches, lambda batches: batches.tokens.total)
+    # Where the first sequence begins: ranks whose NumPy draws otherwise would share no order.
+    data = world.on_all(batches, lambda batches: (batches.tokens.total, batches.start(0)))
     torch.manual_seed(config.seed)
     orthogonal = config.matrix_init == "orthogonal"
     model = GPT(config.architecture(), config.tied_embed_init_std, orthogonal)
@@ -4389,19 +4981,49 @@ class Validation:
 
 def calibrate(trainer: Trainer, log: Log) -> tuple[dict[str, Tensor], float]:
     """GPTQ's Hessians, summed over ranks, on training data that comes next; the seconds it took."""
-    count, world = trainer.config.gptq_batches, trainer.world
+    count = trainer.config.gptq_batches
     if not count:
         return {}, 0.0
+    hessians, seconds = sum_moments(trainer, count)
+    log(f"gptq_calibration batches:{count} time:{1e3 * seconds:.0f}ms")
+    return hessians, seconds
+
+
+def sum_moments(trainer: Trainer, count: int) -> tuple[dict[str, Tensor], float]:
+    """GPTQ's Hessians of so many micro-batches a rank; the seconds it took."""
+    world = trainer.world
     began = time.perf_counter()
     unseen = itertools.chain.from_iterable(
         map(trainer.batches.micro, itertools.count(trainer.step))
     )
-    moments = input_moments(trainer.model, itertools.islice(unseen, count))
+    batches = itertools.islice(unseen, count)
+    moments = input_moments(trainer.model, batches, trainer.config.gptq_embed)
     hessians = {name: world.all_reduce(moment) for name, moment in moments.items()}
     world.synchronize()
-    seconds = world.on_main(lambda: time.perf_counter() - began)
-    log(f"gptq_calibration batches:{count} time:{1e3 * seconds:.0f}ms")
-    return hessians, seconds
+    return hessians, world.on_main(lambda: time.perf_counter() - began)
+
+
+RESERVE_TRIAL = 4  # micro-batches a rank
+
+
+def measure_reserve(trainer: Trainer, log: Log) -> float:
+    """For GPTQ_SECONDS=-1, puts the seconds that calibration will take into the trainer's options.
+
+    That is by a trial, off the clock, whose sums are not kept. Returns the seconds reserved.
+    """
+    config = trainer.config
+    if not config.gptq_batches or not config.max_wallclock_seconds:
+        return 0.0
+    if config.gptq_seconds < 0:
+        trainer.world.enter("trial of GPTQ's calibration")
+        sum_moments(trainer, 1)  # the first one loads and tunes kernels
+        count = min(config.gptq_batches, RESERVE_TRIAL)
+        _, seconds = sum_moments(trainer, count)
+        seconds *= 1.1 * config.gptq_batches / count
+        log(f"gptq_reserve batches:{config.gptq_batches} time:{1e3 * seconds:.0f}ms")
+        trainer.config = replace(config, gptq_seconds=seconds)
+        trainer.clock = Clock(trainer.world, trainer.config.training_seconds)
+    return trainer.config.gptq_seconds
 
 
 @contextlib.contextmanager
@@ -4502,6 +5124,7 @@ def train_and_export(
     steps = config.warmup_steps * len(training_modes(config))
     log(f"warming up: {steps} steps that are undone, and compiling; it does not count as training")
     trainer.warm_up(log)
+    reserved = measure_reserve(trainer, log)
     if config.resume:
         restore(trainer, checkpoint, log)
     checkpoints = Checkpoints(config, world, trainer.batches.tokens.total, log)
@@ -4514,7 +5137,8 @@ def train_and_export(
         last = training_mode(config, trainer.step, trained.seconds)
         if last.passes != config.schedule()[-1][1]:
             log(f"warning: PASSES_SCHEDULE={config.passes_schedule} did not come to its last entry")
-        return trainer, log, export(trainer, trained, validation, log)
+        result = export(trainer, trained, validation, log)
+        return trainer, log, result | dict(gptq_reserve_seconds=reserved)
 
 
 def run(config: Config, world: World) -> int:

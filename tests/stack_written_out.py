@@ -26,8 +26,8 @@ EVERYTHING: dict[str, Any] = SIDE_WIDTHS | dict(
     core_skips="all",
     smear_gate="document",
     bigram_vocab_size=37,
-    ve_last_n=2,
-    xsa_last_n=2,
+    ve_layers="0,3,6",
+    xsa_last_n=4,
     rope_dims=4,
     ln_scale=True,
     pass_scale_init=0.5,
@@ -42,7 +42,7 @@ COMPONENTS: dict[str, dict[str, Any]] = {
     "everything": EVERYTHING,
     "published skips": dict(core_skips="published"),
     "published smear": dict(smear_gate="published"),
-    "one key head": dict(num_kv_heads=1, xsa_last_n=3),
+    "one key head": dict(num_kv_heads=1, xsa_last_n=7),
     "LN scale, Output-LN": dict(ln_scale=True, use_peri_norm=True),
     "T": T_SET,
     "everything on T": EVERYTHING | T_SET,
@@ -100,7 +100,7 @@ class Written:
         w = matrix.weight.detach().double()
         self.fed.setdefault(self.names[id(matrix.weight)], []).append(x)
         rounding = self.mode.core if core else self.mode.outside
-        return x @ (rounded(w, *rounding) if rounding.bits else w).T
+        return x @ (rounded(w, rounding.bits, rounding.floor) if rounding.bits else w).T
 
     def rotary(self, x: Tensor) -> Tensor:
         """x [T, E]: pairs (j, j + half) of the first channels, as complex numbers, turned back."""
@@ -131,7 +131,7 @@ class Written:
         q, k, v = self.linear(attn.qkv, h, core).split(widths, dim=1)
         if value is not None:
             v = v + value
-        xsa, heads = not core and u >= self.layers - a.xsa_last_n, []
+        xsa, heads = u >= self.layers - a.xsa_last_n, []
         for i in range(a.num_heads):
             at, own = slice(i * E, i * E + E), slice(i // group * E, i // group * E + E)
             heads.append(self.head(q[:, at], k[:, own], v[:, own], attn.q_gain[i], xsa))
@@ -152,8 +152,8 @@ class Written:
         else:
             carried, anchor = mix.weight
         x = carried * x + anchor * x0 + cond.depth[row]
-        nth = u - (self.layers - a.ve_last_n)
-        value = self.values[nth] if a.ve_last_n and nth >= 0 else None
+        listed = a.ve_layers.split(",")
+        value = self.values[listed.index(str(u))] if str(u) in listed else None
         x = x + attn.scale * gamma[0] * self.attention(u, norm(x) * s, core, value) + beta[0]
         h = self.linear(mlp.fc, x if a.use_peri_norm else norm(x) * s, core)
         h = self.linear(mlp.proj, torch.where(h > 0, h, a.leaky_relu_slope * h) ** 2, core)
@@ -174,7 +174,7 @@ class Written:
             stays = [a.smear_gate == "document" and i == tg.BOS for i in ids]
             x = [x[t] if stays[t] else (1 - g) * x[t] + g * before[t] for t in range(len(ids))]
         self.values = []
-        if a.ve_last_n:
+        if a.ve_layers:
             side = model.value
             for scale in model.value_scale:
                 rows = [side.proj @ side.table[i] * side.scale * scale for i in ids]

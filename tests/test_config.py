@@ -58,6 +58,7 @@ REPORTED_MILLIONS = dict(
     recur_4x3_768=16.5,
     recur_2x6_1024=14.7,
 )
+OF_PULL_REQUESTS = {"growing", "growing_live", "frontier"}
 
 
 def config(**env: Any) -> tg.Config:
@@ -115,7 +116,7 @@ def test_preset_is_the_published_run(name: str) -> None:
 
 def test_every_published_run_has_a_preset() -> None:
     assert len(RUNS) == 21
-    assert tg.SYSTEMS.keys() == {*RUNS, "naive", *REPORTED_MILLIONS, "growing", "growing_live"}
+    assert tg.SYSTEMS.keys() == {*RUNS, "naive", *REPORTED_MILLIONS, *OF_PULL_REQUESTS}
 
 
 @pytest.mark.parametrize("name", REPORTED_MILLIONS)
@@ -168,7 +169,7 @@ def test_scale_keeps_the_shape(system: str) -> None:
     assert small.num_heads / small.num_kv_heads == full.num_heads / full.num_kv_heads
     assert small.model_dim == full.model_dim // 4
     assert small.train_batch_tokens < full.train_batch_tokens
-    scaled = {"model_dim", "num_heads", "num_kv_heads", "train_seq_len"}
+    scaled = {"vocab_size", "model_dim", "num_heads", "num_kv_heads", "train_seq_len"}
     for f in fields(tg.Architecture):
         assert f.name in scaled or getattr(small, f.name) == getattr(full, f.name), f.name
 
@@ -290,7 +291,7 @@ def test_values_that_cannot_work(env: dict[str, Any], names: list[str]) -> None:
 
 # Values that switch an option on where "1" is refused, or switches it off.
 ON = dict(PASSES_SCHEDULE="0:1", BIGRAM_VOCAB_SIZE="2", CORE_BITS="4", ROPE_DIMS="2")
-ON |= dict(PASS_SCALE_INIT="0.5", LOOP_LANES="2", MLP_POOL="4")
+ON |= dict(PASS_SCALE_INIT="0.5", LOOP_LANES="2", MLP_POOL="4", VE_LAYERS="0,2-5")
 
 
 def truthy(name: str) -> str:
@@ -308,21 +309,27 @@ def conditions(name: str) -> list[str]:
 
 
 def named_in(condition: str) -> str:
-    """The option that a condition is about: NUM_LOOPS of NUM_LOOPS>1."""
-    return re.split("[>=]", condition.removeprefix("!"))[0]
+    """The option that a condition is about: NUM_LOOPS of NUM_LOOPS>1, the last one of A|B."""
+    return re.split("[>=]", condition.split("|")[-1].removeprefix("!"))[0]
 
 
 def need(name: str, met: bool) -> dict[str, str]:
-    """An environment in which all conditions of an option are met, or its first one is not."""
+    """An environment in which all conditions of an option are met, or its first one is not.
+
+    Of "a|b" the last one is met, or none.
+    """
     env: dict[str, str] = {}
-    for condition in conditions(name) if met else conditions(name)[:1]:
+    chosen = [text.split("|") for text in conditions(name)]
+    several = [either[-1] for either in chosen] if met else chosen[0]
+    for condition in several:
         field = named_in(condition)
         if ">" in condition:
             values = "1", "2"
         elif "=" in condition:
-            values = "none", condition.split("=")[1].lower()
+            wanted = condition.split("=")[1].lower()
+            values = next(choice for choice in get_args(KINDS[field]) if choice != wanted), wanted
         else:
-            values = "0", truthy(field)
+            values = "" if KINDS[field] is str else "0", truthy(field)
         on = met != condition.startswith("!")
         env = need(field, True) | env | {field: values[1] if on else values[0]}
     return env
@@ -347,6 +354,13 @@ def test_conditions_name_fields() -> None:
         assert set(map(named_in, conditions(name))) <= FIELDS.keys()
 
 
+def test_one_condition_of_two_is_enough() -> None:
+    for name in ("WARMDOWN_ITERS", "WARMDOWN_FRACTION"):
+        other = {"WARMDOWN_ITERS": "0"} if name == "WARMDOWN_FRACTION" else {}
+        assert config(**other, **{name: 1}, LR_FLOOR=0.1).lr_floor == 0.1
+    assert "WARMDOWN_ITERS or WARMDOWN_FRACTION." in tg.answer(["--help", "LR_FLOOR"])
+
+
 # What the published script ignored in silence has to stay on this list.
 @pytest.mark.parametrize(
     "env, other",
@@ -366,7 +380,17 @@ def test_conditions_name_fields() -> None:
         (dict(EMA_DECAY=0.5, AVERAGE="swa"), "AVERAGE=swa"),
         (dict(QAT_CORE_ONLY=1), "QAT_FRACTION"),
         (dict(QAT_FRACTION=0.1, MATRIX_BITS=0), "MATRIX_BITS=0"),
-        (dict(XSA_LAST_N=2, NUM_CODA=0, NUM_PRELUDE=3), "XSA_LAST_N=2"),
+        (dict(WARMDOWN_ITERS=100, WARMDOWN_FRACTION=0.5), "WARMDOWN_FRACTION=0.5"),
+        (dict(LR_FLOOR=0.1, WARMDOWN_ITERS=0), "WARMDOWN_ITERS=0 and WARMDOWN_FRACTION=0.0"),
+        (dict(QAT_LR_FACTOR=0.1, LR_FLOOR=0.1), "LR_FLOOR=0.1"),
+        (dict(AVERAGE="swa", SWA_LR_FACTOR=0.1, LR_FLOOR=0.2), "LR_FLOOR=0.2"),
+        (
+            dict(MUON_MOMENTUM_WARMUP_STEPS=9, MUON_MOMENTUM_WARMUP_FRACTION=0.3),
+            "MUON_MOMENTUM_WARMUP_FRACTION=0.3",
+        ),
+        (dict(CORE_SKIPS="all", NUM_CODA=0), "NUM_CODA=0"),
+        (dict(SKIP_GATES=1), "CORE_SKIPS=none"),
+        (dict(VE_DIM=8), "VE_LAYERS="),
     ],
 )
 def test_known_inert_combinations(env: dict[str, Any], other: str) -> None:

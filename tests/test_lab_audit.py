@@ -43,7 +43,7 @@ GROWN = dict(
     NUM_SHARED="1",
     NUM_CODA="1",
     XSA_LAST_N="1",
-    VE_LAST_N="1",
+    VE_LAYERS="2",
     VE_DIM="8",
     ROPE_DIMS="8",
     BIGRAM_VOCAB_SIZE="64",
@@ -306,7 +306,7 @@ EXTRA = (
     "        for i in range(5):\n"
     f"            {STEP}trainer.batches.micro(trainer.step + i))\n" + TRAINED,
 )
-PAIR = "span[:-1].view(-1, self.length), span[1:].view(-1, self.length)\n"
+PAIR = "pair[0], pair[1]\n"
 KEPT = (
     "            yield " + PAIR,
     "            self.last = " + PAIR + "            yield self.last\n",

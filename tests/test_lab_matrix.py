@@ -120,6 +120,13 @@ def test_a_scale_divides_and_the_later_word_wins() -> None:
         "ITERATIONS": "7",
     }
     assert ablate.variables(row, None, "tiny", {})["PRESET"] == "recur_3x3_768,tiny"
+    warm = scale._replace(set={"WARMDOWN_ITERS": "40"})
+    assert ablate.variables(row, warm, "small", {})["WARMDOWN_ITERS"] == "40"
+    for made in (
+        ablate.variables(row, warm, "small", {"WARMDOWN_FRACTION": "0.5"}),
+        ablate.variables(row._replace(set={"WARMDOWN_FRACTION": "0.5"}), warm, "small", {}),
+    ):
+        assert "WARMDOWN_ITERS" not in made and tg.Config.from_env(made).warmdown_fraction == 0.5
     with pytest.raises(ValueError, match="MODEL_DIM of x is not a multiple of 7"):
         ablate.variables(row, scale._replace(divide={"MODEL_DIM": 7}), "small", {})
 
@@ -128,6 +135,7 @@ CLOCK = {"MATRIX_LR": "0.1"}
 GROWN = {"NUM_LOOPS": "3", "PASSES_SCHEDULE": "0:1,0.25:2,0.5:3"}
 CUT = {"NUM_LOOPS": "2", "PASSES_SCHEDULE": "0:1,0.25:2", "TRUNCATE_FRACTION": "0.5"}
 ROUNDED = {"NUM_LOOPS": "2", "PASSES_SCHEDULE": "0:1,0.5:2", "QAT_FRACTION": "0.25"}
+SHARES = {"WARMDOWN_FRACTION": "0.75", "MUON_MOMENTUM_WARMUP_FRACTION": "0.25"}
 TIMED = ablate.Table(
     rows={
         "clock": ablate.Row("clock", "s", "", "", [], CLOCK),
@@ -137,6 +145,7 @@ TIMED = ablate.Table(
         "rate": ablate.Row("rate", "s", "", "", [], {"QAT_LR_FACTOR": "0.2"}),
         "refit": ablate.Row("refit", "s", "", "", [], {"REFIT_STEPS": "16"}),
         "cut": ablate.Row("cut", "s", "", "", [], CUT),
+        "shares": ablate.Row("shares", "s", "", "", [], GROWN | SHARES),
         "stepped": ablate.Row("stepped", "s", "", "", [], {"PASSES_SCHEDULE": "0:1,30:3"}),
         "unknown": ablate.Row("unknown", "s", "", "", [], {}),
     },
@@ -149,6 +158,7 @@ TIMED = ablate.Table(
         "rounded": [5, 10, 6, 20],  # one pass, two; one with rounding, two
         "rate": [5, 20],
         "grown": [5, 10, 20],
+        "shares": [5, 10, 20],
         "cut": [10, 5, 20],  # two passes, truncated; one; two
         "stepped": [5, 20],
     },
@@ -176,7 +186,11 @@ def test_a_row_makes_the_steps_that_fit_into_the_time_of_the_clock() -> None:
     # 2,000 ms at 5, 1,000 ms at 10, 1,000 ms at 20; the warm-down 200 of those at 10
     rounded = {"ITERATIONS": "550", "WARMDOWN_ITERS": "70", "PASSES_SCHEDULE": "0:1,400:2"}
     assert timed("rounded") == ROUNDED | rounded | {"QAT_FRACTION": "0.090909"}
-    for name in ("grown", "cut", "rounded"):
+    # 200 steps in the first quarter, without a warm-down and with a rising momentum; 200 after it
+    shares = {"WARMDOWN_FRACTION": "0.500000", "MUON_MOMENTUM_WARMUP_FRACTION": "0.500000"}
+    grown.pop("WARMDOWN_ITERS")
+    assert timed("shares") == GROWN | grown | shares
+    for name in ("grown", "cut", "rounded", "shares"):
         tg.Config.from_env(timed(name))
 
 
@@ -201,16 +215,9 @@ def case(preset: str, given: dict[str, str]) -> tuple:
     return preset, tuple(sorted(values.items())), tuple(passes)
 
 
-TIMELESS = (
-    "PRESET",
-    "COMPILE",
-    "MATRIX_LR",
-    "CORE_LR_POWER",
-    "MATRIX_BITS",
-    "REFIT_STEPS",
-    "GPTQ_BATCHES",
-    "TIMESTEP_GAMMA_MAX",
-)
+TIMELESS = """PRESET COMPILE MATRIX_LR CORE_LR_POWER MATRIX_BITS REFIT_STEPS WARMDOWN_FRACTION
+    LR_FLOOR MUON_MOMENTUM MUON_MOMENTUM_WARMUP_START MUON_MOMENTUM_WARMUP_FRACTION MUON_POLAR
+    MUON_WD ADAM_WD SCALAR_WD DATA_SEED GPTQ_BATCHES TIMESTEP_GAMMA_MAX""".split()
 
 
 def test_milliseconds_are_those_of_the_dry_run() -> None:
@@ -229,7 +236,8 @@ def test_milliseconds_are_those_of_the_dry_run() -> None:
             values = ablate.variables(row, TABLE.scales["pocket"], "pocket", {})
             values = ablate.in_equal_time(row, values, TABLE, "flat_6")
             config = tg.Config.from_env(values)
-            assert 0 < config.warmdown_iters < config.iterations
+            span = config.warmdown_fraction * config.iterations or config.warmdown_iters
+            assert 0 < span < config.iterations
 
 
 @pytest.mark.parametrize(

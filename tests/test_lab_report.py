@@ -136,6 +136,18 @@ def test_where_later_steps_take_longer_time_is_what_was_logged(tmp_path: Path) -
         assert run.full_rate == (60, pytest.approx(9.0))
 
 
+def test_the_rate_falls_before_the_reserve_whether_given_or_measured() -> None:
+    given = dict(iterations=1000, warmdown_iters=20, max_wallclock_seconds=100.0, gptq_batches=1)
+    clock = [(step, 1.0 * step) for step in range(0, 100, 5)]
+
+    def falls(**values: Any) -> tuple[int, float]:
+        reserve = {"gptq_reserve_seconds": values.pop("reserve")} if "reserve" in values else {}
+        return results.full_rate({"config": given | values} | reserve, clock)
+
+    assert falls(gptq_seconds=30.0) == falls(gptq_seconds=-1.0, reserve=30.0) == (50, 50.0)
+    assert falls(gptq_seconds=-1.0, reserve=0.0) == (80, 80.0)
+
+
 def test_where_the_clock_ends_runs_time_is_compared_at_the_end_and_steps_before_the_warm_down(
     tmp_path: Path,
 ) -> None:

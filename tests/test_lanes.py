@@ -234,7 +234,7 @@ def make_steps(trainer: tg.Trainer, last: int) -> None:
 
 def test_one_pass_trains_the_lanes_and_nothing_else_of_the_boundary(env: dict[str, str]) -> None:
     """With one pass lanes are written and read already, so their gradients go to all ranks."""
-    others = dict(PASS_SCALE_INIT="0.5", FEEDBACK_RANK="2", ADAM_WD="0.1", DECAY_SCALARS="1")
+    others = dict(PASS_SCALE_INIT="0.5", FEEDBACK_RANK="2", ADAM_WD="0.1", SCALAR_WD="0.1")
     trainer = trainer_of(tg.Config.from_env(env | others))
     core = trainer.model.core
     before = {name: p.detach().clone() for name, p in core.named_parameters()}

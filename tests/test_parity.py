@@ -242,7 +242,7 @@ def growing_architecture(case: dict[str, Any]) -> tg.Architecture:
     if flags["bigram"]:
         values["bigram_vocab_size"] = dims["BIGRAM_VOCAB_SIZE"]
     if flags["value_embedding"]:
-        values["ve_last_n"] = len(dims["VE_LAYERS"].split(","))
+        values["ve_layers"] = dims["VE_LAYERS"]
     return tg.Architecture(**values)
 
 
@@ -271,9 +271,9 @@ def growing_names(model: tg.GPT, a: tg.Architecture) -> Homes:
         }
     if a.bigram_vocab_size:
         names |= side_names("bigram", model.bigram)
-    if a.ve_last_n:
+    if a.ve_layers:
         names |= side_names("ve_shared", model.value)
-        for i in range(a.ve_last_n):
+        for i in range(len(a.listed("ve_layers"))):
             names[f"ve_layer_scales.{i}"] = [Home(model.value_scale, slice(i, i + 1))]
     core = model.core
     if a.feedback_rank:

@@ -111,7 +111,7 @@ STACKS = st.builds(
     share_attn_only=st.booleans(),
     use_unique_norms=st.booleans(),
     core_skips=st.sampled_from(["none", "all", "published"]),
-    ve_last_n=st.integers(0, 4),
+    xsa_last_n=st.integers(0, 9),
     eval_passes=st.integers(0, 6),
 )
 
@@ -132,12 +132,11 @@ def test_plan_at_any_number_of_passes(a: tg.Architecture, passes: int) -> None:
     opens = [x.opens for x in core if x.opens >= 0]
     closes = [x.closes for x in core if x.closes >= 0]
     assert opens == closes == [min(k, a.num_loops - 1) for k in range(passes)]
-    assert not any(x.push or x.skip >= 0 or x.xsa for x in core)
+    assert not any(x.push or x.skip >= 0 for x in core)
     assert [x.row for x in full] == list(range(len(full)))
     layers = pre + n + a.num_coda
     for x in plan:  # by index of the unshared network
-        nth = x.attn - (layers - a.ve_last_n)
-        assert x.value == (nth if nth >= 0 else -1)
+        assert x.xsa == (x.attn >= layers - a.xsa_last_n)
 
 
 @pytest.mark.parametrize("kind", ["all", "published"])

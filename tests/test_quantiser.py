@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import noise_of, noisy_model, one_rank, role_name
+from helpers import ManualTime, noise_of, noisy_model, one_rank, role_name
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stack_written_out import COMPONENTS, STACK, Written, exact_model
@@ -127,7 +127,97 @@ def test_clip_of_rows_beats_that_of_the_matrix_and_none(bits: int) -> None:
     assert error["row"] < 0.99 * error["matrix"] <= 0.99 * error["percentile"]
 
 
+# ---- Clips by standard deviations (SDClip)
+
+SDCLIP = replace(DEFAULT, quant_clip="sdclip", matrix_bits=6, matrix_clip_sigmas=3.0)
+
+
+@pytest.mark.parametrize(
+    ("role", "bits", "sigmas"),
+    [("matrix", 6, 3.0), ("core matrix", 4, 3.0), ("tied embedding", 8, 20.0), ("head", 8, 20.0)],
+)
+def test_sdclip_against_float64(role: str, bits: int, sigmas: float) -> None:
+    """Rows saturate at so many of their own standard deviations (n - 1), by role."""
+    w = (
+        torch.randn(12, 200, generator=torch.Generator().manual_seed(0))
+        * torch.logspace(-3, 1, 12)[:, None]
+    )
+    w[:, :3] *= 5  # beyond three standard deviations
+    exact = w.double()
+    mean = exact.sum(1, keepdim=True) / 200
+    deviation = ((exact - mean).square().sum(1) / 199).sqrt()
+    levels = 2 ** (bits - 1) - 1
+    step = (sigmas * deviation / levels).half().double()
+    used = step if bits < 8 else sigmas * deviation / levels  # at 8 bits, as PR 855 rounds
+    nearest = (exact / used[:, None]).round().clamp(-levels, levels)
+    kind, (q, stored) = tg.store(tg.parameter(role, w), replace(SDCLIP, core_bits=4), None)
+    assert kind == f"int{bits}" and torch.equal(stored.double(), step)
+    assert (q != nearest).float().mean() < 0.002, "but for ties in float32"
+    assert (q.double() - nearest).abs().max() <= 1
+    if bits < 8:
+        assert (q.abs() == levels).any(), "something saturates"
+
+
+@pytest.mark.parametrize("role", ["side embedding", "projection"])
+def test_sdclip_leaves_small_parameters_to_the_percentile(role: str) -> None:
+    """A row of few or equal values has no standard deviation that says anything."""
+    p = tg.parameter(role, torch.full((3, 2), 0.5))
+    for one, other in zip(tg.store(p, SDCLIP, None).tensors, tg.store(p, DEFAULT, None).tensors):
+        assert torch.equal(one, other)
+    q, step = tg.store(p, SDCLIP, None).tensors
+    torch.testing.assert_close(tg.dequantize_rows(q, step), p.detach(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("with_hessian", [False, True])
+def test_rows_of_zeros_stay_zeros(with_hessian: bool) -> None:
+    """An untrained output projection has nothing else: its step is the smallest of float16."""
+    w = torch.randn(4, 30, generator=torch.Generator().manual_seed(0))
+    w[1:3] = 0.0
+    hessian = torch.eye(30) + 0.5 if with_hessian else None
+    q, step = tg.store(tg.parameter("matrix", w), SDCLIP, hessian).tensors
+    assert (q[1:3] == 0).all() and (step[1:3] == 2.0**-24).all()
+    assert tg.dequantize_rows(q, step).isfinite().all() and (q[0] != 0).any()
+
+
 # ---- GPTQ
+
+
+def written_out_gptq(w: Tensor, step: Tensor, bits: int, hessian: Tensor, damping: float) -> Tensor:
+    """GPTQ in float64, one column after the other, by the inverse of what is left of the sums."""
+    left, h = w.double().clone(), hessian.double()
+    h = h + damping * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
+    levels, q = 2 ** (bits - 1) - 1, torch.zeros(w.shape, dtype=torch.float64)
+    todo = hessian.double().diagonal().argsort(descending=True).tolist()
+    while todo:
+        j, inverse = todo[0], h[todo][:, todo].inverse()
+        q[:, j] = (left[:, j] / step.double()).round().clamp(-levels, levels)
+        error = (left[:, j] - q[:, j] * step.double()) / inverse[0, 0]
+        todo = todo[1:]
+        left[:, todo] -= error[:, None] * inverse[0, 1:]
+    return q
+
+
+@pytest.mark.parametrize("damping", [0.01, 1.0])
+@pytest.mark.parametrize("block", [7, 128, 10**9])
+def test_gptq_in_blocks_is_gptq_column_by_column(
+    block: int, damping: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the size of a block, as it is written out in float64; ties apart."""
+    monkeypatch.setattr(tg, "GPTQ_BLOCK", block)
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randn(150, 150, generator=draw) @ torch.randn(150, 600, generator=draw)
+    w, hessian = torch.randn(16, 150, generator=draw), x @ x.T
+    step = (6 * w.std(1) / 7).half().float()
+    q = tg.gptq_rows(w, step, 4, hessian, damping).double()
+    exact = written_out_gptq(w, step, 4, hessian, damping)
+    assert (q == exact).double().mean() > 0.97
+    costs = []
+    for integers in (q, exact):
+        error = integers * step.double()[:, None] - w.double()
+        costs.append((error @ x.double()).square().sum().item())
+    assert costs[0] == pytest.approx(costs[1], rel=0.02)
+    other = tg.gptq_rows(w, step, 4, hessian, 1.01 - damping).double()
+    assert (other == exact).double().mean() < 0.9, "the damping acts"
 
 
 @pytest.mark.parametrize("bits", [3, 4, 6])
@@ -198,6 +288,84 @@ def test_calibration_sums_over_passes_and_micro_batches(name: str) -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_calibration_of_the_head_is_of_the_last_state(tied: bool) -> None:
+    """Of the normalised state, not of what the tied embedding is as an input; summed over ranks."""
+    a = tg.Architecture(**STACK | COMPONENTS["everything"] | dict(tie_embeddings=tied))
+    exact, model = exact_model(a), tg.GPT(a)
+    model.load_state_dict(exact.state_dict())
+    ids = torch.randint(2, 64, (2, 24), generator=torch.Generator().manual_seed(0))
+
+    def micro(step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        yield ids, ids
+
+    def twice(x: Tensor) -> Tensor:
+        return 2 * x
+
+    lines: Any = []
+    trainer = calibrating(1, model, micro)
+    without, _ = tg.calibrate(trainer, lines.append)
+    trainer.config = replace(trainer.config, gptq_embed=True)
+    one = one_rank()
+    trainer.world = SimpleNamespace(
+        all_reduce=twice, synchronize=one.synchronize, on_main=one.on_main
+    )
+    sums, _ = tg.calibrate(trainer, lines.append)
+    name = "tok_emb" if tied else "lm_head"
+    assert set(sums) == set(without) | {name} != set(without)
+    for key in without:
+        assert torch.equal(sums[key], 2 * without[key])
+    reference = Written(exact, a, model.scoring)
+    last = torch.cat([reference.hidden(row) for row in ids.tolist()])
+    written = 2 * last.T @ last
+    assert (sums[name] - written).norm() <= 1e-3 * written.norm()
+
+
+def test_gptq_of_the_head_keeps_its_logits() -> None:
+    """Of the tied embedding, states that go together give nearer logits than by rounding."""
+    draw = torch.Generator().manual_seed(0)
+    mixed = torch.randn(32, 32, generator=draw) @ torch.diag(torch.logspace(0, -2, 32))
+    x, p = mixed @ torch.randn(32, 500, generator=draw), torch.randn(64, 32, generator=draw)
+    config = replace(SDCLIP, embed_bits=4, embed_clip_sigmas=4.0)
+    costs = []
+    for hessian in (None, x @ x.T):
+        q, step = tg.store(tg.parameter("tied embedding", p), config, hessian).tensors
+        costs.append(((tg.dequantize_rows(q, step) - p) @ x).norm())
+    assert costs[1] < 0.6 * costs[0]
+
+
+def test_the_reserve_is_what_a_trial_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPTQ_SECONDS=-1: a first micro-batch is not timed, four are, and a tenth is added."""
+    clock = ManualTime()
+    monkeypatch.setattr(tg, "time", clock)
+    lines: Any = []
+    model = noisy_model(tg.Architecture(**STACK))
+    ids = torch.randint(2, 64, (1, 24), generator=torch.Generator().manual_seed(0))
+    asked: list[int] = []
+
+    def micro(step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        clock.now += 50.0 if not asked else 0.5
+        asked.append(step)
+        yield ids, ids
+
+    trainer = calibrating(20, model, micro)
+    given = trainer.config = replace(trainer.config, max_wallclock_seconds=100.0)
+    assert tg.measure_reserve(trainer, lines.append) == 10.0 and trainer.config is given
+    assert not asked and not lines and given.training_seconds == 90.0
+    trainer.config = replace(given, gptq_seconds=-1.0, max_wallclock_seconds=0.0)
+    assert tg.measure_reserve(trainer, lines.append) == 0.0 and not asked, "nothing to reserve from"
+    trainer.config = replace(given, gptq_seconds=-1.0)
+    assert trainer.config.training_seconds == 100.0
+    assert tg.measure_reserve(trainer, lines.append) == pytest.approx(11.0)
+    assert asked == [7] + [7, 8, 9, 10], "what training has not seen"
+    assert trainer.config.gptq_seconds == pytest.approx(11.0)
+    assert trainer.config.training_seconds == trainer.clock.cap == pytest.approx(89.0)
+    assert lines == ["gptq_reserve batches:20 time:11000ms"]
+    trainer.config = replace(given, gptq_seconds=-1.0, gptq_batches=300)
+    with pytest.raises(tg.InputError, match="GPTQ_SECONDS=165.* leave none of MAX_WALLCLOCK"):
+        tg.measure_reserve(trainer, lines.append)
+
+
 def test_no_calibration_unless_asked() -> None:
     def micro(step: int) -> Iterator[tuple[Tensor, Tensor]]:
         pytest.fail("a batch was asked for")
@@ -205,3 +373,19 @@ def test_no_calibration_unless_asked() -> None:
     lines: Any = []
     trainer = calibrating(0, noisy_model(tg.Architecture(**STACK)), micro)
     assert tg.calibrate(trainer, lines.append) == ({}, 0.0) and not lines
+
+
+@pytest.mark.parametrize(
+    "rule", [dict(quant_clip="row"), dict(quant_clip="sdclip"), dict(quant_clip_percentile=100.0)]
+)
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_training_rounds_to_what_is_stored(bits: int, rule: dict[str, Any]) -> None:
+    """Up to the float16 of a step, which turns what lies half-way between two levels."""
+    config = replace(DEFAULT, matrix_bits=bits, matrix_clip_sigmas=2.5, **rule)
+    torch.manual_seed(1)
+    matrix = tg.Matrix(torch.randn(7, 64) * torch.linspace(0.1, 3, 7)[:, None], core=False)
+    trained = matrix(torch.eye(64), 1.0, tg.rounding_of(config, "matrix")).T.detach()
+    stored = tg.store(matrix.weight, config, None)
+    q, step = stored.tensors
+    levels = (trained / step.float()[:, None]).round()
+    assert (levels - q).abs().max() <= 1 and (levels != q).float().mean() < 0.01

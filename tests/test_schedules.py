@@ -19,8 +19,45 @@ def test_learning_rate_schedule() -> None:
     assert [tg.lr_factor(config, s, 1.0 * s) for s in (0, 50, 80, 90, 100)] == [1, 1, 1, 0.5, 0]
     slow = [tg.lr_factor(config, s, 20.0 * s) for s in (1, 30, 40, 50)]
     assert slow == pytest.approx([1, 1, 0.5, 0]), "the clock ends it at step 50"
-    assert tg.muon_momentum(config, 0) == 0.85 and tg.muon_momentum(config, 500) == 0.95
-    assert tg.muon_momentum(config, 250) == pytest.approx(0.9)
+    assert tg.muon_momentum(config, 0, 0.0) == 0.85 and tg.muon_momentum(config, 500, 0.0) == 0.95
+    assert tg.muon_momentum(config, 250, 999.0) == pytest.approx(0.9), "steps alone"
+
+
+def test_fractions_are_of_steps_or_time_whichever_is_further() -> None:
+    """Against the formulas of PR 1720 in numbers; f is .1, .4, .6, .8, .95 and 1."""
+    config = replace(
+        tg.Config(**STACK),
+        iterations=1000,
+        max_wallclock_seconds=50.0,
+        warmdown_fraction=0.75,
+        muon_momentum_warmup_start=0.92,
+        muon_momentum=0.99,
+        muon_momentum_warmup_fraction=0.4,
+        passes_schedule="0:1,0.35:3",
+    )
+    moments = [(100, 4.0), (10, 20.0), (600, 1.0), (1, 40.0), (950, 47.4), (7, 50.0)]
+    rates = [tg.lr_factor(config, *moment) for moment in moments]
+    assert rates == pytest.approx([1, 0.6 / 0.75, 0.4 / 0.75, 0.2 / 0.75, 0.05 / 0.75, 0])
+    floored = replace(config, lr_floor=0.1)
+    assert [tg.lr_factor(floored, *moment) for moment in moments] == [*rates[:4], 0.1, 0.1]
+    momenta = [tg.muon_momentum(config, *moment) for moment in moments]
+    assert momenta == pytest.approx([0.92 + 0.07 * 0.25, *[0.99] * 5])
+    modes = [tg.training_mode(config, *moment).passes for moment in moments]
+    assert modes == [1, 3, 3, 3, 3, 3]
+
+
+def test_a_floor_ends_a_warm_down_in_steps_too() -> None:
+    config = tg.Config(
+        **STACK, iterations=100, warmdown_iters=20, max_wallclock_seconds=0.0, lr_floor=0.25
+    )
+    found = [tg.lr_factor(config, step, 0.0) for step in (0, 80, 90, 95, 96, 100)]
+    assert found == [1, 1, 0.5, 0.25, 0.25, 0.25]
+
+
+def test_neither_warms_where_both_are_off() -> None:
+    config = tg.Config(**STACK, warmdown_iters=0, muon_momentum_warmup_steps=0)
+    assert tg.lr_factor(config, 19_999, 599.0) == 1
+    assert tg.muon_momentum(config, 0, 0.0) == config.muon_momentum
 
 
 SCHEDULES = st.sampled_from(
@@ -33,6 +70,8 @@ CONFIGS = st.builds(
     passes_schedule=SCHEDULES,
     iterations=st.integers(0, 40),
     warmdown_iters=st.sampled_from([0, 1, 5, 40, 400]),
+    warmdown_fraction=st.sampled_from([0.0, 0.3, 1.0]),
+    lr_floor=st.sampled_from([0.0, 0.1]),
     max_wallclock_seconds=st.sampled_from([0.0, 3.0, 11.0]),
     qat_fraction=st.sampled_from([0.0, 0.3, 1.0]),
     qat_lr_factor=st.sampled_from([0.0, 0.15, 1.0]),

@@ -169,6 +169,19 @@ def test_the_cap_ends_training_before_it_is_passed(
     assert "stopping_early: wallclock_cap" in log_of(tmp_path / "run")
 
 
+def test_a_warm_down_of_more_steps_than_a_run_has_is_told(
+    corpus: dict[str, str], tmp_path: Path
+) -> None:
+    """But not where a fraction of the run takes its place."""
+    env = corpus | SMALL | NARROW | {"PRESET": "Bp,tiny"}
+    del env["WARMDOWN_ITERS"]  # the scale's
+    for name, options in (("steps", {}), ("fraction", {"WARMDOWN_FRACTION": "0.5"})):
+        run_here(env | options | {"RUN_ID": name}, tmp_path)
+    told = "warning: WARMDOWN_ITERS=50: the learning rate falls from step 0 on"
+    assert told in log_of(tmp_path / "steps")
+    assert "the learning rate falls" not in log_of(tmp_path / "fraction")
+
+
 def test_reference_bf16_rounds_tables_and_embedding(corpus: dict[str, str]) -> None:
     env = corpus | SMALL | NARROW | {"PRESET": "T,tiny", "REFERENCE_BF16": "1"}
     trainer = real_trainer(env)

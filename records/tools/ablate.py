@@ -31,7 +31,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -178,7 +178,19 @@ def variables(
                 f"scale {scale.name}: {name} of {row.name} is not a multiple of {divisor}"
             )
         divided[name] = str(value)
-    return scale.set | row.set | divided | given
+    last_words = row.set | divided | given
+    config = replace(full, **tg.explicit_options(scale.set | last_words))
+    return acting(scale.set, config) | last_words
+
+
+def acting(values: dict[str, str], config: tg.Config) -> dict[str, str]:
+    """Those variables that can act: WARMDOWN_ITERS cannot beside a row's WARMDOWN_FRACTION."""
+    needs = {f.name.upper(): f.metadata["needs"].split() for f in fields(tg.Config)}
+    return {
+        name: value
+        for name, value in values.items()
+        if not any(map(config.unmet_need, needs.get(name, [])))
+    }
 
 
 class Stretch(NamedTuple):
@@ -220,13 +232,15 @@ def stretches(row: Row, config: tg.Config, table: Table) -> list[Stretch]:
     return parts
 
 
+FRACTIONS = ("truncate_fraction", "muon_momentum_warmup_fraction")  # of a run, from its beginning
+
+
 def in_equal_time(row: Row, values: dict[str, str], table: Table, clock_row: str) -> dict[str, str]:
     """`values` with as many steps as take the time that those of `values` take the clock's row.
 
     Time is that of an H100 at full size (the table's milliseconds), so that what a step costs on
-    the processor at hand decides nothing. The warm-down, the parts of PASSES_SCHEDULE,
-    TRUNCATE_FRACTION and QAT_FRACTION keep their shares of the time; REFIT_STEPS are taken off its
-    end.
+    the processor at hand decides nothing. The warm-down, the parts of PASSES_SCHEDULE, FRACTIONS
+    and QAT_FRACTION keep their shares of the time; REFIT_STEPS are taken off its end.
     """
     config = tg.Config.from_env(values)
     parts = stretches(row, config, table)
@@ -240,13 +254,19 @@ def in_equal_time(row: Row, values: dict[str, str], table: Table, clock_row: str
         return sum(max(min(x.ends, share) - x.begins, 0.0) * time / x.ms for x in parts)
 
     steps = round(steps_by(1.0))
-    cooling = steps_by(1 - config.warmdown_iters / config.iterations)
-    made = dict(ITERATIONS=str(steps), WARMDOWN_ITERS=str(steps - round(cooling)))
+    made = dict(ITERATIONS=str(steps))
+    if config.warmdown_fraction:
+        cooling = steps_by(1 - config.warmdown_fraction)
+        made["WARMDOWN_FRACTION"] = f"{1 - cooling / steps:.6f}"
+    else:
+        cooling = steps_by(1 - config.warmdown_iters / config.iterations)
+        made["WARMDOWN_ITERS"] = str(steps - round(cooling))
     if config.passes_schedule:
         entries = (f"{round(steps_by(when))}:{passes}" for when, passes in config.schedule())
         made["PASSES_SCHEDULE"] = ",".join(entries)
-    if config.truncate_fraction:
-        made["TRUNCATE_FRACTION"] = f"{steps_by(config.truncate_fraction) / steps:.6f}"
+    for name in FRACTIONS:
+        if share := getattr(config, name):
+            made[name.upper()] = f"{steps_by(share) / steps:.6f}"
     if config.qat_fraction:
         made["QAT_FRACTION"] = f"{1 - steps_by(1 - config.qat_fraction) / steps:.6f}"
     return values | made

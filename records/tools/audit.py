@@ -21,6 +21,7 @@ made, only what its logs say is checked.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 import tempfile
 import time
@@ -35,7 +36,8 @@ from records.tools.packages import told_if_missing
 with told_if_missing(__name__):
     import torch
 
-    from records.tools import audit_files, audit_scoring, audited, checks, common
+    import train_gpt
+    from records.tools import audit_files, audit_scoring, audited, checks, common, packing
     from records.tools.audited import Audit, Failed, Skipped
 
 
@@ -121,6 +123,8 @@ def audit_folder(given: argparse.Namespace) -> Iterator[Line]:
     if is_field(given.run):
         yield from audit_field(checks.Folder(given.run), given.skip)
         return
+    if wrong := packing.fault(given.script):
+        raise train_gpt.InputError(f"not executed: {given.script} {wrong}")
     runs, script = audited.read_runs(given.run), common.load_script(given.script)
     for run in runs:
         with tempfile.TemporaryDirectory() as scratch:
@@ -168,7 +172,7 @@ def report(given: argparse.Namespace, lines: list[Line]) -> dict[str, Any]:
     return dict(
         folder=given.run.name,
         torch=torch.__version__,
-        script_sha256=common.sha256(given.script),
+        script_sha256=hashlib.sha256(packing.text_of(given.script)).hexdigest(),
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         counts={word: sum(line.status == word for line in lines) for word in words},
         checks=[line._asdict() for line in lines],

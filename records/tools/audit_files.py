@@ -16,7 +16,7 @@ import sentencepiece as spm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train_gpt
-from records.tools import checks
+from records.tools import checks, packing
 from records.tools.audit_scoring import EXACT_LINE
 from records.tools.audited import Audit, Failed, Run, Skipped, demand
 from records.tools.common import FINEWEB_BYTES, FINEWEB_DOCUMENTS, FINEWEB_SPREAD
@@ -112,20 +112,23 @@ def check_bytes(audit: Audit) -> str:
 
 
 def check_script(audit: Audit) -> str:
-    """The script that was audited is the one that wrote the log."""
+    """The script that was audited is the one that wrote the log; so is its packed form, if any."""
     data, log = audit.script_path.read_bytes(), audit.run.log.run
     wrong: list[str] = []
-    found, logged = hashlib.sha256(data).hexdigest(), log.versions["script_sha256"]
+    text, logged = packing.text_of(audit.script_path), log.versions["script_sha256"]
+    found, packed = hashlib.sha256(text).hexdigest(), hashlib.sha256(data).hexdigest()
     versions = (audit.run.result or {}).get("versions", {})
-    told = versions.get("script_sha256", logged)
-    for where, given in (("the log", logged), ("result.json", told)):
-        if given != found:
-            what = f"{where} is of script {given[:12]}, this is {found[:12]}"
-            wrong.append(f"{what} (--script names another)")
+    for where, given in (("the log", log.versions), ("result.json", log.versions | versions)):
+        for form, here in (("script", found), ("packed", packed)):
+            told = given.get(f"{form}_sha256", here)
+            if told != here:
+                what = f"{where} is of {form} {told[:12]}, this is {here[:12]}"
+                wrong.append(f"{what} (--script names another)")
     if log.script is not None and hashlib.sha256(log.script).hexdigest() != logged:
         wrong.append("the source in the log has another hash than the log says")
     demand(wrong)
-    return f"sha256 {found}, {len(data)} bytes, as in the log"
+    unpacked = f", {len(text)} of text" if text != data else ""
+    return f"sha256 {found}, {len(data)} bytes{unpacked}, as in the log"
 
 
 def check_sizes(audit: Audit) -> str:

@@ -317,6 +317,8 @@ def brief_config(fresh: Audit, train: np.ndarray, text: np.ndarray) -> Any:
     """A run of three steps on `train` in a folder of its own, with the validation split `text`."""
     T = fresh.length
     off = dict(refit_steps=0, save_every=0, resume="", tracker="none", preset="", run_id="run")
+    if getattr(fresh.config, "fits_by_clip", False):  # a choice among artifacts takes minutes
+        off |= dict(matrix_clip_sigmas=12.85)
     known = {field.name for field in fields(fresh.config)}
     config = fresh.split(
         text,

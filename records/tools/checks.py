@@ -6,6 +6,7 @@ for must be there, and what could not be found is told without being a fault.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train_gpt as tg
-from records.tools import common, fields, logs
+from records.tools import common, fields, logs, packing
 from records.tools.fields import spread
 from records.tools.logs import Log, same
 
@@ -462,11 +463,21 @@ def check_artifacts(f: Folder) -> Iterator[Finding]:
         elif named and int(named[1]) != known[digest].values.get("seed"):
             seed = known[digest].values.get("seed", -1)
             yield Finding(path.name, f"is the artifact of seed {seed:.0f}")
-    for log in f.logs:
-        told = log.run.versions.get("script_sha256")
-        if told and f.scripts and common.sha256(f.scripts[0]) != told:
-            where = log.path.name
-            yield Finding(where, f"{f.scripts[0].name} is not the script of this log")
+    yield from check_same_script(f)
+
+
+def check_same_script(f: Folder) -> Iterator[Finding]:
+    """The script is that of the logs; a packed one carries exactly the text beside it."""
+    for script in f.scripts[:1]:
+        if wrong := packing.fault(script):
+            yield Finding(script.name, wrong)
+        text = hashlib.sha256(packing.text_of(script)).hexdigest()
+        for log in f.logs:
+            versions, where = log.run.versions, log.path.name
+            if versions.get("script_sha256", text) != text:
+                yield Finding(where, f"{script.name} is not the script of this log")
+            elif versions.get("packed_sha256", common.sha256(script)) != common.sha256(script):
+                yield Finding(where, f"{script.name} is not packed as the script of this log was")
 
 
 # ---- 4. Claims -----------------------------------------------------------------------------------

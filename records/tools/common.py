@@ -142,7 +142,9 @@ class RunLog(NamedTuple):
 HEADER = re.compile(rb"script_bytes:(\d+) script_sha256:([0-9a-f]{64})\r?\n")
 ENDS = re.compile(rb"={100}\r?\n")
 OLD_OPTION = re.compile(r"([A-Z][A-Z0-9_]*)=(.*?)(?= [A-Z][A-Z0-9_]*=|$)")
-VERSION = re.compile(r"(python|torch|numpy|sentencepiece|cuda|device|threads|script_sha256):(.*)")
+VERSION = re.compile(
+    r"(python|torch|numpy|sentencepiece|cuda|device|threads|script_sha256|packed_sha256):(.*)"
+)
 
 
 def split_log(data: bytes, path: Path, say: Callable[[str], None]) -> tuple[bytes | None, int]:

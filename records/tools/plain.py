@@ -300,7 +300,7 @@ class PlainTrainer:
         return torch.optim.Adam(groups, betas=(config.beta1, config.beta2), eps=config.adam_eps)
 
     def train_step(self, step: int, seconds: float, micro: Micro) -> None:
-        self.loss, momentum = 0.0, tg.muon_momentum(self.config, step)
+        self.loss, momentum = 0.0, tg.muon_momentum(self.config, step, seconds)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         for i, (ids, targets) in enumerate(micro, 1):

@@ -49,6 +49,8 @@ ROUNDINGS: dict[str, dict[str, Any]] = {  # "gptq" is not a field: whether the H
     "int6 row + GPTQ": dict(matrix_bits=6, quant_clip="row", gptq=True),
     "int6 + GPTQ": dict(matrix_bits=6, gptq=True),
     "int6, core int8, row + GPTQ": dict(matrix_bits=6, core_bits=8, quant_clip="row", gptq=True),
+    "int6 12.85 sigmas": dict(matrix_bits=6, quant_clip="sdclip"),
+    "int6 12.85 sigmas + GPTQ": dict(matrix_bits=6, quant_clip="sdclip", gptq=True),
     "int5 row + GPTQ": dict(matrix_bits=5, quant_clip="row", gptq=True),
     "int4": dict(matrix_bits=4),
     "int4 row": dict(matrix_bits=4, quant_clip="row"),

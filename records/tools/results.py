@@ -105,6 +105,8 @@ READ = (  # options on which it depends where runs are compared
     "seed",
     "iterations",
     "warmdown_iters",
+    "warmdown_fraction",
+    "lr_floor",
     "max_wallclock_seconds",
     "gptq_batches",
     "gptq_seconds",
@@ -143,9 +145,11 @@ def logged(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     return [line for line in lines if is_number(line["train_seconds"])], messages
 
 
-def full_rate(config: dict[str, Any], clock: list[tuple[int, float]]) -> tuple[int, float]:
+def full_rate(result: dict[str, Any], clock: list[tuple[int, float]]) -> tuple[int, float]:
     """The last logged step and second at which the learning rate had not begun to fall."""
+    config = result["config"]
     reserved = config["gptq_seconds"] if config["gptq_batches"] else 0.0
+    reserved = result.get("gptq_reserve_seconds", reserved)  # as measured, with GPTQ_SECONDS=-1
     if config.get("refit_steps"):  # which older scripts do not have
         reserved += config["refit_seconds"]
     cap = max(config["max_wallclock_seconds"] - reserved, 0.0)
@@ -200,7 +204,7 @@ def load(folder: Path) -> tuple[Result, list[str]]:
         points=list({point.step: point for point in points}.values()),
         training={m["step"]: m["train_loss"] for m in lines if is_number(m.get("train_loss"))},
         clock=clock,
-        full_rate=full_rate(result["config"], clock),
+        full_rate=full_rate(result, clock),
         origin=origin(result),
     )
     return made, messages

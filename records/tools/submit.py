@@ -4,11 +4,15 @@ r"""Makes a submission folder from finished runs, and checks any such folder.
         --name looped-T --author "A. Name" --github-id aname \
         --blurb "What it is." [--baseline FOLDER]
     python records/tools/submit.py --check FOLDER [--baseline FOLDER]
+    python records/tools/submit.py --pack FOLDER
 
 Every number of submission.json and of the table in README.md is parsed from
 the logs, and the script is the one that the logs carry. A folder that fails
 its own check is not left behind. A submission needs scores on FineWeb's
 validation set; the notes say which data was scored.
+
+--pack, before the runs, writes a short train_gpt.py that carries the text of
+this repository's, compressed: the runs start it, and count its bytes.
 
 --check also starts the folder's script, with nothing to train; --no-start
 only compiles it, for folders whose code you do not trust. The exit code is 0
@@ -39,7 +43,7 @@ from records.tools.packages import told_if_missing
 
 with told_if_missing(__name__):
     import train_gpt as tg
-    from records.tools import checks, common, logs
+    from records.tools import checks, common, logs, packing
     from records.tools.logs import Log
 
 SET_ASIDE = re.compile(r"\.unfinished\d+$")  # by ablate.py
@@ -81,6 +85,9 @@ def read_run(folder: Path) -> Log:
     script = log.run.script
     if script is None or hashlib.sha256(script).hexdigest() != digest:
         raise tg.InputError(f"{log.path} does not carry the script of its run ({digest})")
+    packed = log.run.versions.get("packed_sha256", "")
+    if packed and hashlib.sha256(packing.pack(script)).hexdigest() != packed:
+        raise tg.InputError(f"{log.path}: the script of its run was packed by another packing.py")
     for where, reason in log.disqualified:
         raise tg.InputError(f"{folder.name}/{where}: not a submission: {reason}")
     check_outcome(folder, log)
@@ -275,8 +282,12 @@ def make(given: argparse.Namespace) -> Path:
 def fill(draft: Path, runs: Sequence[Log], given: argparse.Namespace) -> None:
     """Writes script, logs, artifacts if asked for, requirements, submission.json and README.md."""
     draft.mkdir(parents=True)
-    assert runs[0].run.script is not None  # read_run has looked
-    (draft / "train_gpt.py").write_bytes(runs[0].run.script)
+    source = runs[0].run.script
+    assert source is not None  # read_run has looked
+    if "packed_sha256" in runs[0].run.versions:
+        write_packed(draft, source)
+    else:
+        (draft / "train_gpt.py").write_bytes(source)
     for log in runs:
         seed = f"seed{log.values['seed']:.0f}"
         shutil.copyfile(log.path, draft / f"train_{seed}.log")
@@ -292,7 +303,31 @@ def fill(draft: Path, runs: Sequence[Log], given: argparse.Namespace) -> None:
     (draft / "README.md").write_text(readme(runs, made))
 
 
-# ---- 3. The command ------------------------------------------------------------------------------
+# ---- 3. Packing a script ------------------------------------------------------------------------
+
+
+def write_packed(folder: Path, source: bytes) -> None:
+    """Writes the packed form of a script, and its text beside it."""
+    tg.write_atomically(folder / "train_gpt.py", packing.pack(source))
+    tg.write_atomically(folder / packing.READABLE, source)
+
+
+def pack(folder: Path) -> str:
+    """Packs this repository's script into a folder; what that gave. InputError spares other files.
+
+    A packed script that is there already is replaced.
+    """
+    script = folder / "train_gpt.py"
+    if script.exists() and packing.unpack(script.read_bytes()) is None:
+        raise tg.InputError(f"{script} is no packed script and would be overwritten")
+    source = (common.ROOT / "train_gpt.py").read_bytes()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_packed(folder, source)
+    size = script.stat().st_size
+    return f"{script}: {size} bytes, packed of {len(source)}; {packing.READABLE} is its text"
+
+
+# ---- 4. The command ------------------------------------------------------------------------------
 
 
 def parser() -> argparse.ArgumentParser:
@@ -303,6 +338,12 @@ def parser() -> argparse.ArgumentParser:
     add = top.add_argument
     add("runs", nargs="*", type=Path, help="Folders of finished runs, one a seed.")
     add("--check", type=Path, metavar="FOLDER", help="Check this folder instead of making one.")
+    add(
+        "--pack",
+        type=Path,
+        metavar="FOLDER",
+        help="Before the runs: write the packed train_gpt.py that they start, and its text.",
+    )
     add(
         "--baseline",
         type=Path,
@@ -362,6 +403,9 @@ def summary(log: Log) -> str:
 def run(given: argparse.Namespace) -> int:
     if given.check:
         return check_folder(given)
+    if given.pack:
+        common.say(pack(given.pack))
+        return 0
     needed = ("track", "name", "author", "github_id", "blurb")
     missing = ["--" + name.replace("_", "-") for name in needed if not getattr(given, name)]
     if missing:
