@@ -134,12 +134,15 @@ def test_a_scale_divides_and_the_later_word_wins() -> None:
 CLOCK = {"MATRIX_LR": "0.1"}
 GROWN = {"NUM_LOOPS": "3", "PASSES_SCHEDULE": "0:1,0.25:2,0.5:3"}
 CUT = {"NUM_LOOPS": "2", "PASSES_SCHEDULE": "0:1,0.25:2", "TRUNCATE_FRACTION": "0.5"}
+ROUNDED = {"NUM_LOOPS": "2", "PASSES_SCHEDULE": "0:1,0.5:2", "QAT_FRACTION": "0.25"}
 SHARES = {"WARMDOWN_FRACTION": "0.75", "MUON_MOMENTUM_WARMUP_FRACTION": "0.25"}
 TIMED = ablate.Table(
     rows={
         "clock": ablate.Row("clock", "s", "", "", [], CLOCK),
         "slow": ablate.Row("slow", "s", "", "", [], {"MATRIX_LR": "0.2"}),
         "grown": ablate.Row("grown", "s", "", "", [], GROWN),
+        "rounded": ablate.Row("rounded", "s", "", "", [], ROUNDED),
+        "rate": ablate.Row("rate", "s", "", "", [], {"QAT_LR_FACTOR": "0.2"}),
         "refit": ablate.Row("refit", "s", "", "", [], {"REFIT_STEPS": "16"}),
         "cut": ablate.Row("cut", "s", "", "", [], CUT),
         "shares": ablate.Row("shares", "s", "", "", [], GROWN | SHARES),
@@ -152,6 +155,8 @@ TIMED = ablate.Table(
         "clock": [10.0],
         "slow": [25.0],
         "refit": [25.0],
+        "rounded": [5, 10, 6, 20],  # one pass, two; one with rounding, two
+        "rate": [5, 20],
         "grown": [5, 10, 20],
         "shares": [5, 10, 20],
         "cut": [10, 5, 20],  # two passes, truncated; one; two
@@ -178,11 +183,14 @@ def test_a_row_makes_the_steps_that_fit_into_the_time_of_the_clock() -> None:
     # 1,000 ms at 5, 1,000 ms at 10, 2,000 ms at 20
     cut = {"ITERATIONS": "400", "WARMDOWN_ITERS": "60", "PASSES_SCHEDULE": "0:1,200:2"}
     assert timed("cut") == CUT | cut | {"TRUNCATE_FRACTION": "0.750000"}
+    # 2,000 ms at 5, 1,000 ms at 10, 1,000 ms at 20; the warm-down 200 of those at 10
+    rounded = {"ITERATIONS": "550", "WARMDOWN_ITERS": "70", "PASSES_SCHEDULE": "0:1,400:2"}
+    assert timed("rounded") == ROUNDED | rounded | {"QAT_FRACTION": "0.090909"}
     # 200 steps in the first quarter, without a warm-down and with a rising momentum; 200 after it
     shares = {"WARMDOWN_FRACTION": "0.500000", "MUON_MOMENTUM_WARMUP_FRACTION": "0.500000"}
     grown.pop("WARMDOWN_ITERS")
     assert timed("shares") == GROWN | grown | shares
-    for name in ("grown", "cut", "shares"):
+    for name in ("grown", "cut", "rounded", "shares"):
         tg.Config.from_env(timed(name))
 
 
@@ -191,6 +199,7 @@ def test_a_row_makes_the_steps_that_fit_into_the_time_of_the_clock() -> None:
     [
         ("unknown", "unknown has 1 modes of training and 0 entries in .milliseconds."),
         ("stepped", "PASSES_SCHEDULE of stepped counts steps"),
+        ("rate", "QAT_LR_FACTOR of rate"),
     ],
 )
 def test_equal_time_needs_milliseconds_and_fractions(name: str, message: str) -> None:
@@ -208,7 +217,7 @@ def case(preset: str, given: dict[str, str]) -> tuple:
 
 TIMELESS = """PRESET COMPILE MATRIX_LR CORE_LR_POWER MATRIX_BITS REFIT_STEPS WARMDOWN_FRACTION
     LR_FLOOR MUON_MOMENTUM MUON_MOMENTUM_WARMUP_START MUON_MOMENTUM_WARMUP_FRACTION MUON_POLAR
-    MUON_WD ADAM_WD SCALAR_WD DATA_SEED""".split()
+    MUON_WD ADAM_WD SCALAR_WD DATA_SEED GPTQ_BATCHES TIMESTEP_GAMMA_MAX""".split()
 
 
 def test_milliseconds_are_those_of_the_dry_run() -> None:

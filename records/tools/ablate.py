@@ -214,13 +214,21 @@ def stretches(row: Row, config: tg.Config, table: Table) -> list[Stretch]:
         raise tg.InputError(
             f"PASSES_SCHEDULE of {row.name} counts steps; a scale with a clock needs fractions"
         )
-    cost_of = {(mode.passes, mode.truncated): ms for mode, ms in zip(modes, costs)}
-    begins = sorted({*schedule, config.truncate_fraction} - {1.0})
+    if config.qat_lr_factor:
+        raise tg.InputError(
+            f"QAT_LR_FACTOR of {row.name}: a scale with a clock needs QAT_FRACTION instead"
+        )
+    cost_of = {
+        (mode.passes, mode.truncated, mode.core.bits > 0): ms for mode, ms in zip(modes, costs)
+    }
+    rounding = 1 - config.qat_fraction  # when it begins
+    begins = sorted({*schedule, config.truncate_fraction, rounding} - {1.0})
     parts = []
     for begin, end in zip(begins, [*begins[1:], 1.0]):
         passes = next(schedule[when] for when in sorted(schedule, reverse=True) if when <= begin)
-        truncated = passes > 1 and begin < config.truncate_fraction
-        parts.append(Stretch(begin, end, cost_of[passes, truncated]))
+        rounded = begin >= rounding
+        truncated = passes > 1 and begin < config.truncate_fraction and not rounded
+        parts.append(Stretch(begin, end, cost_of[passes, truncated, rounded]))
     return parts
 
 
@@ -231,8 +239,8 @@ def in_equal_time(row: Row, values: dict[str, str], table: Table, clock_row: str
     """`values` with as many steps as take the time that those of `values` take the clock's row.
 
     Time is that of an H100 at full size (the table's milliseconds), so that what a step costs on
-    the processor at hand decides nothing. The warm-down, the parts of PASSES_SCHEDULE and
-    FRACTIONS keep their shares of the time; REFIT_STEPS are taken off its end.
+    the processor at hand decides nothing. The warm-down, the parts of PASSES_SCHEDULE, FRACTIONS
+    and QAT_FRACTION keep their shares of the time; REFIT_STEPS are taken off its end.
     """
     config = tg.Config.from_env(values)
     parts = stretches(row, config, table)
@@ -259,6 +267,8 @@ def in_equal_time(row: Row, values: dict[str, str], table: Table, clock_row: str
     for name in FRACTIONS:
         if share := getattr(config, name):
             made[name.upper()] = f"{steps_by(share) / steps:.6f}"
+    if config.qat_fraction:
+        made["QAT_FRACTION"] = f"{1 - steps_by(1 - config.qat_fraction) / steps:.6f}"
     return values | made
 
 
