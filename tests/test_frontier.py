@@ -195,7 +195,7 @@ def test_a_row_has_the_same_partners_at_any_number_of_passes(passes: int) -> Non
 
 
 def test_places_change_their_partners() -> None:
-    """What `looped` mends: of PR 1720's five trained rows, one keeps its two layers, at another visit."""
+    """What `looped` mends: of PR 1720's five trained rows, four get other partners."""
     plans = [tg.make_plan(small(core_skips="by_position"), passes) for passes in (1, 3)]
     first, then = ({x.skip: x.attn for x in plan if x.skip >= 0} for plan in plans)
     assert first == {0: 5, 1: 6, 2: 7, 3: 8, 4: 9}
