@@ -960,6 +960,8 @@ def make_plan(a: Architecture, passes: int = 0) -> tuple[Layer, ...]:
 
 def core_mlps(a: Architecture) -> int:
     """Stored MLPs of the core: one for each of its layers, one for each pass of it, or between."""
+    if not a.num_shared:
+        return 0
     if a.share_attn_only:
         return a.num_shared * a.num_loops
     return a.mlp_pool or a.num_shared

@@ -9,7 +9,6 @@ import os
 import random
 import re
 import resource
-import shlex
 import signal
 import subprocess
 import sys
@@ -29,6 +28,7 @@ pytest.importorskip("tqdm", reason="data/requirements.txt is not installed")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
 import fineweb
 import hub as client
+import packages
 import sample
 import shards
 from huggingface_hub import constants
@@ -624,12 +624,12 @@ def test_closing_command(hub: HubServer, tmp_path: Path, capsys: Capture) -> Non
     out = capsys.readouterr().out
     assert "there is no train shard" in out and "torchrun" not in out
     assert f"EVAL_ONLY=<artifact> DATA_PATH='{root}/{FOLDER}'" in out
-    assert f" {shlex.quote(sys.executable)} " in out
+    assert f" {packages.python()} " in out
     assert get(root, train_shards=1) == 0
     out = capsys.readouterr().out
     assert f"next    DATA_PATH='{root}/{FOLDER}' TOKENIZER_PATH='{root}/{MODEL}'" in out
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node=8"
-    assert f"{shlex.quote(sys.executable)} {torchrun}" in out
+    assert f"{packages.python()} {torchrun}" in out
 
 
 @pytest.mark.parametrize("variant", ["sp1024", "sp4096", "sp8192", "sp320"])

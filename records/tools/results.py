@@ -153,7 +153,9 @@ def full_rate(result: dict[str, Any], clock: list[tuple[int, float]]) -> tuple[i
     if config.get("refit_steps"):  # which older scripts do not have
         reserved += config["refit_seconds"]
     cap = max(config["max_wallclock_seconds"] - reserved, 0.0)
-    seen: Any = SimpleNamespace(**config, training_seconds=cap)  # of any version of the script
+    # What an older script did not have was off.
+    defaults = {field.name: field.default for field in fields(tg.Config)}
+    seen: Any = SimpleNamespace(**defaults | config, training_seconds=cap)
     full = [(step, seconds) for step, seconds in clock if tg.lr_factor(seen, step, seconds) == 1]
     return max(full, default=(0, 0.0))
 
