@@ -749,8 +749,9 @@ class Config(Architecture):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_schedule()
-        bits, cap = self.matrix_bits, self.max_wallclock_seconds
-        qat = self.qat_fraction > 0 or self.qat_lr_factor > 0
+        self.check_rounding()
+        self.check_lr_floor()
+        cap = self.max_wallclock_seconds
         require(
             self.resume != "auto" or self.run_id, "RESUME=auto needs the RUN_ID of the checkpoints"
         )
@@ -759,15 +760,21 @@ class Config(Architecture):
             f"RUN_ID={self.run_id} is a path: RUN_ID names a folder in LOG_DIR",
         )
         require(
-            bits or not qat,
-            "MATRIX_BITS=0, chosen after training, rules out QAT_FRACTION and QAT_LR_FACTOR",
+            not cap or self.training_seconds,
+            f"GPTQ_SECONDS={self.gptq_seconds} and REFIT_SECONDS={self.refit_seconds} leave none "
+            f"of MAX_WALLCLOCK_SECONDS={cap}",
         )
+
+    def check_rounding(self) -> None:
+        qat = self.qat_fraction > 0 or self.qat_lr_factor > 0
         require(
             qat or not self.qat_core_only, "QAT_CORE_ONLY=1 needs QAT_FRACTION or QAT_LR_FACTOR"
         )
-        require(1 not in (bits, self.core_bits), "MATRIX_BITS and CORE_BITS are 0 or 2 to 8")
         require(
-            bits or not self.fits_by_clip,
+            1 not in (self.matrix_bits, self.core_bits), "MATRIX_BITS and CORE_BITS are 0 or 2 to 8"
+        )
+        require(
+            self.matrix_bits or not self.fits_by_clip,
             "MATRIX_BITS=0 and MATRIX_CLIP_SIGMAS=0: only one of them can be what makes it fit",
         )
         require(
@@ -775,24 +782,18 @@ class Config(Architecture):
             f"QUANT_CLIP=sdclip: MLP_MULT={self.mlp_mult} of MODEL_DIM={self.model_dim} is one "
             "channel, which has no standard deviation",
         )
-        require(
-            not cap or self.training_seconds,
-            f"GPTQ_SECONDS={self.gptq_seconds} and REFIT_SECONDS={self.refit_seconds} leave none "
-            f"of MAX_WALLCLOCK_SECONDS={cap}",
-        )
-        require(
-            bits or not self.refit_steps,
-            f"MATRIX_BITS=0, chosen after training, rules out REFIT_STEPS={self.refit_steps}",
-        )
-        require(
-            not self.fits_by_clip or not qat,
-            "MATRIX_CLIP_SIGMAS=0, chosen after training, rules out QAT_FRACTION and QAT_LR_FACTOR",
-        )
-        require(
-            not self.fits_by_clip or not self.refit_steps,
-            "MATRIX_CLIP_SIGMAS=0, chosen after training, rules out "
-            f"REFIT_STEPS={self.refit_steps}",
-        )
+        late = {"MATRIX_BITS": not self.matrix_bits, "MATRIX_CLIP_SIGMAS": self.fits_by_clip}
+        for name, chosen_late in late.items():
+            require(
+                not chosen_late or not qat,
+                f"{name}=0, chosen after training, rules out QAT_FRACTION and QAT_LR_FACTOR",
+            )
+            require(
+                not chosen_late or not self.refit_steps,
+                f"{name}=0, chosen after training, rules out REFIT_STEPS={self.refit_steps}",
+            )
+
+    def check_lr_floor(self) -> None:
         waits = {"QAT_LR_FACTOR": self.qat_lr_factor}
         if self.average == "swa":
             waits["SWA_LR_FACTOR"] = self.swa_lr_factor
