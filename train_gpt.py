@@ -3871,7 +3871,7 @@ class Watchdog:
 
         It counts its own rounds: a job that was suspended as a whole finds nothing late.
         """
-        known, begun = self.beats, -1
+        known, begun = self.beats, (-1, False)
         while not self.leaving.is_set():
             if select.select([self.signals], [], [], 1)[0]:
                 self.signals.recv(64)
@@ -3880,9 +3880,11 @@ class Watchdog:
             beats = self.beats
             for rank, beat in enumerate(beats):
                 self.quiet[rank] = self.quiet[rank] + 1 if beat == known[rank] else 0
-            self.stuck = self.stuck + 1 if self.world.collectives == begun else 0
+            # Of a wait before training nothing counts in it: the first step has all its time.
+            now = (self.world.collectives, self.world.training)
+            self.stuck = self.stuck + 1 if now == begun else 0
             self.asked = self.asked + 1 if self.asked else 0
-            known, begun = beats, self.world.collectives
+            known, begun = beats, now
             reason = self.verdict()
             if reason and not self.trusting and not self.leaving.is_set():
                 say(sys.stderr, f"[rank {self.world.rank}] {self.world.place}: {reason}")

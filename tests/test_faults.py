@@ -129,8 +129,11 @@ def get_sigterm_in_export() -> None:
 
 
 def linger_on_rank_0(seconds: float) -> None:
-    """With the first word to a tracker, and with packing: both of them rank 0 does alone."""
-    pack = tg.pack_to_fit
+    """With the first word to a tracker, and with packing: both of them rank 0 does alone.
+
+    Then a step takes its time, in which nothing that was before may count.
+    """
+    pack, sum_gradients = tg.pack_to_fit, tg.Trainer.sum_gradients
 
     def send(_: tg.Tracker, values: dict[str, Any]) -> None:
         if values["step"] == 0:
@@ -140,6 +143,12 @@ def linger_on_rank_0(seconds: float) -> None:
         time.sleep(seconds)
         return pack(*args)
 
+    def slow_step(self: tg.Trainer, *args: Any) -> None:
+        if self.step == 0:
+            time.sleep(3)
+        sum_gradients(self, *args)
+
+    PATCH.setattr(tg.Trainer, "sum_gradients", slow_step)
     PATCH.setattr(tg.Tracker, "send", send)
     PATCH.setattr(tg, "pack_to_fit", slow_pack)
 
