@@ -1,5 +1,6 @@
 """What several test files share: runs here and in other processes, a clock, models, data."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -99,8 +100,9 @@ def fork_ranks(env: Mapping[str, str], ranks: int, job: Callable[[], int] = tg.m
         for given, out in zip(variables, outs)
     ]
     try:
-        for process in processes:
-            process.start()
+        with interrupts_held():
+            for process in processes:
+                process.start()
         for process in processes:
             process.join(HANG)
     finally:  # also after Ctrl-C
@@ -108,6 +110,19 @@ def fork_ranks(env: Mapping[str, str], ranks: int, job: Callable[[], int] = tg.m
             process.kill()
             process.join()
     return Ranks([process.exitcode for process in processes], [out.read_text() for out in outs])
+
+
+@contextlib.contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Holds Ctrl-C back until the block has ended: a process half started could not be ended."""
+    held: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        for number in held[:1]:
+            signal.raise_signal(number)
 
 
 def become_rank(job: Callable[[], int], env: dict[str, str], out: Path) -> None:

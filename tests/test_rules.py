@@ -1,14 +1,17 @@
 """The rules of conftest.py, tried on tests of their own: threads, signal handlers, Ctrl-C."""
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import time
+from multiprocessing import reduction
 from pathlib import Path
 
 import pytest
-from helpers import HANG, ROOT, clean_environment, wait_for
+from helpers import HANG, ROOT, clean_environment, fork_ranks, wait_for
 
 HANDLERS = """
 import os
@@ -114,3 +117,26 @@ def test_ctrl_c_ends_the_tests(tmp_path: Path, words: tuple[str, ...]) -> None:
     assert child.returncode == pytest.ExitCode.INTERRUPTED and "KeyboardInterrupt" in said, said
     assert not (tmp_path / "too far").exists()
     wait_for(lambda: not alive(child.pid), f"these outlive the tests: {alive(child.pid)}")
+
+
+def sleep() -> int:
+    """A rank that does not end by itself."""
+    time.sleep(10 * HANG)
+    return 0
+
+
+def test_ctrl_c_while_ranks_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first rank runs, the second is half started: both are ended, and the tests as well."""
+    sent: list[tuple[object, ...]] = []
+    send = reduction.sendfds
+
+    def interrupted(*given: object) -> None:
+        sent.append(given)
+        if len(sent) == 2:
+            signal.raise_signal(signal.SIGINT)
+        send(*given)
+
+    monkeypatch.setattr(reduction, "sendfds", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fork_ranks({"LOG_DIR": str(tmp_path)}, 2, sleep)
+    assert len(sent) == 2 and not multiprocessing.active_children()
