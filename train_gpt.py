@@ -54,7 +54,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TextIO, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    Literal,
+    NamedTuple,
+    TextIO,
+    get_args,
+    get_origin,
+    get_type_hints,
+    no_type_check,
+)
 
 import numpy as np
 import sentencepiece as spm
@@ -441,6 +450,9 @@ class Config(Architecture):
     )
     attn_backend: Literal["auto", "cudnn", "flash", "math"] = option(
         "auto", "Attention kernel; auto takes the first of these that can run the shapes."
+    )
+    fused_mlp: bool = option(
+        False, "Compute MLPs by a Triton kernel that has the activation inside; CUDA only."
     )
     deterministic: bool = option(
         False, "Make CUDA repeat a run to the last bit, or name what cannot; slower."
@@ -882,7 +894,7 @@ def explicit_options(env: Mapping[str, str]) -> dict[str, Any]:
 
 EVAL_OPTIONS = frozenset(
     """preset eval_only data_path tokenizer_path log_dir run_id device compile attn_backend
-    deterministic rank_timeout_seconds val_batch_size micro_batch_tokens size_limit_bytes
+    fused_mlp deterministic rank_timeout_seconds val_batch_size micro_batch_tokens size_limit_bytes
     eval_passes eval_stride eval_limit_seconds ttt_lr ttt_epochs ttt_chunk_tokens ttt_momentum
     ttt_grad_clip""".split()
 )
@@ -1157,12 +1169,16 @@ class Matrix(nn.Module):
 
     def forward(self, x: Tensor, factor: Tensor | float, rounding: Rounding) -> Tensor:
         """x [..., c] -> [..., r]; `factor` multiplies columns [c] or rows [r, 1] of the weight."""
+        return F.linear(x, self.factored(factor, rounding).to(x.dtype))
+
+    def factored(self, factor: Tensor | float, rounding: Rounding) -> Tensor:
+        """The weight [r, c] as it is multiplied with, in float32."""
         w: Tensor = self.weight
         if rounding.bits:
             exact = w.detach()  # the gradient goes straight through (arXiv 1308.3432)
             step = row_steps(training_clip(exact, rounding), rounding.bits, rounding.floor)
             w = w + (round_to_steps(exact, step, rounding.bits) * step - exact)
-        return F.linear(x, (w * factor).to(x.dtype))
+        return w * factor
 
 
 NORM_EPS = 1.1920929e-07  # PyTorch's default for float32, whatever the type that is normalised
@@ -1262,6 +1278,7 @@ class Context(NamedTuple):
     rounding: Rounding
     rope: tuple[Tensor, Tensor]  # cos and sin
     attention: Callable[..., Tensor]  # of q, k, v
+    mlp: Callable[..., Tensor] | None = None  # both products and the activation; None: PyTorch's
     value: Tensor | None = None  # value embedding [B, T, K E] that is added to v
     xsa: bool = False
     parallel: bool = False
@@ -1366,19 +1383,27 @@ class MLP(nn.Module):
         self.scale = parameter("scalar", torch.ones(a.model_dim))
 
     def forward(
-        self, x: Tensor, mod: Modulation, rounding: Rounding, read: Tensor | None = None
+        self, x: Tensor, mod: Modulation, context: Context, read: Tensor | None = None
     ) -> Tensor:
         """x [B, T, D] plus the branch of `read`, or of x itself."""
         read = x if read is None else read
-        h = self.fc(rms_norm(read) if self.input_norm else read, mod.gain, rounding)
-        h = F.leaky_relu(h, self.slope).square()
+        h = rms_norm(read) if self.input_norm else read
         scale = self.scale * mod.gamma
         if self.output_norm:
             # Where W2 is 0, as at the start, the norm's gradient is 1 / sqrt(eps) = 2,900: only the
             # direction of a gradient matters to Muon.
-            out = rms_norm(self.proj(h, 1.0, rounding))
+            out = rms_norm(self.products(h, mod.gain, 1.0, context))
             return torch.addcmul(x + mod.beta, out, scale.to(x.dtype))  # x + beta + scale * out
-        return x + self.proj(h, scale[:, None], rounding) + mod.beta
+        return x + self.products(h, mod.gain, scale[:, None], context) + mod.beta
+
+    def products(self, x: Tensor, gain: Tensor, scale: Tensor | float, context: Context) -> Tensor:
+        """W2 leaky_relu(W1 x)^2, with a gain on x and a scale of rows of W2."""
+        if context.mlp is None:
+            h = F.leaky_relu(self.fc(x, gain, context.rounding), self.slope).square()
+            return self.proj(h, scale, context.rounding)
+        w1 = self.fc.factored(gain, context.rounding).to(x.dtype)
+        w2 = self.proj.factored(scale, context.rounding).to(x.dtype)
+        return context.mlp(x, w1, w2, self.slope)
 
 
 class LayerModules(NamedTuple):
@@ -1395,7 +1420,7 @@ def block(
     """One effective layer, [B, T, D] -> [B, T, D]; COMPILE=block compiles it once for all alike."""
     start = layer.mix(x, x0) + cond.depth
     x = layer.attn(start, cond.attn, context)
-    return layer.mlp(x, cond.mlp, context.rounding, start if context.parallel else None)
+    return layer.mlp(x, cond.mlp, context, start if context.parallel else None)
 
 
 def head_loss(h: Tensor, head: Tensor, targets: Tensor, softcap: float) -> Tensor:
@@ -1414,9 +1439,10 @@ def head_loss(h: Tensor, head: Tensor, targets: Tensor, softcap: float) -> Tenso
 
 
 class Ops(NamedTuple):
-    """The operations of a forward pass that COMPILE and ATTN_BACKEND replace."""
+    """The operations of a forward pass that COMPILE, ATTN_BACKEND and FUSED_MLP replace."""
 
     attention: Callable[..., Tensor] = attention
+    mlp: Callable[..., Tensor] | None = None
     block: Callable[..., Tensor] = block
     loss: Callable[..., Tensor] = head_loss
 
@@ -1765,6 +1791,7 @@ class GPT(nn.Module):
                 rounding=mode.core if layer.core else mode.outside,
                 rope=(cos, sin),
                 attention=ops.attention,
+                mlp=ops.mlp,
                 value=values[layer.value] if layer.value != NONE else None,
                 xsa=layer.xsa,
                 parallel=layer.parallel,
@@ -1812,6 +1839,117 @@ class GPT(nn.Module):
 def has_input_norm(a: Architecture, layer: Layer) -> bool:
     """Whether the MLP of `layer` is normalised at its input."""
     return not a.use_peri_norm or (a.unique_norms_input_norm and layer.gain != NONE)
+
+
+# ---- FUSED_MLP: the activation inside of the matrix products ----
+# W1 x is not read again to be activated, and its gradient is not read again for the derivative.
+
+
+def triton_module() -> Any:
+    try:
+        return importlib.import_module("triton")
+    except ImportError:
+        raise InputError("FUSED_MLP=1 needs triton: pip install -U triton") from None
+
+
+@functools.cache
+def mlp_kernel() -> Any:
+    """The kernel of `fused_mlp`; a function, as its decorator and language are Triton's.
+
+    It multiplies x [M, K] by w^T, w [N, K] with any strides, in tiles. In the forward pass the
+    product goes to z [M, N] and h = leaky_relu(z)^2 to out. In the backward pass the product is
+    the gradient of h; z is read, and its gradient goes to out.
+    """
+    triton = triton_module()
+    tl = importlib.import_module("triton.language")
+
+    @triton.jit
+    @no_type_check  # Triton compiles it, its types are not Python's
+    def product(
+        x,
+        w,
+        z,
+        out,
+        M,
+        N,
+        K,
+        w_row,
+        w_column,
+        BACKWARD: tl.constexpr,
+        SLOPE: tl.constexpr,
+        TILE: tl.constexpr,
+        STEP: tl.constexpr,
+    ):
+        across = tl.cdiv(N, TILE)  # tiles of a row are neighbours: they find x in the cache
+        row = tl.program_id(0) // across * TILE + tl.arange(0, TILE)[:, None].to(tl.int64)
+        column = tl.program_id(0) % across * TILE + tl.arange(0, TILE)[None, :]
+        total = tl.zeros((TILE, TILE), tl.float32)
+        for start in range(0, K, STEP):
+            k = start + tl.arange(0, STEP)
+            left = (row < M) & (k[None, :] < K)
+            right = (k[:, None] < K) & (column < N)
+            a = tl.load(x + row * K + k[None, :], left, other=0.0)
+            b = tl.load(w + column * w_row + k[:, None] * w_column, right, other=0.0)
+            total = tl.dot(a, b, total, input_precision="ieee")  # float32 stays float32
+        inside = (row < M) & (column < N)
+        if BACKWARD:
+            before = tl.load(z + row * N + column, inside, other=0.0).to(tl.float32)
+            result = total * 2 * tl.where(before > 0, before, SLOPE * SLOPE * before)
+        else:
+            rounded = total.to(z.dtype.element_ty)
+            tl.store(z + row * N + column, rounded, inside)
+            before = rounded.to(tl.float32)  # as the backward pass will find it
+            leaky = tl.where(before > 0, before, SLOPE * before)
+            result = leaky * leaky
+        tl.store(out + row * N + column, result.to(out.dtype.element_ty), inside)
+
+    return product
+
+
+@functools.cache
+def fused_mlp() -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
+    """W2 leaky_relu(W1 x)^2 of x [..., D], W1 [F, D] and W2 [D, F], with a gradient.
+
+    It is an operation of PyTorch, whose graphs take it as any other.
+    """
+    kernel = torch.library.wrap_triton(mlp_kernel())
+    # For sm_90 ptxas takes 118 registers a thread: nothing spills and two tiles are on a
+    # multiprocessor. Four warps would take 254 and spill. No GPU has timed it yet.
+    tile, step, warps = 128, 64, 8
+
+    def product(x: Tensor, w: Tensor, z: Tensor, slope: float, backward: bool) -> Tensor:
+        out = torch.empty_like(z)
+        (M, K), N = x.shape, len(w)
+        grid = (-(-M // tile) * -(-N // tile),)
+        sizes = M, N, K, *w.stride()
+        kernel[grid](x, w, z, out, *sizes, backward, slope, tile, step, num_warps=warps)
+        return out
+
+    @torch.library.triton_op("train_gpt::mlp", mutates_args=())
+    def mlp(x: Tensor, w1: Tensor, w2: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
+        """The result, and what the backward pass takes: W1 x and its activation."""
+        z = x.new_empty(len(x), len(w1))
+        h = product(x, w1, z, slope, False)
+        return F.linear(h, w2), z, h
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, w1, w2, ctx.slope = inputs
+        ctx.save_for_backward(x, w1, w2, *output[1:])
+        ctx.set_materialize_grads(False)  # nothing else takes z and h
+
+    def gradients(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        x, w1, w2, z, h = ctx.saved_tensors
+        grad = grad.contiguous()
+        dz = product(grad, w2.T, z, ctx.slope, True)
+        return dz @ w1, dz.T @ x, grad.T @ h, None
+
+    mlp.register_autograd(gradients, setup_context=keep)
+
+    def apply(x: Tensor, w1: Tensor, w2: Tensor, slope: float) -> Tensor:
+        out, _, _ = mlp(x.flatten(0, -2).contiguous(), w1, w2, slope)
+        return out.view(x.shape)
+
+    return apply
 
 
 # ---- 4. Optimizers -----------------------------------------------------------------------------
@@ -3212,9 +3350,16 @@ class Compiler:
             # for 0.8 % of a step (a roofline estimate).
             whole = "model" if self.modes <= 2 else "block"
             self.level = whole if world.on_cuda else "off"
+        if config.fused_mlp:
+            require(world.on_cuda, "FUSED_MLP=1 needs a GPU: its kernel is for CUDA alone")
+            triton_module()
 
     def build(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        torch.compiler.config.cache_key_tag = self.config.attn_backend  # its cache is blind to that
+        # What PyTorch's cache of compiled graphs is blind to.
+        tag: str = self.config.attn_backend
+        if self.config.fused_mlp:
+            tag += mlp_kernel().src
+        torch.compiler.config.cache_key_tag = tag
         torch._dynamo.config.recompile_limit = 8 + 2 * self.modes  # beyond it torch ends the run
         return torch.compile(function, dynamic=False, fullgraph=True)
 
@@ -3223,6 +3368,8 @@ class Compiler:
         ops = PLAIN_OPS
         if self.config.attn_backend != "auto":
             ops = ops._replace(attention=torch_attention)
+        if self.config.fused_mlp:
+            ops = ops._replace(mlp=fused_mlp())
         if self.level == "block":
             ops = ops._replace(block=self.build(block), loss=self.build(head_loss))
         whole = self.build(model) if self.level == "model" else model

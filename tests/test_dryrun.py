@@ -236,9 +236,11 @@ def test_figures_are_kept_as_they_come(tmp_path: Path) -> None:
 def test_estimates_are_of_what_gpu_check_measures() -> None:
     """A new preset, or another title, needs new estimates (README.md of the dry run)."""
     estimates = json.loads(gpu_check.ESTIMATES.read_text())
-    cases = [(preset, "block") for preset in gpu_check.tg.SYSTEMS] + [("T", "model")]
-    for preset, level in cases:
-        title = title_of(preset, dict(COMPILE=level), step=True, share=gpu_check.RANKS)
+    block = dict(COMPILE="block")
+    cases = [(preset, block) for preset in gpu_check.tg.SYSTEMS]
+    cases += [("T", dict(COMPILE="model")), ("T", block | dict(FUSED_MLP="1"))]
+    for preset, settings in cases:
+        title = title_of(preset, settings, step=True, share=gpu_check.RANKS)
         assert estimates[title][-1]["ms"] > 0, title
 
 

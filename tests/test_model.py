@@ -201,7 +201,7 @@ def test_flat_model_is_the_u_net_written_out() -> None:
         if v in (2, 3):
             x = x + model.skip[v - 2] * outputs[3 - v]
         x = model.attn[v](model.mix[v](x, x0), neutral, context)
-        x = model.mlp[v](x, neutral, context.rounding)
+        x = model.mlp[v](x, neutral, context)
         outputs.append(x)
     torch.testing.assert_close(model.hidden(ids, model.scoring)[0], tg.rms_norm(x))
 

@@ -226,19 +226,23 @@ def variables_of(preset: str, **more: str) -> dict[str, str]:
     return named | dict(TRAIN_BATCH_TOKENS=str(whole // RANKS), **more)
 
 
-def measure_step(out: Figures, options: Options, preset: str, level: str, times: int) -> None:
+def measure_step(
+    out: Figures, options: Options, preset: str, level: str, times: int, **more: str
+) -> None:
     """Records steps of a preset under the title that its estimate has."""
     torch._dynamo.reset()  # what another case has compiled would not be counted
     torch.cuda.empty_cache()
-    title = title_of(preset, dict(COMPILE=level), step=True, share=RANKS)
-    stand = Stand(variables_of(preset, COMPILE=level) | options.data)
+    settings = dict(COMPILE=level, **more)
+    title = title_of(preset, settings, step=True, share=RANKS)
+    stand = Stand(variables_of(preset, **settings) | options.data)
     out[title] = stand.measure(2, times)
 
 
 def levels(out: Figures, options: Options) -> None:
-    """T compiled by block and as a whole."""
-    for level in ("block", "model"):
-        measure_step(out, options, "T", level, 20)
+    """T compiled by block, with its own kernel for MLPs too, and as a whole."""
+    measure_step(out, options, "T", "block", 20)
+    measure_step(out, options, "T", "block", 20, FUSED_MLP="1")
+    measure_step(out, options, "T", "model", 20)
 
 
 def presets(out: Figures, options: Options) -> None:
@@ -411,7 +415,7 @@ class Part(NamedTuple):
 PARTS = [
     Part("environment", 20, environment),
     Part("attention", 45, attention),
-    Part("levels", 130, levels),
+    Part("levels", 145, levels),
     Part("race", 180, race_of_two),
     Part("whole run", 120, whole_run),
     Part("killed rank", 60, killed_rank),
