@@ -1812,13 +1812,16 @@ class GPT(nn.Module):
         return torch.lerp(kept * weight, x, torch.sigmoid(self.skip_gate[row]).to(x.dtype))
 
     def idle(self, passes: int) -> list[nn.Parameter]:
-        """Vectors that no layer uses in so many passes over the core, and in others does."""
-        taken = {layer.skip for layer in self.plans[passes]}
+        """Parameters that no layer uses in so many passes over the core, and in others does."""
+        plan = self.plans[passes]
+        used = {layer.mlp for layer in plan}
+        mlps = [p for i, mlp in enumerate(self.mlp) if i not in used for p in mlp.parameters()]
+        taken = {layer.skip for layer in plan}
         rows = [row for row in range(len(self.skip)) if row not in taken]
         skips = [self.skip[row] for row in rows]
         gates = [self.skip_gate[row] for row in rows if self.gated_skips]
         between = self.core.unused_in_one_pass() if passes == 1 else []
-        return [*skips, *gates, *between]
+        return [*mlps, *skips, *gates, *between]
 
     def penalty(self, mode: Mode, starts: list[Tensor], ends: list[Tensor]) -> Tensor | float:
         """The weighted mean penalty on growth over all passes, or over each; 0 without a core."""
@@ -2017,6 +2020,7 @@ class Muon(torch.optim.Optimizer):
         # its matrix is used.
         super().__init__(params, dict(lr=lr, momentum=momentum, core_factor=1.0))
         self.steps, self.decay, self.row_norm, self.polar = steps, decay, row_norm, polar
+        self.resting: set[nn.Parameter] = set()  # what a step leaves as it is, decay and all
         self.state.update({p: dict(velocity=torch.zeros_like(p)) for p in params})
         self.dtype = torch.bfloat16 if params[0].is_cuda else torch.float32
         self.iterate: Callable[..., Tensor] = newton_schulz
@@ -2039,6 +2043,8 @@ class Muon(torch.optim.Optimizer):
 
     def factor(self, p: nn.Parameter, of_core: float) -> float:
         """What the learning rate of `p` is multiplied by."""
+        if p in self.resting:
+            return 0.0
         return of_core if role_of(p) is ROLES["core matrix"] else 1.0
 
     def stacks(
@@ -3122,8 +3128,10 @@ class Trainer:
         self.gradients = Gradients(self.params)
         several = world.on_cuda and world.size > 1
         self.reduced = torch.cuda.Event(blocking=True) if several else None  # the last all-reduce
-        # What a number of passes leaves out has no gradient there, so no decay either.
-        self.homes = {p: p.grad for passes in model.plans for p in model.idle(passes)}
+        # What a number of passes leaves out has no gradient there, so no decay either. Matrices
+        # keep one of 0, so that Muon's stacks, which are compiled, have one size.
+        idle = [p for passes in model.plans for p in model.idle(passes)]
+        self.homes = {p: p.grad for p in idle if role_of(p).optimizer == "adam"}
         for p in self.params:
             world.broadcast(p.data)  # unlike processors may draw unlike weights
         self.reset()
@@ -3168,6 +3176,7 @@ class Trainer:
         gradients = self.gradients
         gradients.zero()
         idle = set(self.model.idle(mode.passes))
+        self.optimizers.muon.resting = idle
         for p, gradient in self.homes.items():
             p.grad = None if p in idle else gradient
         parts = self.batches.accumulation * self.world.size
@@ -5214,9 +5223,11 @@ def refit(trainer: Trainer, hessians: Mapping[str, Tensor], log: Log) -> float:
     began = time.perf_counter()
     vectors = [p for p in trainer.params if not role_of(p).bits]
     adam = torch.optim.Adam(vectors, betas=(config.beta1, config.beta2), eps=config.adam_eps)
+    calibrated = math.ceil(config.gptq_batches / trainer.batches.accumulation)
+    first = trainer.step + calibrated  # rounding has not seen these batches either
     with as_stored(dict(trainer.model.named_parameters()), config, hessians):
         for i in range(config.refit_steps):
-            trainer.sum_gradients(trainer.batches.micro(trainer.step + i), Mode(config.num_loops))
+            trainer.sum_gradients(trainer.batches.micro(first + i), Mode(config.num_loops))
             adam.param_groups[0]["lr"] = config.refit_lr * (1 - i / config.refit_steps)
             adam.step()
     world.synchronize()

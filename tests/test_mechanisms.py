@@ -364,6 +364,28 @@ def test_a_refit_is_adam_on_rounded_matrices(env: dict[str, str], tmp_path: Path
         torch.testing.assert_close(found, value, rtol=2e-3, atol=2e-4, msg=name)
 
 
+def test_a_refit_sees_what_calibration_has_not_seen(
+    env: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Three micro-batches of a calibration are of two steps, which a refit leaves out."""
+    more = refit_of(2) | dict(GPTQ_BATCHES="3", TRAIN_BATCH_TOKENS="48")
+    trainer = trainer_of(tg.Config.from_env(env | more))
+    make_steps(trainer, 4)
+    read, seen = trainer.batches.read, []
+
+    def noted(step: int) -> list[Tensor]:
+        seen.append(step)
+        return read(step)
+
+    monkeypatch.setattr(trainer.batches, "read", noted)
+    (tmp_path / "run").mkdir()
+    log = tg.Log(tmp_path / "run", True)
+    hessians, _ = tg.calibrate(trainer, log)
+    assert seen == [4, 5]
+    tg.refit(trainer, hessians, log)
+    assert seen == [4, 5, 6, 7]
+
+
 def test_the_time_of_a_refit_counts_as_training(tmp_path: Path) -> None:
     said = [
         "step:4/4 train_loss:2.0 train_time:1000ms step_avg:250.00ms",
@@ -422,6 +444,23 @@ def test_gradients_reach_every_mlp_of_a_pool() -> None:
     assert len(model.mlp) == 7
     for mlp in model.mlp:
         assert mlp.proj.weight.grad is not None and mlp.proj.weight.grad.any()
+
+
+@pytest.mark.parametrize("mlps", [dict(SHARE_ATTN_ONLY="1"), dict(MLP_POOL="3")], ids=str)
+def test_an_mlp_that_waits_for_the_loop_does_not_decay(
+    env: dict[str, str], mlps: dict[str, str]
+) -> None:
+    """Nor do its gains; before the onset a layer has the MLP of its first pass."""
+    decays = dict(MUON_WD="0.5", SCALAR_WD="0.5", USE_PERI_NORM="1")
+    trainer = trainer_of(tg.Config.from_env(env | decays | mlps))
+    before = [{n: p.clone() for n, p in mlp.named_parameters()} for mlp in trainer.model.mlp]
+    waiting = set(range(len(before))) - {x.mlp for x in trainer.model.plans[1]}
+    assert waiting
+    for until, still in ((2, waiting), (4, set())):
+        make_steps(trainer, until)
+        for i, mlp in enumerate(trainer.model.mlp):
+            moved = {n for n, p in mlp.named_parameters() if not p.equal(before[i][n])}
+            assert moved == (set() if i in still else before[i].keys()), i
 
 
 def test_a_pool_is_trained_and_carried(env: dict[str, str], tmp_path: Path) -> None:

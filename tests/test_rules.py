@@ -9,6 +9,7 @@ import sys
 import time
 from multiprocessing import reduction
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import HANG, ROOT, clean_environment, fork_ranks, wait_for
@@ -127,10 +128,10 @@ def sleep() -> int:
 
 def test_ctrl_c_while_ranks_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first rank runs, the second is half started: both are ended, and the tests as well."""
-    sent: list[tuple[object, ...]] = []
+    sent: list[Any] = []
     send = reduction.sendfds
 
-    def interrupted(*given: object) -> None:
+    def interrupted(*given: Any) -> None:
         sent.append(given)
         if len(sent) == 2:
             signal.raise_signal(signal.SIGINT)
