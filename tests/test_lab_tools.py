@@ -25,6 +25,7 @@ TOOLS = [
     "compare",
     "faults",
     "generate",
+    "landing",
     "rate",
     "step_times",
     "submit",
