@@ -102,7 +102,7 @@ def test_every_published_run_has_a_row_that_the_script_takes() -> None:
     for row in TABLE.rows.values():
         assert row.what and row.hypothesis, row.name
         if row.set.keys() <= common.OPTIONS:
-            for scale in ("", "tiny", "micro"):
+            for scale in ("", "tiny", *TABLE.scales):
                 tg.Config.from_env(ablate.variables(row, TABLE.scales.get(scale), scale, {}))
     assert TABLE.rows["recur_3x3_768_qat"].set["QAT_FRACTION"] == "0.15"
 
@@ -127,8 +127,49 @@ def test_a_scale_divides_and_the_later_word_wins() -> None:
         ablate.variables(row._replace(set={"WARMDOWN_FRACTION": "0.5"}), warm, "small", {}),
     ):
         assert "WARMDOWN_ITERS" not in made and tg.Config.from_env(made).warmdown_fraction == 0.5
+    parts = scale._replace(divide={"MODEL_DIM": 8, "ROPE_DIMS": 4, "VE_DIM": 8})
+    assert not {"ROPE_DIMS", "VE_DIM"} & ablate.variables(row, parts, "small", {}).keys()
+    with_parts = row._replace(set={"ROPE_DIMS": "16", "VE_LAYERS": "1"})
+    made = ablate.variables(with_parts, parts, "small", {})
+    assert (made["ROPE_DIMS"], made["VE_DIM"]) == ("4", "16")
     with pytest.raises(ValueError, match="MODEL_DIM of x is not a multiple of 7"):
         ablate.variables(row, scale._replace(divide={"MODEL_DIM": 7}), "small", {})
+
+
+def test_a_scale_gives_the_bytes_of_what_fits_by_its_size() -> None:
+    scale = ablate.Scale("small", "", {}, {}, artifact=1000)
+    limit = str(len(tg.script_file()) + 1000)
+    row = ablate.Row("x", "s", "", "", [], {})
+    assert "SIZE_LIMIT_BYTES" not in ablate.variables(row, scale, "small", {})
+    for late in (
+        {"MATRIX_BITS": "0"},
+        {"QUANT_CLIP": "sdclip", "MATRIX_CLIP_SIGMAS": "0"},
+        {"PRESET": "frontier"},
+    ):
+        made = ablate.variables(row._replace(set=late), scale, "small", {})
+        assert made["SIZE_LIMIT_BYTES"] == limit
+        made = ablate.variables(row._replace(set=late), scale._replace(artifact=0), "small", {})
+        assert "SIZE_LIMIT_BYTES" not in made
+    given = {"SIZE_LIMIT_BYTES": "7"}
+    made = ablate.variables(row._replace(set={"MATRIX_BITS": "0"}), scale, "small", given)
+    assert made["SIZE_LIMIT_BYTES"] == "7"
+
+
+def test_rows_at_pocket_are_scored_alike() -> None:
+    """On the same pieces, without overlap and without training, whatever their presets do."""
+    for row in TABLE.rows.values():
+        for name in TABLE.scales:
+            config = tg.Config.from_env(ablate.variables(row, TABLE.scales[name], name, {}))
+            told = (config.vocab_size, config.eval_stride, config.ttt_lr, config.train_seq_len)
+            assert told == (1024, 0, 0, 256), (row.name, name)
+            share = config.rope_dims * config.num_heads / config.model_dim
+            full = tg.Config.from_env(row.set)
+            assert share == full.rope_dims * full.num_heads / full.model_dim, row.name
+
+
+def test_no_series_has_the_name_of_a_row() -> None:
+    """`run NAME` would make the whole series."""
+    assert not {row.series for row in TABLE.rows.values()} & TABLE.rows.keys()
 
 
 CLOCK = {"MATRIX_LR": "0.1"}
@@ -209,15 +250,23 @@ def test_equal_time_needs_milliseconds_and_fractions(name: str, message: str) ->
 
 def case(preset: str, given: dict[str, str]) -> tuple:
     """What decides the time of a step, of a row's variables or of a dry run's title."""
-    values = {key: value for key, value in given.items() if key not in TIMELESS}
-    schedule = values.pop("PASSES_SCHEDULE", "")
-    passes = [entry.split(":")[1] for entry in schedule.split(",")] if schedule else []
-    return preset, tuple(sorted(values.items())), tuple(passes)
+    config = tg.Config.from_env({**given, "PRESET": preset})
+    passes = tuple(passes for _, passes in config.schedule())
+    return preset, tuple(sorted(item for item in given.items() if item[0] not in TIMELESS)), passes
 
 
-TIMELESS = """PRESET COMPILE MATRIX_LR CORE_LR_POWER MATRIX_BITS REFIT_STEPS WARMDOWN_FRACTION
-    LR_FLOOR MUON_MOMENTUM MUON_MOMENTUM_WARMUP_START MUON_MOMENTUM_WARMUP_FRACTION MUON_POLAR
-    MUON_WD ADAM_WD SCALAR_WD DATA_SEED GPTQ_BATCHES TIMESTEP_GAMMA_MAX""".split()
+TIMELESS = """PRESET COMPILE PASSES_SCHEDULE MATRIX_LR CORE_LR_POWER MATRIX_BITS REFIT_STEPS
+    WARMDOWN_FRACTION LR_FLOOR MUON_MOMENTUM MUON_MOMENTUM_WARMUP_START
+    MUON_MOMENTUM_WARMUP_FRACTION MUON_POLAR MUON_WD ADAM_WD SCALAR_WD AVERAGE DATA_SEED QUANT_CLIP
+    GPTQ_BATCHES GPTQ_EMBED TIMESTEP_GAMMA_MAX QK_GAIN_INIT""".split()
+EQUAL_STEPS = "VOCAB_SIZE TRAIN_SEQ_LEN TRAIN_BATCH_TOKENS MICRO_BATCH_TOKENS".split()
+
+
+def at_equal_steps(row: ablate.Row) -> dict[str, str]:
+    """A row's variables with the batch and the pieces of the clock's, which its preset may lack."""
+    ours, usual = (tg.Config.from_env(v) for v in (row.set, TABLE.rows["flat_6"].set))
+    apart = [n for n in EQUAL_STEPS if getattr(ours, n.lower()) != getattr(usual, n.lower())]
+    return row.set | {name: tg.show(getattr(usual, name.lower())) for name in apart}
 
 
 def test_milliseconds_are_those_of_the_dry_run() -> None:
@@ -230,7 +279,7 @@ def test_milliseconds_are_those_of_the_dry_run() -> None:
                 found[case(preset, given)] = [round(mode["ms"], 2) for mode in modes]
     for name, costs in TABLE.milliseconds.items():
         row = TABLE.rows[name]
-        assert found[case(row.set["PRESET"], row.set)] == costs, name
+        assert found[case(row.set["PRESET"], at_equal_steps(row))] == costs, name
     for row in TABLE.rows.values():
         if row.name in TABLE.milliseconds and row.series != "wins":
             values = ablate.variables(row, TABLE.scales["pocket"], "pocket", {})
@@ -353,6 +402,9 @@ def test_a_folder_with_another_configuration_is_neither_used_nor_lost(
     told = capsys.readouterr().out
     assert "holds another run (BETA1 0.9 there, 0.5 asked for): choose another --out" in told
     assert path.read_bytes() == before
+    limit = ["--set", "SIZE_LIMIT_BYTES=9999999"]  # as of a script that is longer or shorter
+    assert call(monkeypatch, "run", "C", "--out", str(tmp_path), *limit) == 0
+    assert "1 runs: 0 made, 1 there already" in capsys.readouterr().out
 
 
 def test_a_run_that_another_process_makes_is_left_to_it(

@@ -46,6 +46,7 @@ with told_if_missing(__name__):
 if TYPE_CHECKING:  # it needs records/tools/requirements.txt, and `run` does not
     from records.tools import report
 
+SCRIPT = ROOT / "train_gpt.py"
 FIELDS = {f.name: f.default for f in fields(tg.Config)}
 SET_ELSEWHERE = {"SEED", "LOG_DIR", "RUN_ID", "EVAL_ONLY"}  # by the matrix itself
 WATCH_SECONDS = 60.0  # between lines about a run in progress, where there is no terminal
@@ -81,6 +82,7 @@ class Scale(NamedTuple):
     divide: dict[str, int]
     set: dict[str, str]
     clock: str = ""  # row whose time on an H100 every row has; "": all make ITERATIONS steps
+    artifact: int = 0  # bytes, where a row chooses its own; 0: SIZE_LIMIT_BYTES less the script
 
 
 class Claim(NamedTuple):
@@ -162,6 +164,15 @@ def read_table(path: Path) -> Table:
 # ---- 2. What a run is ----------------------------------------------------------------------------
 
 
+def asked_of(row: Row, table: Table, scale_name: str, given: dict[str, str]) -> dict[str, str]:
+    """All variables of a row at a scale, in equal time if the scale has a clock."""
+    scale = table.scales.get(scale_name)
+    values = variables(row, scale, scale_name, given)
+    if scale is not None and scale.clock:
+        values = in_equal_time(row, values, table, scale.clock)
+    return values
+
+
 def variables(
     row: Row, scale: Scale | None, scale_name: str, given: dict[str, str]
 ) -> dict[str, str]:
@@ -173,14 +184,26 @@ def variables(
     divided = {}
     for name, divisor in scale.divide.items():
         value, rest = divmod(getattr(full, name.lower()), divisor)
-        if rest or not value:
+        if rest:
             raise tg.InputError(
                 f"scale {scale.name}: {name} of {row.name} is not a multiple of {divisor}"
             )
-        divided[name] = str(value)
-    last_words = row.set | divided | given
+        if value:  # 0 is for a part that the row does not have
+            divided[name] = str(value)
+    last_words = row.set | acting(divided, full) | given
     config = replace(full, **tg.explicit_options(scale.set | last_words))
-    return acting(scale.set, config) | last_words
+    return acting(scale.set, config) | equal_bytes(scale, config) | last_words
+
+
+def equal_bytes(scale: Scale, config: tg.Config) -> dict[str, str]:
+    """The limit with which a row that rounds as its size allows makes the scale's artifact.
+
+    Rows of fixed bits have the size that they have, and need no limit.
+    """
+    chosen_late = config.fits_by_clip or not config.matrix_bits
+    if not scale.artifact or not chosen_late:
+        return {}
+    return {"SIZE_LIMIT_BYTES": str(SCRIPT.stat().st_size + scale.artifact)}
 
 
 def acting(values: dict[str, str], config: tg.Config) -> dict[str, str]:
@@ -323,6 +346,14 @@ def damage(folder: Path) -> str:
     return told[0] if told else ""
 
 
+UNCOMPARED = {
+    "log_dir",
+    "run_id",
+    "preset",
+    "size_limit_bytes",  # it counts the script, whose size changes from version to version
+}
+
+
 def finished(run: Run) -> bool:
     """Whether its folder holds its whole result; InputError if it is of other variables."""
     if not (run.folder / "result.json").exists() or damage(run.folder):
@@ -332,7 +363,7 @@ def finished(run: Run) -> bool:
     apart = [
         f"{n.upper()} {tg.show(recorded[n])} there, {tg.show(asked[n])} asked for"
         for n in asked
-        if recorded[n] != asked[n] and n not in ("log_dir", "run_id", "preset")
+        if recorded[n] != asked[n] and n not in UNCOMPARED
     ]
     if apart:
         other = f"{run.folder} holds another run ({'; '.join(apart)})"
@@ -745,9 +776,7 @@ def plan(table: Table, options: argparse.Namespace) -> list[Run]:
     name, runs = options.scale or "full", []
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         for row in table.pick(options.names):
-            values = variables(row, scale, options.scale, given)
-            if scale is not None and scale.clock:
-                values = in_equal_time(row, values, table, scale.clock)
+            values = asked_of(row, table, options.scale, given)
             folder = options.out.resolve() / name / row.name / f"seed{seed}"
             runs.append(Run(row.name, seed, name, values, folder, options.nproc))
     return runs
@@ -798,9 +827,9 @@ def intended(table: Table, name: str) -> report.Intended:
     rows = {}
     for row in table.rows.values():
         try:
-            asked = variables(row, scale, name, {})
+            asked = asked_of(row, table, name, {})
             config = tg.Config.from_env(asked)
-        except tg.InputError:  # a row of another version of the script
+        except tg.InputError:  # of another version of the script, or its time is not known
             continue
         rows[row.name] = report.Asked(config, options | {option.lower() for option in asked})
     return report.Intended(f"Scale {name}" if name else "Full size", what, rows)
