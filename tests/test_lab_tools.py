@@ -12,11 +12,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import train_gpt as tg
-from records.tools import common, packages, rate, step_times
+from records.tools import ablate, audit, bench, common, gpu_check, packages, rate, step_times
+from records.tools.dryrun import dryrun
 
 TOOLS = [
     "ablate",
@@ -82,6 +84,30 @@ def test_help_is_in_sentences_with_defaults(tool: str) -> None:
         assert re.match(r"[A-Z].*\.$", text), f"{tool} {name}: {text!r}"
         if action.default not in (None, False, [], argparse.SUPPRESS) and action.option_strings:
             assert "(default: " in text, f"{tool} {name}: {text!r}"
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "module, words, option",
+    [
+        (ablate, ["run", "T"], "--set"),
+        (ablate, ["run", "T"], "--job"),
+        (bench, ["plain"], "--set"),
+        (bench, ["ab"], "--a"),
+        (rate, [], "--set"),
+        (dryrun, [], "--set"),
+        (gpu_check, [], "--only"),
+        (audit, ["run"], "--skip"),
+    ],
+)
+def test_a_list_given_twice_keeps_both_parts(module: Any, words: list[str], option: str) -> None:
+    """argparse's default would keep the last part alone, without a word."""
+    parser = getattr(module, "make_parser", None) or module.parser
+    one, other = {"--only": ("attention", "levels"), "--skip": ("causality", "bytes")}.get(
+        option, ("SEED=1", "DTYPE=float32")
+    )
+    args = parser().parse_args([*words, option, one, option, other])
+    assert getattr(args, option[2:]) == [one, other]
 
 
 @pytest.mark.parametrize("tool", [*TOOLS, "gpu_check", "dryrun.dryrun"])

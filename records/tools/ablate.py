@@ -865,6 +865,7 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
     add(
         "--set",
         nargs="+",
+        action="extend",
         default=[],
         metavar="KEY=VALUE",
         help="Options of train_gpt.py for every run; they win over those of row and scale.",
@@ -878,6 +879,7 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
     add(
         "--job",
         nargs="+",
+        action="extend",
         default=[],
         metavar="KEY=VALUE",
         help="Job parameters of submitit, such as slurm_partition=gpu.",

@@ -157,6 +157,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--skip",
         nargs="+",
+        action="extend",
         default=[],
         choices=CHECKS,
         metavar="CHECK",

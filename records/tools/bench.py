@@ -705,7 +705,9 @@ def make_parser() -> argparse.ArgumentParser:
     one = command(ab, "ab", "Race two settings.")
     for side in ("--a", "--b"):
         help_text = "Variables of this side (default: none)."
-        one.add_argument(side, nargs="+", default=[], metavar="KEY=VALUE", help=help_text)
+        one.add_argument(
+            side, nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=help_text
+        )
     one = command(revisions, "revisions", "Race commits.")
     one.add_argument(
         "commits", nargs="+", help="Commits by any name that git knows; . is the file as it is."

@@ -63,6 +63,9 @@ BASE = dict(
     LOG_DIR=WORK,
     DATA_PATH=WORK / "data",
 )
+# Of every rank: torchrun gives it one thread where it starts several ranks, and as many as there
+# are cores where it starts one, whose sums are others.
+THREADS = os.environ.get("OMP_NUM_THREADS", "1")
 PLACES = {  # where a run is, from the last of these lines in its output
     "set-up": r"^",
     "warm-up": r"^train_loader:",
@@ -102,6 +105,7 @@ class Job:
         own = {key: str(v) for key, v in (BASE | dict(RUN_ID=name, RESUME="auto") | env).items()}
         exits = str(self.out.with_suffix(".exits"))
         marks = {"FAULTS_TAG": self.tag, "FAULTS_EXITS": exits, STORE: "1"}
+        marks["OMP_NUM_THREADS"] = THREADS
         with open(self.out, "w") as out:
             self.popen = subprocess.Popen(
                 [*launcher, *program],

@@ -45,6 +45,7 @@ with told_if_missing(__name__, TRAINING):
         BASE,
         PLACES,
         STEPS,
+        THREADS,
         WORK,
         Job,
         difference,
@@ -434,7 +435,7 @@ def rows(options: argparse.Namespace) -> Iterator[Write]:
                 torch=torch.__version__,
                 script_sha256=common.sha256(common.ROOT / "train_gpt.py"),
                 cpu=f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
-                threads=torch.get_num_threads(),
+                threads=int(THREADS),
             )
         )
         started = time.perf_counter()

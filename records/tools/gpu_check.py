@@ -545,6 +545,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--only",
         nargs="*",
+        action="extend",
         choices=names,
         metavar="PART",
         help=f"Parts to run, of {', '.join(names)} (default: all).",

@@ -47,7 +47,14 @@ def make_parser() -> argparse.ArgumentParser:
         default="T",
         help="Preset of the script, or all, each in its own process (default: %(default)s).",
     )
-    add("--set", nargs="*", default=[], metavar="NAME=VALUE", help="Options of the script.")
+    add(
+        "--set",
+        nargs="*",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE",
+        help="Options of the script.",
+    )
     add(
         "--mode",
         type=int,
