@@ -59,6 +59,7 @@ REPORTED_MILLIONS = dict(
     recur_2x6_1024=14.7,
 )
 OF_PULL_REQUESTS = {"growing", "growing_live", "frontier"}
+OWN = {"frontier_loop"}
 
 
 def config(**env: Any) -> tg.Config:
@@ -116,7 +117,7 @@ def test_preset_is_the_published_run(name: str) -> None:
 
 def test_every_published_run_has_a_preset() -> None:
     assert len(RUNS) == 21
-    assert tg.SYSTEMS.keys() == {*RUNS, "naive", *REPORTED_MILLIONS, *OF_PULL_REQUESTS}
+    assert tg.SYSTEMS.keys() == {*RUNS, "naive", *REPORTED_MILLIONS, *OF_PULL_REQUESTS, *OWN}
 
 
 @pytest.mark.parametrize("name", REPORTED_MILLIONS)

@@ -27,6 +27,7 @@ TOOLS = [
     "compare",
     "faults",
     "generate",
+    "landing",
     "rate",
     "step_times",
     "submit",
