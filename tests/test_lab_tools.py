@@ -17,7 +17,17 @@ from typing import Any
 import pytest
 
 import train_gpt as tg
-from records.tools import ablate, audit, bench, common, gpu_check, packages, rate, step_times
+from records.tools import (
+    ablate,
+    audit,
+    bench,
+    common,
+    gpu_check,
+    landing,
+    packages,
+    rate,
+    step_times,
+)
 from records.tools.dryrun import dryrun
 
 TOOLS = [
@@ -95,6 +105,7 @@ def test_help_is_in_sentences_with_defaults(tool: str) -> None:
         (bench, ["plain"], "--set"),
         (bench, ["ab"], "--a"),
         (rate, [], "--set"),
+        (landing, [], "--set"),
         (dryrun, [], "--set"),
         (gpu_check, [], "--only"),
         (audit, ["run"], "--skip"),

@@ -289,6 +289,24 @@ def test_calibration_sums_over_passes_and_micro_batches(name: str) -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_calibration_alone_takes_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it fails, what was set before is back."""
+    products, found = torch.backends.cuda.matmul, []
+    before = products.fp32_precision
+
+    def passes(*_: Any) -> None:
+        found.append(products.fp32_precision)
+        if len(found) == 2:
+            raise KeyboardInterrupt
+
+    model = noisy_model(tg.Architecture(**STACK))
+    monkeypatch.setattr(model, "forward", passes)
+    pair = (torch.zeros(1, 4, dtype=torch.long),) * 2
+    with pytest.raises(KeyboardInterrupt):
+        tg.input_moments(model, [pair, pair, pair])
+    assert found == ["tf32", "tf32"] and products.fp32_precision == before != "tf32"
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_calibration_of_the_head_is_of_the_last_state(tied: bool) -> None:
     """Of the normalised state, not of what the tied embedding is as an input; summed over ranks."""

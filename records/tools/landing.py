@@ -156,6 +156,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--set",
         nargs="+",
+        action="extend",
         default=[],
         metavar="KEY=VALUE",
         help="Options of train_gpt.py (default: PRESET=frontier).",
