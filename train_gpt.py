@@ -4570,7 +4570,8 @@ SYSTEMS: dict[str, Preset] = {
         1.0818,
     ),
     "frontier_loop": Preset(
-        FRONTIER | LOOP, "the same, x0 mixed into the loop once a pass, convex, from .95 of x on"
+        FRONTIER | LOOP,
+        "the same with a convex mix of x0 once a pass, which starts at .95 of the state",
     ),
 }
 SCALES: dict[str, Preset] = {
