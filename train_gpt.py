@@ -3082,7 +3082,6 @@ class Trainer:
         gradients = self.gradients
         gradients.zero()
         idle = set(self.model.idle(mode.passes))
-        self.optimizers.muon.resting = idle
         for p, gradient in self.homes.items():
             p.grad = None if p in idle else gradient
         parts = self.batches.accumulation * self.world.size
@@ -3105,6 +3104,7 @@ class Trainer:
         for group in self.optimizers.muon.param_groups:
             group["momentum"] = momentum
             group["core_factor"] = passes**-self.config.core_lr_power
+        self.optimizers.muon.resting = set(self.model.idle(passes))
 
     @torch.no_grad()
     def round_to_bfloat16(self) -> None:

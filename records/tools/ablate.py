@@ -862,28 +862,16 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
         default=1,
         help="Ranks of a run, one for each GPU (default: %(default)s).",
     )
-    add(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="Options of train_gpt.py for every run; they win over those of row and scale.",
-    )
+    text = "Options of train_gpt.py for every run; they win over those of row and scale."
+    common.add_settings(run, text)
     add(
         "--cluster",
         choices=("slurm", "local"),
         default="",
         help="Hand every run to submitit as a job (default: run one after the other here).",
     )
-    add(
-        "--job",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="Job parameters of submitit, such as slurm_partition=gpu.",
-    )
+    text = "Job parameters of submitit, such as slurm_partition=gpu."
+    common.add_settings(run, text, "--job")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -621,14 +621,8 @@ def common_options() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(add_help=False)
     add = top.add_argument
     add("--preset", default="F,tiny", help="PRESET of train_gpt.py (default: %(default)s).")
-    add(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="Other variables of train_gpt.py; with DATA_PATH, tokens are real, else random.",
-    )
+    text = "Other variables of train_gpt.py; with DATA_PATH, tokens are real, else random."
+    common.add_settings(top, text)
     add(
         "--steps",
         type=int,
@@ -704,10 +698,7 @@ def make_parser() -> argparse.ArgumentParser:
     command(run_plain, "plain", "Race against a plain implementation of the model; the default.")
     one = command(ab, "ab", "Race two settings.")
     for side in ("--a", "--b"):
-        help_text = "Variables of this side (default: none)."
-        one.add_argument(
-            side, nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=help_text
-        )
+        common.add_settings(one, "Variables of this side (default: none).", side)
     one = command(revisions, "revisions", "Race commits.")
     one.add_argument(
         "commits", nargs="+", help="Commits by any name that git knows; . is the file as it is."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import hashlib
 import json
@@ -77,6 +78,13 @@ def pairs(words: Iterable[str]) -> dict[str, str]:
 
 
 # ---- 2. A run's files ----------------------------------------------------------------------------
+
+
+def add_settings(parser: argparse.ArgumentParser, help: str, name: str = "--set") -> None:
+    """Gives a tool an option that takes words for `pairs`; given twice, it takes both lists."""
+    parser.add_argument(
+        name, nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=help
+    )
 
 
 def sha256(path: Path) -> str:

@@ -153,14 +153,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = top.add_argument
-    add(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="Options of train_gpt.py (default: PRESET=frontier).",
-    )
+    common.add_settings(top, "Options of train_gpt.py (default: PRESET=frontier).")
     add("--law", choices=LAWS, default="student", help="Of weights (default: %(default)s).")
     add(
         "--tokens",

@@ -197,14 +197,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = top.add_argument
-    add(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="Variables of the run.",
-    )
+    common.add_settings(top, "Variables of the run.")
     add("--seeds", type=int, default=1, help="Number of seeds, from 1 on (default: %(default)s).")
     add("--out", type=Path, help="JSON file for the figures.")
     return top
