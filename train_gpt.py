@@ -2114,9 +2114,9 @@ def input_moments(
 
 @contextlib.contextmanager
 def tf32_products() -> Iterator[None]:
-    """Products of float32 with operands rounded to TF32 on CUDA, which holds bfloat16 exactly.
+    """Multiplies float32 matrices in TF32 on CUDA, which is exact for what was bfloat16.
 
-    In float32 the sums of `frontier` would take 5.7 of its 600 s (a roofline estimate,
+    In float32 GPTQ's sums would take 5.7 of the 600 s of `frontier` (a roofline estimate,
     records/frontier_export).
     """
     products = torch.backends.cuda.matmul

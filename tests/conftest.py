@@ -60,8 +60,8 @@ def pytest_runtest_protocol() -> Generator[None, bool | None, bool | None]:
 def less_to_wait_for() -> Iterator[None]:
     """Leaves out what costs every run in a test process time, and shows no test anything.
 
-    A full collection walks all that tests have imported, for .3 s. Files are synced to outlast a
-    loss of power.
+    A full collection walks all that the tests have imported. Files are synced to outlast a loss of
+    power.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gc, "collect", lambda generation=2: 0)

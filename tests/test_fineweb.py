@@ -31,6 +31,7 @@ import hub as client
 import packages
 import sample
 import shards
+from helpers import HANG
 from huggingface_hub import constants
 from huggingface_hub.errors import XetDownloadError
 
@@ -963,7 +964,7 @@ def test_killed_at_any_point(
         process.start()
         if not step:
             (tmp_path / FOLDER / "fineweb_train_000000.bin").unlink(missing_ok=True)
-            assert hub.halted.wait(300)
+            assert hub.halted.wait(HANG)
             process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL

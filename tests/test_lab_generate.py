@@ -11,6 +11,7 @@ import pytest
 import sentencepiece as spm
 import torch
 import torch.nn.functional as F
+from helpers import HANG
 
 import train_gpt as tg
 from records.tools import common, generate
@@ -202,7 +203,7 @@ def test_output_that_cannot_be_written_is_one_line(place: str, told: str, artifa
         os.close(read)
     script = str(common.ROOT / "records" / "tools" / "generate.py")
     command = [sys.executable, script, str(artifact), "x", "--tokens", "4"]
-    done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True, timeout=100)
+    done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True, timeout=HANG)
     os.close(out)
     assert (done.returncode, done.stderr) == (2, f"the output cannot be written: {told}\n")
 
@@ -211,5 +212,5 @@ def test_a_terminal_that_knows_no_such_character_gets_another(artifact: Path) ->
     script = str(common.ROOT / "records" / "tools" / "generate.py")
     command = [sys.executable, script, str(artifact), "\N{SNOWMAN}", "--tokens", "0"]
     env = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-    done = subprocess.run(command, env=env, capture_output=True, timeout=100)
+    done = subprocess.run(command, env=env, capture_output=True, timeout=HANG)
     assert (done.returncode, done.stdout) == (0, b"?\n"), done.stderr

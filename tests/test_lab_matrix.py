@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +15,7 @@ from types import MappingProxyType, SimpleNamespace
 from typing import cast
 
 import pytest
+from helpers import HANG, wait_for
 
 import train_gpt as tg
 from records.tools import ablate, common
@@ -70,7 +70,7 @@ def ablate_run(
     out: Path, *words: str, given: Mapping[str, str] = MappingProxyType({})
 ) -> subprocess.CompletedProcess:
     return subprocess.run(
-        command(out, *words, given=given), env=CLEAN, capture_output=True, text=True, timeout=200
+        command(out, *words, given=given), env=CLEAN, capture_output=True, text=True, timeout=HANG
     )
 
 
@@ -402,9 +402,23 @@ def test_a_folder_with_another_configuration_is_neither_used_nor_lost(
     told = capsys.readouterr().out
     assert "holds another run (BETA1 0.9 there, 0.5 asked for): choose another --out" in told
     assert path.read_bytes() == before
-    limit = ["--set", "SIZE_LIMIT_BYTES=9999999"]  # as of a script that is longer or shorter
-    assert call(monkeypatch, "run", "C", "--out", str(tmp_path), *limit) == 0
-    assert "1 runs: 0 made, 1 there already" in capsys.readouterr().out
+    limit = ["--set", "SIZE_LIMIT_BYTES=9999999"]
+    assert call(monkeypatch, "run", "C", "--out", str(tmp_path), *limit) == 1
+    assert "SIZE_LIMIT_BYTES 16000000 there, 9999999 asked for" in capsys.readouterr().out
+
+
+def test_a_run_of_a_shorter_script_with_the_same_room_is_there(
+    fake: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit of a row that fits by its size counts the script, which changes."""
+    assert call(monkeypatch, "run", "C", "--out", str(tmp_path)) == 0
+    path = tmp_path / "full" / "C" / "seed1337" / "result.json"
+    result = json.loads(path.read_text())
+    result["bytes_code"] = ablate.SCRIPT.stat().st_size - 1000
+    path.write_text(json.dumps(result))
+    for limit, code in ((16_001_000, 0), (16_000_999, 1)):
+        words = ["--out", str(tmp_path), "--set", f"SIZE_LIMIT_BYTES={limit}"]
+        assert call(monkeypatch, "run", "C", *words) == code
 
 
 def test_a_run_that_another_process_makes_is_left_to_it(
@@ -521,7 +535,7 @@ def test_runs_go_on_when_nobody_reads_the_output(full: bool, tmp_path: Path) -> 
         stdout=out,
         stderr=subprocess.PIPE,
         text=True,
-        timeout=100,
+        timeout=HANG,
     )
     os.close(out)
     assert (done.returncode, done.stderr) == (1, ""), "D fails, the others are made"
@@ -537,9 +551,10 @@ def test_a_signal_ends_the_run_with_its_launcher(name: str, tmp_path: Path) -> N
         [sys.executable, "-c", STARTED, "run", "C", "--out", str(tmp_path)],
         env=CLEAN | {"PYTHONPATH": f"{tmp_path}:{common.ROOT}"},
     )
-    wait_for(lambda: (tmp_path / "full" / "C" / "seed1337" / "metrics.jsonl").exists())
+    begun = tmp_path / "full" / "C" / "seed1337" / "metrics.jsonl"
+    wait_for(begun.exists, "the run did not begin")
     process.send_signal(signal.Signals[name])
-    assert process.wait(20) == 128 + signal.Signals[name]
+    assert process.wait(HANG) == 128 + signal.Signals[name]
     with ablate.locked(tmp_path / "full" / "C" / "seed1337.lock"):
         pass  # which the run would still hold
 
@@ -640,13 +655,6 @@ def test_a_terminal_tells_what_follows_the_last_step(step: int, rest: str) -> No
 # ---- The matrix, with the script
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "nothing came"
-        time.sleep(0.01)
-
-
 def outcome(out: Path) -> dict[str, tuple]:
     """What the runs of a folder came to, without their times."""
     found = {}
@@ -664,7 +672,8 @@ def test_a_matrix_killed_in_the_middle_goes_on_where_it_was(corpus: dict, tmp_pa
     process = subprocess.Popen(
         command(out, "Bp", "C", given=given), env=CLEAN, stdout=subprocess.DEVNULL
     )
-    wait_for(lambda: (first / "run.json").exists() and (second / "metrics.jsonl").exists())
+    begun = second / "metrics.jsonl"
+    wait_for(lambda: (first / "run.json").exists() and begun.exists(), "the second did not begin")
     process.terminate()
     process.wait()
     assert not (second / "result.json").exists(), "the run was to be cut off in its middle"
@@ -697,7 +706,7 @@ def test_torchrun_starts_two_ranks_and_their_failure_is_named(corpus: dict, tmp_
 
 def test_submitit_runs_the_same_command(corpus: dict, tmp_path: Path) -> None:
     pytest.importorskip("submitit")
-    words = "Bp", "--cluster", "local", "--job", "timeout_min=3"
+    words = "Bp", "--cluster", "local", "--job", "timeout_min=10"
     failed = ablate_run(tmp_path, *words, given=corpus | SMALL | {"DATA_PATH": "nowhere"})
     assert failed.returncode == 1 and "ended without a result" in failed.stdout, (
         failed.stdout + failed.stderr

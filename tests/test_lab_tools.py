@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import HANG
 
 import train_gpt as tg
 from records.tools import (
@@ -147,7 +148,7 @@ def test_every_tool_starts_by_its_path(tmp_path: Path) -> None:
     """From another folder, and its help names its own command."""
     paths = [str(SCRIPTS / f"{tool}.py") for tool in TOOLS]
     command = [sys.executable, "-c", START_ALL, *paths]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANG)
     helps = re.split(r"ended (\w+)\.py 0\n", done.stdout)
     assert helps[1::2] == TOOLS, done.stderr
     for tool, text in zip(TOOLS, helps[::2]):
@@ -168,7 +169,7 @@ def test_a_report_is_also_made_by_its_own_name(
 def test_a_missing_package_is_one_line(tool: str, tmp_path: Path) -> None:
     """-S: Python does without what is installed. The line is a command that mends it."""
     command = [sys.executable, "-S", str(SCRIPTS / f"{tool}.py"), "--help"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 2
     python, root = shlex.quote(sys.executable), re.escape(shlex.quote(str(common.ROOT)))
     assert re.fullmatch(
@@ -236,7 +237,7 @@ def test_faults_makes_a_fault_and_reports_it(corpus: dict, tmp_path: Path) -> No
     words = ["table", "--only", "^SIGHUP in training", "--out", "out"]
     words += ["--data", corpus["DATA_PATH"], "--tokenizer", corpus["TOKENIZER_PATH"]]
     command = [sys.executable, str(SCRIPTS / "faults.py"), *words]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
     report = (tmp_path / "out" / "report.md").read_text()
     (row,) = [line for line in report.splitlines() if line.startswith("| SIGHUP in training")]

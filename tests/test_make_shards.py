@@ -33,6 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import sample
 import shards
+from helpers import HANG
 from shards import InputError
 
 Capture = pytest.CaptureFixture[str]
@@ -764,7 +765,7 @@ def test_run_that_ends_early_leaves_nothing_and_nobody(
         os.killpg(process.pid, number)
     else:
         process.kill()
-    _, stderr = process.communicate(timeout=300)  # ends when nobody holds the pipes any more
+    _, stderr = process.communicate(timeout=HANG)  # ends when nobody holds the pipes any more
     assert not out.exists()
     if number == signal.SIGINT:
         assert process.returncode == shards.INTERRUPTED

@@ -1,7 +1,9 @@
 """What ruff and mypy say of every Python file; .ruff.toml and .mypy.ini say what they look for."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 from helpers import HANG, ROOT
 
@@ -17,3 +19,13 @@ def test_format_lint_and_types() -> None:
         if done.returncode:
             said.append(f"{' '.join(words)}\n{done.stdout}{done.stderr}")
     assert not said, "\n".join(said)
+
+
+def test_no_test_gives_a_process_so_many_seconds() -> None:
+    """A machine may be slow: what waits for another process waits for HANG."""
+    number = re.compile(r"timeout=\d|\.(wait|join|communicate|result)\(\d")
+    found = []
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        lines = path.read_text().splitlines()
+        found += [f"{path.name}: {line.strip()}" for line in lines if number.search(line)]
+    assert not found
