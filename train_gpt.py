@@ -878,9 +878,15 @@ class Config(Architecture):
         return Architecture(**{f.name: getattr(self, f.name) for f in fields(Architecture)})
 
 
+@functools.cache
+def option_types() -> dict[str, Any]:
+    """The type of every option, by the name of its field."""
+    return get_type_hints(Config)
+
+
 def explicit_options(env: Mapping[str, str]) -> dict[str, Any]:
     """The options that are set in `env`, parsed."""
-    kinds = get_type_hints(Config)
+    kinds = option_types()
     found = {
         n: parse(n.upper(), env[n.upper()], kind) for n, kind in kinds.items() if n.upper() in env
     }
@@ -4802,7 +4808,7 @@ def hanging(head: str, body: str, width: int) -> str:
 
 def option_text(f: Field, width: int = 80) -> str:
     """What `--help` says of an option: type or choices, default, meaning, needs, bounds."""
-    kind = get_type_hints(Config)[f.name]
+    kind = option_types()[f.name]
     choices = ("0", "1") if kind is bool else get_args(kind)
     takes = "|".join(choices) if choices else {int: "integer", float: "number"}.get(kind, "text")
     lines = [f"  {f.name.upper()}={show(f.default)}  ({takes})"]

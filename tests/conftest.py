@@ -96,7 +96,7 @@ def main_here(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mapping[str, str]], 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Variables that point a run at 60,000 training and 5,001 validation tokens of source code."""
+    """Variables that point a run at 60,000 training and 2,001 validation tokens of source code."""
     root, source = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("source")
     stdlib = Path(sysconfig.get_path("stdlib"))
     for path in [*stdlib.glob("*.py"), *stdlib.glob("[a-e]*/*.py")]:  # a third of it is enough
@@ -105,7 +105,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         shutil.copy(path, copy)
     sample.build(root, source, 1024)
     folder = root / "datasets" / "sample_sp1024"
-    for split, count in (("train", 60_000), ("val", 5_001)):
+    for split, count in (("train", 60_000), ("val", 2_001)):
         path = folder / f"fineweb_{split}_000000.bin"
         header, tokens = np.fromfile(path, "<i4", 256), np.fromfile(path, "<u2", count, offset=1024)
         header[2] = count

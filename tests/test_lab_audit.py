@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import sentencepiece as spm
 import torch
+from helpers import write_manifest
 
 import train_gpt as tg
 from records.tools import audit, audit_files, audited, checks, common, submit
@@ -94,6 +95,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         texts = [sample.Document("", text, len(text.encode())) for text in part]
         tokens = sample.encode_split(spm.SentencePieceProcessor(model_proto=model), texts).tokens
         (folder / f"fineweb_{split}_000000.bin").write_bytes(sample.shard(tokens))
+    write_manifest(folder, folder / "tokenizer.model")
     return dict(DATA_PATH=str(folder), TOKENIZER_PATH=str(folder / "tokenizer.model"))
 
 

@@ -19,6 +19,7 @@ report = pytest.importorskip("records.tools.report", exc_type=ImportError)
 results = pytest.importorskip("records.tools.results", exc_type=ImportError)
 figures = pytest.importorskip("records.tools.figures", exc_type=ImportError)
 compare = pytest.importorskip("records.tools.compare", exc_type=ImportError)
+page_tools = pytest.importorskip("records.tools.page", exc_type=ImportError)
 TABLE = ablate.read_table(ablate.ROOT / "records" / "runs.toml")
 ROWS = TABLE.rows
 COMMITTED = ablate.ROOT / "records" / "micro" / "report.html"
@@ -39,6 +40,13 @@ def written(runs: Path) -> tuple[str, str]:
     to = runs.parent / "to"
     report.write(runs, TABLE, ablate.intended(TABLE, "tiny"), to)
     return (to / "report.md").read_text(), (to / "report.html").read_text()
+
+
+@pytest.fixture
+def words_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports of this test have no pictures, which take most of the time."""
+    monkeypatch.setattr(page_tools, "svg", lambda figure, name: "<svg></svg>")
+    monkeypatch.setattr(figures, "png", lambda figure: b"")
 
 
 # ---- Statistics
@@ -231,6 +239,7 @@ def test_the_report_holds_every_figure_and_warns_of_mixed_origins(runs: Path) ->
     }
 
 
+@pytest.mark.usefixtures("words_only")
 def test_the_head_tells_the_values_that_the_runs_had(runs: Path) -> None:
     """Not only those of the scale, which `--set` may have changed for all runs or for some."""
     for name in ("K", "O", "E"):
@@ -252,6 +261,7 @@ def test_the_head_tells_the_values_that_the_runs_had(runs: Path) -> None:
     assert f"- {head}\n" in text and head in page
 
 
+@pytest.mark.usefixtures("words_only")
 def test_the_head_of_a_scale_that_was_kept_is_its_own(runs: Path) -> None:
     for folder in runs.glob("*/seed*"):
         config = json.loads((folder / "result.json").read_text())["config"]
@@ -259,6 +269,7 @@ def test_the_head_of_a_scale_that_was_kept_is_its_own(runs: Path) -> None:
     assert "the sample corpus; for a CPU.\n" in written(runs)[0]
 
 
+@pytest.mark.usefixtures("words_only")
 def test_a_row_is_always_beside_its_declared_baselines(runs: Path) -> None:
     text, page = written(runs)
     assert "| E | D | (no finished run of D) |" in text, "E's baselines have no runs here"
@@ -270,6 +281,7 @@ def test_a_row_is_always_beside_its_declared_baselines(runs: Path) -> None:
     assert "no finished run of D" in page
 
 
+@pytest.mark.usefixtures("words_only")
 def test_a_table_that_is_empty_says_why(tmp_path: Path) -> None:
     Made(3.0).write(tmp_path / "tiny" / "naive", 1)  # no row of the table
     Made(3.0, options={"PRESET": "tiny"}).write(tmp_path / "tiny" / "once_plain", 1)
@@ -393,6 +405,7 @@ def test_a_damaged_run_is_named_and_left_out(harm: Callable[[Path], str], runs: 
     assert [run.seed for run in found["O"]] == ([1, 3] if harm is not repeat_seed else [1, 2, 3])
 
 
+@pytest.mark.usefixtures("words_only")
 def test_what_was_left_out_is_in_the_report_and_on_the_terminal(
     runs: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -403,6 +416,7 @@ def test_what_was_left_out_is_in_the_report_and_on_the_terminal(
     assert "Welch" in row, "the seeds differ now"
 
 
+@pytest.mark.usefixtures("words_only")
 def test_a_damaged_line_is_named_and_skipped(runs: Path) -> None:
     path = runs / "O" / "seed2" / "metrics.jsonl"
     lines = path.read_text().splitlines()
@@ -428,6 +442,7 @@ def test_no_usable_run_is_an_error_that_names_every_reason(tmp_path: Path) -> No
         report.write(tmp_path, TABLE, ablate.intended(TABLE, ""), tmp_path)
 
 
+@pytest.mark.usefixtures("words_only")
 def test_a_system_above_the_size_limit_is_not_the_best(runs: Path) -> None:
     for seed in NOISE:
         edit_result(runs / "O" / f"seed{seed}", bytes_total=16_000_001)

@@ -52,7 +52,7 @@ def test_every_preset_trains_exports_reloads_and_scores(
     result = run_here(corpus | SMALL | NARROW | {"PRESET": f"{system},tiny"}, tmp_path)
     assert result["steps"] == 2 and result["fits"]
     score = result["roundtrip"]
-    assert score["val_tokens"] == 5_000
+    assert score["val_tokens"] == 2_000
     first = losses(tmp_path / "run")[0]
     assert abs(first - math.log(1024)) < 0.2, "an untrained model is near uniform"
     assert score["val_loss"] == pytest.approx(result["pre_quant"]["val_loss"], abs=0.05)
@@ -73,7 +73,8 @@ def test_training_lowers_the_loss_and_health_is_true(
     result = run_here(corpus | SMALL | env, tmp_path)
     rows = [m for m in metrics(tmp_path / "run") if "health" in m]
     assert [m["step"] for m in rows] == [0, 25]
-    assert rows[1]["val_loss"] < rows[0]["val_loss"] - 1 and result["steps"] == 25
+    fallen = losses(tmp_path / "run")
+    assert fallen[-1] < fallen[0] - 1 and result["steps"] == len(fallen) == 25
     start = rows[0]["health"]
     assert len(start) == 14, "one row for every effective layer"
     for row in start:  # the initial values, where everything is known

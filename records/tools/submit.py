@@ -219,7 +219,7 @@ def data_variables(log: Log) -> dict[str, str]:
 
 def command(log: Log) -> str:
     """How the run is repeated: what its configuration changes of the defaults and can act in it."""
-    settings, kinds = log.settings(), tg.get_type_hints(tg.Config)
+    settings, kinds = log.settings(), tg.option_types()
     known = {name: text for name, text in settings.items() if name.lower() in kinds}
     values = {
         name.lower(): tg.parse(name, text, kinds[name.lower()]) for name, text in known.items()
