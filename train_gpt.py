@@ -553,7 +553,9 @@ class Config(Architecture):
     scalar_lr: float = option(0.04, "Adam's learning rate of scales, gains, tables, projections.")
     muon_wd: float = option(0.0, "Decoupled weight decay of matrices: W <- W (1 - lr wd).")
     adam_wd: float = option(0.0, "Decoupled weight decay of embeddings and their projections.")
-    scalar_wd: float = option(0.0, "Decoupled weight decay of scales, gains and tables.")
+    scalar_wd: float = option(
+        0.0, "Decoupled weight decay of scales, gains and tables, where a step has used them."
+    )
     matrix_init: Literal["uniform", "orthogonal"] = option(
         "uniform", "Initial matrices, of those that do not start at zero."
     )
@@ -1962,10 +1964,29 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_([update.weight for update in stack], steps)
 
 
+class Adam(torch.optim.AdamW):
+    """AdamW, but what a step has not used does not decay where `sparse_decay` is set.
+
+    The rows of a later pass have a gradient of 0 until that pass is trained. By then plain decay
+    would have taken their gains of 1 half of the way to 0.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params and group["sparse_decay"]:
+                used = torch._foreach_sign([p.grad for p in params])
+                torch._foreach_abs_(used)  # 1 where there is a gradient
+                rate = group["lr"] * group["sparse_decay"]
+                torch._foreach_addcmul_(params, params, used, value=-rate)
+        super().step()
+
+
 class Optimizers(NamedTuple):
     """Every parameter belongs to exactly one of them, by its role."""
 
-    adam: torch.optim.AdamW
+    adam: Adam
     muon: Muon
 
 
@@ -1976,10 +1997,10 @@ def make_optimizers(model: GPT, config: Config) -> Optimizers:
         if role.optimizer == "adam":
             lr, decay = getattr(config, role.lr), getattr(config, role.decay)
             members = [p for p in params if p.role == name]  # type: ignore[attr-defined]
-            groups.append(dict(params=members, lr=lr, weight_decay=decay))
-    adam = torch.optim.AdamW(
-        groups, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True
-    )
+            kind = "sparse_decay" if role.decay == "scalar_wd" else "weight_decay"
+            rates = dict(weight_decay=0.0, sparse_decay=0.0) | {kind: decay}
+            groups.append(dict(params=members, lr=lr, **rates))
+    adam = Adam(groups, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
     for group in adam.param_groups:
         for p in group["params"]:  # made now, so that checkpoints always have one form
             adam.state[p] = dict(

@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import DIMS, architecture, noise_of, role_name, small_config, stub_trainer
+from helpers import (
+    DIMS,
+    architecture,
+    noise_of,
+    noisy_model,
+    role_name,
+    small_config,
+    stub_trainer,
+)
 from stack_written_out import EVERYTHING, STACK, documents
 from torch import Tensor, nn
 
@@ -135,15 +143,15 @@ def test_every_parameter_is_in_one_group(preset: str, tied: bool) -> None:
         assert role_name(p) in tg.ROLES and p.dtype == torch.float32
         expected: tuple[type, float]
         if name == "lm_head":
-            expected = torch.optim.AdamW, 0.05
+            expected = tg.Adam, 0.05
         elif name == "tok_emb":
-            expected = torch.optim.AdamW, 0.03 if tied else 0.04
+            expected = tg.Adam, 0.03 if tied else 0.04
         elif name.endswith(("qkv.weight", "proj.weight", "fc.weight")):
             expected = tg.Muon, 0.01
         elif name.endswith("table"):
-            expected = torch.optim.AdamW, config.tied_embed_lr
+            expected = tg.Adam, config.tied_embed_lr
         else:
-            expected = torch.optim.AdamW, 0.02
+            expected = tg.Adam, 0.02
         assert rate[id(p)] == expected, name
 
 
@@ -185,7 +193,8 @@ def test_adam_decay_is_decoupled_and_by_role(scalars: float) -> None:
     model = tg.GPT(config.architecture(), 0.1)
     adam = tg.make_optimizers(model, config)[0]
     groups = [(p, group) for group in adam.param_groups for p in group["params"]]
-    rates = {id(p): (group["lr"], group["weight_decay"]) for p, group in groups}
+    decays = "weight_decay", "sparse_decay"
+    rates = {id(p): (group["lr"], sum(group[name] for name in decays)) for p, group in groups}
     adams = {id(p) for p, _ in groups}
     named = {name: p for name, p in model.named_parameters() if id(p) in adams}
     expected = {name: p.detach().double().numpy().copy() for name, p in named.items()}
@@ -211,6 +220,24 @@ def test_adam_decay_is_decoupled_and_by_role(scalars: float) -> None:
         np.testing.assert_allclose(
             p.detach().numpy(), expected[name], rtol=1e-4, atol=1e-6, err_msg=name
         )
+
+
+@pytest.mark.parametrize("passes", [1, 2, 3])
+def test_what_no_pass_has_used_yet_does_not_decay(passes: int) -> None:
+    """Rows of tables, of lanes and of pass scales that belong to passes which come later."""
+    values = dict(use_timestep_scale=True, use_timestep_bias=True, loop_lanes=2, scalar_wd=0.5)
+    config = small_config({"PRESET": "growing_live", "ROPE_DIMS": "4"}, scalar_lr=0.1, **values)
+    trainer = stub_trainer(config, noisy_model(config.architecture()))
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train_step(0, 0.0, [(documents(0), documents(1))], tg.Mode(passes))
+    waiting = 0
+    for name, p in trainer.model.named_parameters():
+        if role_name(p) in ("table", "scalar"):
+            unused = torch.ones_like(p, dtype=torch.bool) if p.grad is None else p.grad == 0
+            stays = p == before[name]
+            assert stays.equal(unused), name
+            waiting += int(stays.sum())
+    assert (waiting > 0) == (passes < config.num_loops)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 4])

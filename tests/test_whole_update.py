@@ -106,7 +106,8 @@ class Reference:
         for name, gradient in gradients.items():
             role, g = self.roles[name], gradient * 0.3 / (norm + 1e-6)
             lr = RATES[role] * factor
-            self.weights[name] *= 1 - lr * DECAYS[role]
+            decays = g != 0 if role in ("table", "scalar") else 1  # where it is used
+            self.weights[name] *= 1 - lr * DECAYS[role] * decays
             if "matrix" in role:
                 self.weights[name] -= lr * self.by_muon(name, g, momentum)
             else:
