@@ -20,7 +20,7 @@ import torch
 from helpers import write_manifest
 
 import train_gpt as tg
-from records.tools import audit, audit_files, audited, checks, common, submit
+from records.tools import audit, audit_files, audit_scoring, audited, checks, common, submit
 
 SMALL = dict(
     VOCAB_SIZE="280",
@@ -150,7 +150,7 @@ ONLY_FILES, ONLY_SCORE = ["--skip", *BEHAVIOUR], ["--skip", *BEHAVIOUR[:-1]]
 
 @pytest.mark.parametrize(
     ("env", "skipped"),
-    [(LOOPED, {"ttt"}), (FLAT, {"ttt"}), (GROWN, {"normalised"})],
+    [(LOOPED, {"normalised", "ttt"}), (FLAT, {"ttt"}), (GROWN, {"normalised"})],
     ids=["T", "flat", "growing"],
 )
 def test_honest_runs_pass(
@@ -161,7 +161,7 @@ def test_honest_runs_pass(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The probabilities of the last one, which take longest, are left to those of the others."""
+    """Sums of probabilities, which take longest, are left to the one with the fewest layers."""
     folder, text = finished(tg, data | env, tmp_path), str(Path(data["DATA_PATH"]) / "text")
     out, skip = tmp_path / "a.json", ["--skip", "normalised"] if "normalised" in skipped else []
     monkeypatch.setattr(
@@ -171,8 +171,8 @@ def test_honest_runs_pass(
     lines, report = capsys.readouterr().out.splitlines(), json.loads(out.read_text())
     assert {line["name"] for line in report["checks"] if line["status"] == "skipped"} == skipped
     assert [line["name"] for line in report["checks"]] == [*FILES, *BEHAVIOUR] == [*audit.CHECKS]
-    assert lines[1].startswith("ok data: sha256 ") and lines[-1] == "14 ok, 0 FAILED, 1 skipped"
-    assert report["counts"] == dict(ok=14, FAILED=0, skipped=1)
+    assert lines[1].startswith("ok data: sha256 ") and f"{15 - len(skipped)} ok" in lines[-1]
+    assert report["counts"] == dict(ok=15 - len(skipped), FAILED=0, skipped=len(skipped))
 
 
 def test_a_submission_folder_with_its_own_script(honest: Path, tmp_path: Path) -> None:
@@ -434,10 +434,18 @@ SIDE = (
     ],
 )
 def test_a_script_that_cheats(
-    change: tuple[str, ...], env: dict, names: set[str], told: str, data: dict, tmp_path: Path
+    change: tuple[str, ...],
+    env: dict,
+    names: set[str],
+    told: str,
+    data: dict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """`change` is old, new, old, new, ... Where places are drawn, so many are wrong that fewer than
     one audit in 10,000 misses all of them."""
+    if change is not LEAKS:  # what they break is broken in every place
+        monkeypatch.setattr(audit_scoring, "FLIPS", 2)
     source, path = Path(tg.__file__).read_text(), tmp_path / "train_gpt.py"
     for old, new in zip(change[::2], change[1::2], strict=True):
         assert source.count(old) == 1, f"{old!r} does not name one place of train_gpt.py"

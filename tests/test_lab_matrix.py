@@ -690,30 +690,40 @@ def test_a_matrix_killed_in_the_middle_goes_on_where_it_was(corpus: dict, tmp_pa
     assert outcome(out) == outcome(whole) and len(outcome(out)) == 2
 
 
-def test_torchrun_starts_two_ranks_and_their_failure_is_named(corpus: dict, tmp_path: Path) -> None:
-    done = ablate_run(tmp_path, "C", "--nproc", "2", given=corpus | SMALL)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (
-        json.loads((tmp_path / "full" / "C" / "seed1337" / "result.json").read_text())["world_size"]
-        == 2
-    )
-    done = ablate_run(
-        tmp_path, "D", "E", "--nproc", "2", given=corpus | SMALL | {"DATA_PATH": "nowhere"}
-    )
-    assert done.returncode == 1 and "DATA_PATH=nowhere holds no fineweb_val" in done.stdout
-    assert "Not begun: E seed 1337." in done.stdout, "torchrun makes exit code 1 of 2"
+def words_of(given: Mapping[str, str]) -> list[str]:
+    return ["--set", *(f"{name}={value}" for name, value in given.items())]
 
 
-def test_submitit_runs_the_same_command(corpus: dict, tmp_path: Path) -> None:
+def test_torchrun_starts_two_ranks_and_their_failure_is_named(
+    corpus: dict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = corpus | SMALL
+    out = ["--nproc", "2", "--out", str(tmp_path)]
+    assert call(monkeypatch, "run", "C", *out, *words_of(given)) == 0, capsys.readouterr()
+    result = common.read_result(tmp_path / "full" / "C" / "seed1337" / "result.json")
+    assert result["world_size"] == 2
+    nowhere = words_of(given | {"DATA_PATH": "nowhere"})
+    assert call(monkeypatch, "run", "D", "E", *out, *nowhere) == 1
+    told = capsys.readouterr().out
+    assert "DATA_PATH=nowhere holds no fineweb_val" in told
+    assert "Not begun: E seed 1337." in told, "torchrun makes exit code 1 of 2"
+
+
+@pytest.mark.filterwarnings("error:No submission")
+def test_submitit_runs_the_same_command(
+    corpus: dict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     pytest.importorskip("submitit")
-    words = "Bp", "--cluster", "local", "--job", "timeout_min=10"
-    failed = ablate_run(tmp_path, *words, given=corpus | SMALL | {"DATA_PATH": "nowhere"})
-    assert failed.returncode == 1 and "ended without a result" in failed.stdout, (
-        failed.stdout + failed.stderr
-    )
-    done = ablate_run(tmp_path, *words, given=corpus | SMALL)
-    assert done.returncode == 0 and "1 made, 0 there already" in done.stdout, (
-        done.stdout + done.stderr
-    )
-    again = ablate_run(tmp_path, *words, given=corpus | SMALL)
-    assert again.returncode == 0 and "0 made, 1 there already" in again.stdout
+    words = ["run", "Bp", "--cluster", "local", "--job", "timeout_min=10", "--out", str(tmp_path)]
+    nowhere = words_of(corpus | SMALL | {"DATA_PATH": "nowhere"})
+    assert call(monkeypatch, *words, *nowhere) == 1
+    assert "ended without a result" in capsys.readouterr().out
+    for told in ("1 made, 0 there already", "0 made, 1 there already"):
+        assert call(monkeypatch, *words, *words_of(corpus | SMALL)) == 0, capsys.readouterr()
+        assert told in capsys.readouterr().out

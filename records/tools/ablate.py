@@ -744,9 +744,10 @@ def run_by_jobs(board: Board, options: argparse.Namespace) -> None:
         if finished(run):
             board.done(run, False)
     jobs = {}
-    with executor.batch():
-        for run in board.left:
-            jobs[run] = executor.submit(CommandFunction(job_words(run, options)))
+    if board.left:  # submitit warns of an empty batch
+        with executor.batch():
+            for run in board.left:
+                jobs[run] = executor.submit(CommandFunction(job_words(run, options)))
     board.say(f"{len(jobs)} jobs, logs in {folder}")
     while board.left:
         for run in [run for run in board.left if jobs[run].done()]:
