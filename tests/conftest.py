@@ -94,22 +94,42 @@ def main_here(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mapping[str, str]], 
     return run
 
 
+def shortened(source: Path, counts: Mapping[str, int]) -> Path:
+    """A folder beside `source` with so many tokens of its splits, and its tokenizer's manifest."""
+    folder = source.with_name(f"{source.name}_{counts['val']}")
+    folder.mkdir()
+    for split, count in counts.items():
+        path = source / f"fineweb_{split}_000000.bin"
+        header, tokens = np.fromfile(path, "<i4", 256), np.fromfile(path, "<u2", count, offset=1024)
+        header[2] = count
+        (folder / path.name).write_bytes(header.tobytes() + tokens.tobytes())
+    write_manifest(folder, source.parents[1] / "tokenizers" / "sample_1024_bpe.model")
+    return folder
+
+
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Variables that point a run at 60,000 training and 2,001 validation tokens of source code."""
+def source_code(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of a third of Python's standard library."""
     root, source = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("source")
     stdlib = Path(sysconfig.get_path("stdlib"))
-    for path in [*stdlib.glob("*.py"), *stdlib.glob("[a-e]*/*.py")]:  # a third of it is enough
+    for path in [*stdlib.glob("*.py"), *stdlib.glob("[a-e]*/*.py")]:
         copy = source / path.relative_to(stdlib)
         copy.parent.mkdir(exist_ok=True)
         shutil.copy(path, copy)
     sample.build(root, source, 1024)
-    folder = root / "datasets" / "sample_sp1024"
-    for split, count in (("train", 60_000), ("val", 2_001)):
-        path = folder / f"fineweb_{split}_000000.bin"
-        header, tokens = np.fromfile(path, "<i4", 256), np.fromfile(path, "<u2", count, offset=1024)
-        header[2] = count
-        path.write_bytes(header.tobytes() + tokens.tobytes())
-    tokenizer = root / "tokenizers" / "sample_1024_bpe.model"
-    write_manifest(folder, tokenizer)
+    return root / "datasets" / "sample_sp1024"
+
+
+@pytest.fixture(scope="session")
+def corpus(source_code: Path) -> dict[str, str]:
+    """Variables that point a run at 60,000 training and 2,001 validation tokens of source code."""
+    folder = shortened(source_code, dict(train=60_000, val=2_001))
+    tokenizer = source_code.parents[1] / "tokenizers" / "sample_1024_bpe.model"
     return {"DATA_PATH": str(folder), "TOKENIZER_PATH": str(tokenizer)}
+
+
+@pytest.fixture(scope="session")
+def more_validation(source_code: Path, corpus: dict[str, str]) -> dict[str, str]:
+    """The same with 5,001 validation tokens: the first 2,000 are little like those of training."""
+    folder = shortened(source_code, dict(train=60_000, val=5_001))
+    return corpus | {"DATA_PATH": str(folder)}

@@ -53,8 +53,11 @@ if env["PRESET"] == "D":
 REFUSE = 'print("[rank 0] no such data", file=sys.stderr), sys.exit(2)'
 
 
+def words_of(given: Mapping[str, str]) -> list[str]:
+    return ["--set", *(f"{name}={value}" for name, value in given.items())]
+
+
 def command(out: Path, *words: str, given: Mapping[str, str] = MappingProxyType({})) -> list[str]:
-    pairs = [f"{name}={value}" for name, value in given.items()]
     return [
         sys.executable,
         str(common.ROOT / "records" / "tools" / "ablate.py"),
@@ -62,7 +65,7 @@ def command(out: Path, *words: str, given: Mapping[str, str] = MappingProxyType(
         *words,
         "--out",
         str(out),
-        *(["--set", *pairs] if pairs else []),
+        *(words_of(given) if given else []),
     ]
 
 
@@ -688,10 +691,6 @@ def test_a_matrix_killed_in_the_middle_goes_on_where_it_was(corpus: dict, tmp_pa
         )
         assert tg.run(tg.Config.from_env(env), tg.World({})) == 0
     assert outcome(out) == outcome(whole) and len(outcome(out)) == 2
-
-
-def words_of(given: Mapping[str, str]) -> list[str]:
-    return ["--set", *(f"{name}={value}" for name, value in given.items())]
 
 
 def test_torchrun_starts_two_ranks_and_their_failure_is_named(

@@ -193,7 +193,7 @@ def test_adam_decay_is_decoupled_and_by_role(scalars: float) -> None:
     model = tg.GPT(config.architecture(), 0.1)
     adam = tg.make_optimizers(model, config)[0]
     groups = [(p, group) for group in adam.param_groups for p in group["params"]]
-    decays = "weight_decay", "sparse_decay"
+    decays = "weight_decay", "masked_decay"
     rates = {id(p): (group["lr"], sum(group[name] for name in decays)) for p, group in groups}
     adams = {id(p) for p, _ in groups}
     named = {name: p for name, p in model.named_parameters() if id(p) in adams}

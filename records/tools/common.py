@@ -77,14 +77,14 @@ def pairs(words: Iterable[str]) -> dict[str, str]:
     return found
 
 
-# ---- 2. A run's files ----------------------------------------------------------------------------
-
-
 def add_settings(parser: argparse.ArgumentParser, help: str, name: str = "--set") -> None:
     """Gives a tool an option that takes words for `pairs`; given twice, it takes both lists."""
     parser.add_argument(
         name, nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=help
     )
+
+
+# ---- 2. A run's files ----------------------------------------------------------------------------
 
 
 def sha256(path: Path) -> str:
