@@ -158,6 +158,35 @@ def test_a_scale_gives_the_bytes_of_what_fits_by_its_size() -> None:
     assert made["SIZE_LIMIT_BYTES"] == "7"
 
 
+def test_a_scale_like_another_says_only_what_differs(tmp_path: Path) -> None:
+    path = tmp_path / "t.toml"
+    first = (
+        "[scale.a]\nwhat = 'a'\ndivide = { MODEL_DIM = 2 }\nset = { SEED = 1, ITERATIONS = 8 }\n"
+    )
+    path.write_text(first + "[scale.b]\nlike = 'a'\nwhat = 'b'\nset = { ITERATIONS = 4 }\n")
+    made = ablate.read_table(path).scales["b"]
+    assert made == ("b", "b", {"MODEL_DIM": 2}, {"SEED": "1", "ITERATIONS": "4"}, "", 0)
+    path.write_text("[scale.b]\nlike = 'a'\n" + first)
+    with pytest.raises(ValueError, match="scale.b is like a, no scale before it"):
+        ablate.read_table(path)
+
+
+@pytest.mark.parametrize(("scale", "factor"), [("pocket_short", 0.25), ("pocket_long", 4)])
+def test_a_shorter_or_longer_pocket_shares_its_time_out_alike(scale: str, factor: float) -> None:
+    """The parts of a run keep their shares, and so does what its average spans."""
+
+    def config(name: str, scale: str) -> tg.Config:
+        return tg.Config.from_env(ablate.asked_of(TABLE.rows[name], TABLE, scale, {}))
+
+    ours, pocket = config("flat_6", scale), config("flat_6", "pocket")
+    for field in ("iterations", "warmdown_iters", "muon_momentum_warmup_steps"):
+        assert getattr(ours, field) == pytest.approx(factor * getattr(pocket, field), abs=1), field
+    ours, pocket = config("frontier_narrow", scale), config("frontier_narrow", "pocket")
+    assert ours.iterations == pytest.approx(factor * pocket.iterations, abs=1)
+    spans = [(1 - each.ema_decay) * each.iterations for each in (ours, pocket)]
+    assert spans[0] == pytest.approx(spans[1], rel=0.01)
+
+
 def test_rows_at_pocket_are_scored_alike() -> None:
     """On the same pieces, without overlap and without training, whatever their presets do."""
     for row in TABLE.rows.values():

@@ -137,12 +137,28 @@ def read_section(path: Path, data: dict[str, Any], section: str, kind: Any) -> d
     return made
 
 
+def scales_in_full(path: Path, data: dict[str, Any]) -> dict[str, Any]:
+    """`data` whose scales have what they only say they have `like` a scale before them."""
+    made: dict[str, Any] = {}
+    for name, entry in data.get("scale", {}).items():
+        own = {key: value for key, value in entry.items() if key != "like"}
+        if "like" not in entry:
+            made[name] = own
+            continue
+        if entry["like"] not in made:
+            raise tg.InputError(f"{path}: scale.{name} is like {entry['like']}, no scale before it")
+        like = made[entry["like"]]
+        made[name] = like | own | {"set": like["set"] | own.get("set", {})}
+    return data | {"scale": made}
+
+
 def read_table(path: Path) -> Table:
     """The table in a TOML file; InputError says which entry is wrong."""
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise tg.InputError(f"{path}: {error}") from None
+    data = scales_in_full(path, data)
     table = Table(
         read_section(path, data, "run", Row),
         read_section(path, data, "scale", Scale),
