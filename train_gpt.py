@@ -780,9 +780,9 @@ class Config(Architecture):
         )
 
     def check_rounding(self) -> None:
-        qat = self.qat_fraction > 0 or self.qat_lr_factor > 0
         require(
-            qat or not self.qat_core_only, "QAT_CORE_ONLY=1 needs QAT_FRACTION or QAT_LR_FACTOR"
+            self.qat or not self.qat_core_only,
+            "QAT_CORE_ONLY=1 needs QAT_FRACTION or QAT_LR_FACTOR",
         )
         require(
             1 not in (self.matrix_bits, self.core_bits), "MATRIX_BITS and CORE_BITS are 0 or 2 to 8"
@@ -799,7 +799,7 @@ class Config(Architecture):
         late = {"MATRIX_BITS": not self.matrix_bits, "MATRIX_CLIP_SIGMAS": self.fits_by_clip}
         for name, chosen_late in late.items():
             require(
-                not chosen_late or not qat,
+                not chosen_late or not self.qat,
                 f"{name}=0, chosen after training, rules out QAT_FRACTION and QAT_LR_FACTOR",
             )
             require(
@@ -847,6 +847,11 @@ class Config(Architecture):
         reserved = max(self.gptq_seconds, 0.0) if self.gptq_batches else 0.0
         reserved += self.refit_seconds if self.refit_steps else 0.0
         return max(self.max_wallclock_seconds - reserved, 0.0)
+
+    @property
+    def qat(self) -> bool:
+        """Whether a part of the run trains on rounded matrices."""
+        return self.qat_fraction > 0 or self.qat_lr_factor > 0
 
     @property
     def fits_by_clip(self) -> bool:
@@ -910,6 +915,12 @@ EVAL_OPTIONS = frozenset(
 MAY_DIFFER = EVAL_OPTIONS | frozenset(
     """tracker resume save_every warmup_steps val_loss_every train_log_every
     max_skipped_steps""".split()
+)
+# How a model is rounded and packed, which training sees in QAT alone.
+EXPORT_OPTIONS = frozenset(
+    """matrix_bits core_bits embed_bits quant_clip matrix_clip_sigmas embed_clip_sigmas
+    quant_clip_percentile quant_scale_floor gptq_batches gptq_seconds gptq_embed gptq_damping
+    refit_steps refit_lr refit_seconds codec byte_shuffle""".split()
 )
 
 # ---- 2. Plan -----------------------------------------------------------------------------------
@@ -3643,13 +3654,14 @@ def check_same_run(config: Config, was: dict[str, Any], tokens_were: int, tokens
     unknown = sorted(was.keys() - now)
     require(not unknown, f"its run had options that this script lacks: {unknown}")
     was = asdict(Config()) | neutral_values(Config) | was  # an option that was added since was off
-    differ = [name for name in now if name not in MAY_DIFFER and now[name] != was[name]]
+    may_differ = MAY_DIFFER if config.qat else MAY_DIFFER | EXPORT_OPTIONS
+    differ = [name for name in now if name not in may_differ and now[name] != was[name]]
     if now["iterations"] >= was["iterations"]:
         differ = [name for name in differ if name != "iterations"]
     texts = [f"{name.upper()} was {show(was[name])}, is {show(now[name])}" for name in differ]
     if tokens != tokens_were:
         texts.append(f"the training data had {tokens_were} tokens, have {tokens}")
-    may = ", ".join(sorted(name.upper() for name in MAY_DIFFER - EVAL_OPTIONS))
+    may = ", ".join(sorted(name.upper() for name in may_differ - EVAL_OPTIONS))
     require(
         not texts,
         f"it is of another run: {'; '.join(texts)}. ITERATIONS may grow; these may change: {may}, "

@@ -354,6 +354,20 @@ def test_another_configuration_is_refused(env: Env, killed: Path, name: str, val
         run_to_its_end(names | {name: value})
 
 
+def test_a_trained_model_is_rounded_in_another_way(env: Env, whole: Path) -> None:
+    """From its last checkpoint, as a run that rounds so from the start; QAT sees the rounding."""
+    other = env | {"MATRIX_BITS": "4", "QUANT_CLIP": "row", "GPTQ_BATCHES": "2", "CODEC": "lzma"}
+    saved = {"RESUME": str(whole / f"step_{STEPS:08}.ckpt")}
+    again = run_to_its_end(other | saved | {"RUN_ID": "rounded again"})
+    assert f"resumed from step:{STEPS} of" in log_of(again)
+    rounded = run_to_its_end(other | {"RUN_ID": "rounded so"})
+    assert artifact(again) == artifact(rounded) != artifact(whole)
+    qat = env | {"QAT_FRACTION": "0.5", "RUN_ID": "qat"}
+    saved = {"RESUME": str(run_to_its_end(qat) / f"step_{STEPS:08}.ckpt")}
+    with pytest.raises(tg.InputError, match="MATRIX_BITS was 8, is 4"):
+        run_to_its_end(qat | saved | {"RUN_ID": "qat again", "MATRIX_BITS": "4"})
+
+
 def test_a_finished_run_is_refused(env: Env, whole: Path) -> None:
     before = artifact(whole)
     with pytest.raises(tg.InputError, match="holds a finished run"):

@@ -105,8 +105,10 @@ def test_every_published_run_has_a_row_that_the_script_takes() -> None:
     for row in TABLE.rows.values():
         assert row.what and row.hypothesis, row.name
         if row.set.keys() <= common.OPTIONS:
-            for scale in ("", "tiny", *TABLE.scales):
-                tg.Config.from_env(ablate.variables(row, TABLE.scales.get(scale), scale, {}))
+            for name in ("", "tiny", *TABLE.scales):
+                scale = TABLE.scales.get(name)
+                if scale is None or ablate.suits(row, scale, TABLE):
+                    tg.Config.from_env(ablate.variables(row, scale, name, {}))
     assert TABLE.rows["recur_3x3_768_qat"].set["QAT_FRACTION"] == "0.15"
 
 
@@ -171,6 +173,19 @@ def test_a_scale_like_another_says_only_what_differs(tmp_path: Path) -> None:
         ablate.read_table(path)
 
 
+def test_pocket_narrow_has_the_steps_of_narrow_rows_at_pocket() -> None:
+    """Although it shares time out by the milliseconds of the full width."""
+    for name in ("frontier", "frontier_one_pass"):
+        ours = ablate.asked_of(TABLE.rows[name], TABLE, "pocket_narrow", {})
+        row = TABLE.rows[f"{name}_narrow"]
+        pocket = ablate.asked_of(row, TABLE, "pocket", {})
+        for key in ("WARMDOWN_FRACTION", "MUON_MOMENTUM_WARMUP_FRACTION"):
+            assert float(ours.pop(key)) == pytest.approx(float(pocket.pop(key)), abs=1e-4)
+        assert ours == pocket
+        with pytest.raises(ValueError, match=f"wide as frontier_one_pass, not {row.name}"):
+            ablate.asked_of(row, TABLE, "pocket_narrow", {})
+
+
 @pytest.mark.parametrize(("scale", "factor"), [("pocket_short", 0.25), ("pocket_long", 4)])
 def test_a_shorter_or_longer_pocket_shares_its_time_out_alike(scale: str, factor: float) -> None:
     """The parts of a run keep their shares, and so does what its average spans."""
@@ -190,13 +205,17 @@ def test_a_shorter_or_longer_pocket_shares_its_time_out_alike(scale: str, factor
 def test_rows_at_pocket_are_scored_alike() -> None:
     """On the same pieces, without overlap and without training, whatever their presets do."""
     for row in TABLE.rows.values():
-        for name in TABLE.scales:
-            config = tg.Config.from_env(ablate.variables(row, TABLE.scales[name], name, {}))
+        for name, scale in TABLE.scales.items():
+            if not ablate.suits(row, scale, TABLE):
+                continue
+            config = tg.Config.from_env(ablate.variables(row, scale, name, {}))
             told = (config.vocab_size, config.eval_stride, config.ttt_lr, config.train_seq_len)
             assert told == (1024, 0, 0, 256), (row.name, name)
-            share = config.rope_dims * config.num_heads / config.model_dim
+            width = config.model_dim / config.num_heads
             full = tg.Config.from_env(row.set)
-            assert share == full.rope_dims * full.num_heads / full.model_dim, row.name
+            share = full.rope_dims * full.num_heads / full.model_dim
+            # Pairs of channels rotate: where a share is no even number, it is the next one.
+            assert abs(config.rope_dims - share * width) < 1, row.name
 
 
 def test_no_series_has_the_name_of_a_row() -> None:

@@ -183,10 +183,22 @@ def read_table(path: Path) -> Table:
 def asked_of(row: Row, table: Table, scale_name: str, given: dict[str, str]) -> dict[str, str]:
     """All variables of a row at a scale, in equal time if the scale has a clock."""
     scale = table.scales.get(scale_name)
+    if scale is not None and not suits(row, scale, table):
+        raise tg.InputError(
+            f"scale {scale.name} sets MODEL_DIM for rows as wide as {scale.clock}, not {row.name}"
+        )
     values = variables(row, scale, scale_name, given)
     if scale is not None and scale.clock:
         values = in_equal_time(row, values, table, scale.clock)
     return values
+
+
+def suits(row: Row, scale: Scale, table: Table) -> bool:
+    """Whether a row is as wide as the clock's, where the scale sets the width of both."""
+    if "MODEL_DIM" not in scale.set:
+        return True
+    widths = {tg.Config.from_env(x.set).model_dim for x in (row, table.rows[scale.clock])}
+    return len(widths) == 1
 
 
 def variables(
