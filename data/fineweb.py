@@ -30,6 +30,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
+from urllib.parse import urlsplit
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for whoever imports this by its path
 import packages
@@ -61,7 +62,11 @@ DEFAULT_SHARDS = 80  # of 10^8 tokens: what most published runs trained on
 CANONICAL_DOCUMENTS, CANONICAL_BYTES, CANONICAL_SPREAD = 50_000, 151_080_891, 30_000
 DEFAULT_REPO = "willdepueoai/parameter-golf"
 # The export of these vocabularies that published runs trained on (PR 1287 names it) is a copy.
-REPOS = {"sp4096": "kevclark/parameter-golf", "sp8192": "kevclark/parameter-golf"}
+REPOS = {
+    "sp1024": DEFAULT_REPO,
+    "sp4096": "kevclark/parameter-golf",
+    "sp8192": "kevclark/parameter-golf",
+}
 
 
 class Options(NamedTuple):
@@ -565,7 +570,11 @@ def files_wanted(store: Store, options: Options) -> list[File]:
     known = store.files()
     if options.verify and options.train_shards is None and any(f.is_of("val") for f in known):
         return known  # no network is needed
-    repo = os.environ.get("MATCHED_FINEWEB_REPO_ID") or REPOS.get(options.variant, DEFAULT_REPO)
+    own_repo = os.environ.get("MATCHED_FINEWEB_REPO_ID")
+    repo = own_repo or REPOS.get(options.variant, DEFAULT_REPO)
+    if not own_repo and options.variant not in REPOS:
+        say(f"variant {options.variant} is none of {', '.join(REPOS)}; {repo} may have it")
+    say(f"asking  {urlsplit(endpoint()).netloc} for the list of files of {repo}")
     prefix = os.environ.get("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", "datasets")
     hub = Hub(repo, prefix, options.revision)
     say(f"source  {hub.repo} at {hub.revision}")

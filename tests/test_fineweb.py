@@ -275,7 +275,9 @@ def test_verify_needs_no_network_unless_it_repairs(
 ) -> None:
     assert get(tmp_path) == 0
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert "asking" in capsys.readouterr().out
     assert get(tmp_path, "--verify", train_shards=None) == 0
+    assert "asking" not in capsys.readouterr().out, "the server was not asked"
     broken = tmp_path / FOLDER / "fineweb_train_000003.bin"
     flip(broken)
     capsys.readouterr()
@@ -352,6 +354,11 @@ def test_no_network_no_repository(
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     message = refused(capsys, get(tmp_path))
     assert "some/body" in message and "http://127.0.0.1:9" in message and "again" in message
+    monkeypatch.delenv("MATCHED_FINEWEB_REPO_ID")
+    assert get(tmp_path, "--variant", "sp819") == 2
+    asked, variants = capsys.readouterr().out.splitlines()[::-1]
+    assert "sp819 is none of sp1024, sp4096, sp8192; willdepueoai/parameter-golf may" in variants
+    assert asked == "asking  127.0.0.1:9 for the list of files of willdepueoai/parameter-golf"
     assert there(tmp_path) == {}
 
 
