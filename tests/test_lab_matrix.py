@@ -8,8 +8,9 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import cast
@@ -18,7 +19,7 @@ import pytest
 from helpers import HANG, wait_for
 
 import train_gpt as tg
-from records.tools import ablate, common
+from records.tools import ablate, common, logs
 
 TABLE = ablate.read_table(common.ROOT / "records" / "runs.toml")
 SMALL = dict(
@@ -84,13 +85,18 @@ def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     return ablate.main()
 
 
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> None:
+def fake_script(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """Has every run execute this text instead of train_gpt.py."""
     monkeypatch.setattr(
         ablate.Run,
         "command",
-        lambda run: [sys.executable, "-c", FAKE, json.dumps(asdict(run.config()))],
+        lambda run: [sys.executable, "-c", text, json.dumps(asdict(run.config()))],
     )
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_script(monkeypatch, FAKE)
 
 
 # ---- The table
@@ -360,11 +366,15 @@ def test_a_wrong_table_is_refused(text: str, message: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["C", "--set", "MODEL_DIMM=4"], "MODEL_DIMM: not an option"),
+        (["C", "--set", "MODEL_DIMM=4"], "not an option of train_gpt.py; did you mean MODEL_DIM"),
         (["C", "--set", "ANYTHING=4"], "ANYTHING: not an option"),
         (["C", "--set", "SEED=4"], "SEED: the matrix sets that itself"),
         (["C", "--set", "MODEL_DIM"], "is not KEY=VALUE"),
-        (["series9"], "series9 is neither a run nor a series"),
+        (["C", "--set", "RESUME=auto"], "RESUME: the matrix sets that itself"),
+        (["series9"], "series9 is neither a run nor a series; did you mean series"),
+        (["Bq"], "Bp"),
+        (["BP"], "did you mean Bp"),
+        (["Xy_unlike"], "nor a series; `ablate.py list` shows them"),
         (["C", "--scale", "huge"], "--scale huge: there are tiny, micro"),
     ],
 )
@@ -377,7 +387,8 @@ def test_what_does_not_exist_is_refused_before_anything_starts(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert call(monkeypatch, "run", *words, "--out", str(tmp_path)) == 2
-    assert message in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert message in told and len(told) < 200
     assert not list(tmp_path.iterdir())
 
 
@@ -407,6 +418,8 @@ def test_failures_are_told_and_the_rest_goes_on(
     told = capsys.readouterr().out
     assert "out of luck" in told and f"0 made, {2 + (not unknown)} there already" in told
     assert (tmp_path / "full" / "D" / "seed1337.unfinished1").is_dir()
+    aside = "it left no checkpoint; set aside as seed1337.unfinished1, and begun again"
+    assert f"D seed 1337: {aside}" in told
 
 
 def test_bad_input_stops_the_matrix(
@@ -414,12 +427,7 @@ def test_bad_input_stops_the_matrix(
 ) -> None:
     """What one run refuses would be told again for every other; what is finished is counted."""
     words = ["run", "Ap", "D", "E", "--seeds", "2", "--out", str(tmp_path)]
-    refusing = FAKE.replace('sys.exit("[rank 0] out of luck")', REFUSE)
-    monkeypatch.setattr(
-        ablate.Run,
-        "command",
-        lambda run: [sys.executable, "-c", refusing, json.dumps(asdict(run.config()))],
-    )
+    fake_script(monkeypatch, FAKE.replace('sys.exit("[rank 0] out of luck")', REFUSE))
     assert call(monkeypatch, *words) == 1
     told = capsys.readouterr().out
     assert "D seed 1337: FAILED, exit code 2: [rank 0] no such data" in told
@@ -440,7 +448,156 @@ def test_one_mistake_is_told_once(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("Ap seeds 1337, 1338; C seeds 1337, 1338: FAILED, ")
     assert lines[1] == "4 runs: 0 made, 0 there already, 4 failed, 0 not started"
-    assert len(lines) == 3 and "NUM_HEADS" in lines[0], lines
+    assert len(lines) == 2 and "NUM_HEADS" in lines[0], lines
+
+
+def test_a_cause_that_runs_share_is_told_in_full_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each run's own output is named; a summary after other lines has the cause's beginning."""
+    cause = "out of luck, " * 20
+    fake_script(monkeypatch, FAKE.replace("out of luck", cause))
+    out = ["--seeds", "2", "--out", str(tmp_path)]
+    assert call(monkeypatch, "run", "D", *out) == 1
+    first, second, _ = capsys.readouterr().out.splitlines()
+    consoles = [f"({tmp_path}/full/D/seed{seed}.console)" for seed in (1337, 1338)]
+    assert first.endswith(f"exit code 1: [rank 0] {cause.strip()} {consoles[0]}")
+    assert second == f"[2/2] D seed 1338: FAILED as D seed 1337 did {consoles[1]}"
+    assert call(monkeypatch, "run", "D", "C", *out) == 1
+    *told, last = capsys.readouterr().out.splitlines()
+    assert "\n".join(told).count(cause) == 1
+    assert last.startswith("  D seeds 1337, 1338: exit code 1: [rank 0] out of luck, out")
+    assert last.endswith(" ...") and len(last) < 160
+
+
+def test_an_interruption_is_answered_at_once(
+    fake: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def terminate(process: subprocess.Popen) -> None:
+        print("the run is told to end")
+        process.kill()
+
+    monkeypatch.setattr(ablate.Board, "tick", interrupt)
+    monkeypatch.setattr(subprocess.Popen, "terminate", terminate)
+    assert call(monkeypatch, "run", "C", "--out", str(tmp_path)) == 1
+    assert capsys.readouterr().out.splitlines()[:3] == [
+        "stopping after this step; runs that are finished are kept",
+        "the run is told to end",
+        "interrupted; the same command goes on",
+    ]
+
+
+def cut_off(out: Path, **otherwise: object) -> Path:
+    """The folder of a run of row C that was cut off after step 20."""
+    folder = out / "full" / "C" / "seed1337"
+    folder.mkdir(parents=True)
+    (folder / "step_00000010.ckpt").touch()
+    (folder / "step_00000020.ckpt").touch()
+    (folder / "metrics.jsonl").touch()
+    config = asdict(tg.Config.from_env({"PRESET": "C", "SEED": "1337"})) | otherwise
+    script = common.sha256(ablate.SCRIPT)
+    head = f"script_sha256:{script}\nconfig:{json.dumps(config)}\nworld_size:1 grad_accum_steps:8\n"
+    (folder / "train.log").write_text(head)
+    return folder
+
+
+def other_script(folder: Path) -> str:
+    log = folder / "train.log"
+    log.write_text(re.sub("sha256:.*", f"sha256:{'0' * 64}", log.read_text()))
+    return "it was begun by another version of train_gpt.py"
+
+
+def other_ranks(folder: Path) -> str:
+    log = folder / "train.log"
+    log.write_text(log.read_text().replace("world_size:1 ", "world_size:8 "))
+    return "it was begun on 8 ranks, not 1"
+
+
+def other_values(folder: Path) -> str:
+    log = folder / "train.log"
+    log.write_text(log.read_text().replace('"beta1": 0.9', '"beta1": 0.5'))
+    return "it was begun with other values (BETA1 0.5 there, 0.9 asked for)"
+
+
+def no_checkpoint(folder: Path) -> str:
+    for path in folder.glob("step_*.ckpt"):
+        path.unlink()
+    return "it left no checkpoint"
+
+
+def no_log(folder: Path) -> str:
+    (folder / "train.log").unlink()
+    return "its train.log is gone"
+
+
+def refused_by_the_script(folder: Path) -> str:
+    (folder / "refuse").touch()
+    return "step_00000020.ckpt is damaged"
+
+
+RESUMING = """
+if (folder / "refuse").exists():
+    print("[rank 0] RESUME=auto: step_00000020.ckpt is damaged", file=sys.stderr)
+    sys.exit(2)
+"""
+
+
+@pytest.fixture
+def resuming(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = 'folder.mkdir(parents=True, exist_ok=env.get("RESUME") == "auto")'
+    fake_script(monkeypatch, FAKE.replace("folder.mkdir(parents=True)", made + RESUMING))
+
+
+def test_a_run_goes_on_from_its_checkpoint(
+    resuming: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = cut_off(tmp_path, resume="auto")  # it was cut off before
+    monkeypatch.setenv("RESUME", "elsewhere")  # must not reach a run
+    assert call(monkeypatch, "run", "C", "--seeds", "2", "--out", str(tmp_path)) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("C seed 1337: goes on from step 20\n") and "2 runs: 2 made" in told
+    assert sorted(path.name for path in folder.parent.glob("seed*[0-9]")) == [
+        "seed1337",
+        "seed1338",
+    ]
+    second = folder.with_name("seed1338")
+    results, records = (
+        [common.read_result(path / name) for path in (folder, second)]
+        for name in ("result.json", "run.json")
+    )
+    assert results[0]["env"]["RESUME"] == "auto" and "RESUME" not in results[1]["env"]
+    assert records[0]["variables"] == records[1]["variables"]
+    assert records[0].pop("resumed_from_step") == 20
+    assert records[0].keys() == records[1].keys()
+    whole, part = (ablate.wall_seconds(path / "run.json") for path in (second, folder))
+    assert whole is not None and part is None, "a part tells not how long others take"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [other_script, other_ranks, other_values, no_checkpoint, no_log, refused_by_the_script],
+)
+def test_a_run_that_cannot_go_on_is_set_aside_and_begun_again(
+    spoil: Callable[[Path], str],
+    resuming: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = cut_off(tmp_path)
+    why = spoil(folder)
+    assert call(monkeypatch, "run", "C", "--out", str(tmp_path)) == 0
+    told = capsys.readouterr().out
+    assert f"C seed 1337: {why}; set aside as seed1337.unfinished1, and begun again\n" in told
+    assert folder.with_name("seed1337.unfinished1").is_dir()
+    assert "RESUME" not in common.read_result(folder / "result.json")["env"]
+    assert "resumed_from_step" not in common.read_result(folder / "run.json")
 
 
 def test_a_folder_with_another_configuration_is_neither_used_nor_lost(
@@ -535,7 +692,7 @@ def test_a_run_whose_files_are_damaged_is_made_again(
     (folder / "run.json").write_text("{")
     assert call(monkeypatch, "run", "C", "--out", str(tmp_path)) == 0
     out = capsys.readouterr().out
-    assert told in out and "it is set aside and made again" in out
+    assert told in out and "; set aside as seed1337.unfinished1, and begun again" in out
     assert "1 runs: 1 made, 0 there already" in out.splitlines()[-1]
     assert folder.with_name("seed1337.unfinished1").is_dir() and ablate.damage(folder) == ""
     assert call(monkeypatch, "run", "C", "--out", str(tmp_path)) == 0
@@ -628,6 +785,34 @@ def test_progress_is_that_of_steps_or_of_time(tmp_path: Path) -> None:
     assert str(ablate.progress(run)) == "step 20 of 100 (80%)"
 
 
+def test_time_left_is_that_of_steps_and_falls_as_time_goes_by(tmp_path: Path) -> None:
+    """Compiling and the slow first steps tell nothing of those to come."""
+    folder = tmp_path / "C" / "seed1"
+    folder.mkdir(parents=True)
+    given = dict(PRESET="C,tiny", ITERATIONS="100", MAX_WALLCLOCK_SECONDS="0")
+    run = ablate.Run("C", 1, "full", given, folder, 1)
+    path = folder / "metrics.jsonl"
+
+    def left(age: float) -> float:
+        written = time.time() - age
+        os.utime(path, (written, written))
+        now = ablate.progress(run)
+        assert now is not None
+        return now.left
+
+    path.write_text('{"step": 20, "train_seconds": 90, "step_ms": 500}\n')
+    assert left(0) == pytest.approx(40, abs=5) and left(30) == pytest.approx(10, abs=5)
+    assert left(50) == 0 and left(-50) == 40, "neither late nor by a clock that is wrong"
+    with open(path, "a") as file:
+        file.write('{"step": 20, "train_seconds": 90, "val_loss": 3.5}\n')
+    assert left(-50) == 40, "a validation tells no time of a step"
+    capped = replace(run, variables=given | dict(MAX_WALLCLOCK_SECONDS="100"))
+    now = ablate.progress(capped)
+    assert now is not None and now.left == 10
+    path.write_text('{"step": 20, "train_seconds": 10}\n')
+    assert left(-50) == 40, "by all steps, in files that have no time of a step"
+
+
 def test_a_board_tells_progress_and_time_left(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -638,12 +823,14 @@ def test_a_board_tells_progress_and_time_left(
     board = ablate.Board(runs)
     runs[0].folder.mkdir(parents=True)
     (runs[0].folder / "metrics.jsonl").write_text('{"step": 25, "train_seconds": 60}\n')
+    ahead = 9e9  # no time has gone by since the row was written
+    os.utime(runs[0].folder / "metrics.jsonl", (ahead, ahead))
     for seconds in (1.0, 59.0, 61.0, 90.0, 120.0, 150.0):
         board.tick(runs[0], seconds)
     told = capsys.readouterr().out.splitlines()
     assert told == [
         "[1/2] C seed 1: 1 min, step 25 of 100 (25%), 3 min left of it",
-        "[1/2] C seed 1: 2 min, step 25 of 100 (25%), 8 min left of it",
+        "[1/2] C seed 1: 2 min, step 25 of 100 (25%), 3 min left of it",
     ], "a line a minute"
     (runs[0].folder / "run.json").write_text('{"wall_seconds": 240}')
     board.left.remove(runs[0])
@@ -653,7 +840,8 @@ def test_a_board_tells_progress_and_time_left(
     runs[1].beside(".console").write_text("device:cpu\nwarming up: 1 steps that are undone\n")
     board.tick(runs[1], 150.0)
     assert capsys.readouterr().out == "[2/2] C seed 2: 2 min, warming up, 2 min left of all\n"
-    (runs[1].folder / "metrics.jsonl").write_text('{"step": 80, "train_seconds": 60}\n')
+    (runs[1].folder / "metrics.jsonl").write_text('{"step": 80, "train_seconds": 220}\n')
+    os.utime(runs[1].folder / "metrics.jsonl", (ahead, ahead))
     runs[1].beside(".console").write_text("step:80/100 train_loss:4\n")
     board.tick(runs[1], 220.0)
     assert capsys.readouterr().out.endswith(", 55 s left of it, 55 s left of all\n"), "not 20 s"
@@ -732,7 +920,11 @@ def test_a_matrix_killed_in_the_middle_goes_on_where_it_was(corpus: dict, tmp_pa
     again = ablate_run(out, "Bp", "C", given=given)
     assert again.returncode == 0 and "1 made, 1 there already" in again.stdout, again.stdout
     assert (first / "result.json").stat().st_mtime_ns == made, "a finished run was repeated"
-    assert (second.parent / "seed1337.unfinished1" / "train.log").exists()
+    step = common.read_result(second / "run.json")["resumed_from_step"]
+    assert f"C seed 1337: goes on from step {step}\n" in again.stdout
+    log = logs.read(second / "train.log")
+    assert f"resumed from step:{step} of step_{step:08d}.ckpt" in log.run.lines
+    assert log.words["finished"] and log.values["steps"] == 8
     for row in ("Bp", "C"):  # without the matrix, and without a break
         env = given | dict(
             PRESET=row, SEED="1337", LOG_DIR=str(whole / "full" / row), RUN_ID="seed1337"

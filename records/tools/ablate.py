@@ -12,15 +12,17 @@ not reach it. Every run has a folder, <out>/<scale>/<row>/seed<n>/, where
 run.json says how it was started.
 
 `run` can be stopped at any time, and the same command goes on: finished runs
-are left alone, one that was cut off or whose files are damaged is set aside
-and made again, a failed one is tried again. It stops by itself at a run that
-ends with exit code 2 (bad input), as the others would end in the same way.
-Nothing ends if its own output goes to a closed pipe or a full disk.
+are left alone, and one that was cut off or failed goes on from its last
+checkpoint. One without a checkpoint, or whose files are damaged, is set aside
+and made again. It stops by itself at a run that ends with exit code 2 (bad
+input), as the others would end in the same way. Nothing ends if its own
+output goes to a closed pipe or a full disk.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import fcntl
 import os
 import re
@@ -29,7 +31,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -48,10 +50,14 @@ if TYPE_CHECKING:  # it needs records/tools/requirements.txt, and `run` does not
 
 SCRIPT = ROOT / "train_gpt.py"
 FIELDS = {f.name: f.default for f in fields(tg.Config)}
-SET_ELSEWHERE = {"SEED", "LOG_DIR", "RUN_ID", "EVAL_ONLY"}  # by the matrix itself
+SET_ELSEWHERE = {"SEED", "LOG_DIR", "RUN_ID", "EVAL_ONLY", "RESUME"}  # by the matrix itself
 WATCH_SECONDS = 60.0  # between lines about a run in progress, where there is no terminal
 TAIL = 1 << 16  # bytes at the end of metrics.jsonl that surely hold a row
 REFUSAL = re.compile(rf"(?m)^\s*exitcode\s*: {tg.EXIT_INPUT} \(")  # as torchrun writes it
+REFUSED_CHECKPOINT = re.compile(r"(?m)^\[rank \d+\] RESUME=auto: (.*)")
+CHECKPOINT = re.compile(r"step_(\d+)\.ckpt")
+RANKS = re.compile(r"world_size:(\d+)")
+REASON = 120  # characters of a reason in the summary; it was told in full before
 BESIDE_TRAINING = {  # a line of a run's output: what the run does from then on
     r"(?m)^warming up:": "warming up",
     r"(?m)^step:\d+/\d+ (passes|train_loss):": "",
@@ -108,12 +114,22 @@ class Table(NamedTuple):
         picked: dict[str, Row] = {}
         for name in names:
             if name not in self.rows and name not in series and name != "all":
+                hint = did_you_mean(name, [*self.rows, *sorted(series), "all"])
                 raise tg.InputError(
-                    f"{name} is neither a run nor a series; runs: {', '.join(self.rows)}; "
-                    f"series: {', '.join(sorted(series))}; or all"
+                    f"{name} is neither a run nor a series{hint}; `ablate.py list` shows them"
                 )
             picked |= {r.name: r for r in self.rows.values() if name in (r.name, r.series, "all")}
         return list(picked.values())
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """The known names that look like `name`, as a hint behind a message; "" if none does.
+
+    Half of the letters is enough: rows have names of two, such as Bp.
+    """
+    alike = [other for other in known if other.lower() == name.lower()]
+    alike += difflib.get_close_matches(name, known, 3, 0.5)
+    return f"; did you mean {', '.join(dict.fromkeys(alike))}?" if alike else ""
 
 
 def texts(values: dict[str, Any]) -> dict[str, str]:
@@ -374,7 +390,16 @@ def damage(folder: Path) -> str:
     return told[0] if told else ""
 
 
-UNCOMPARED = {"log_dir", "run_id", "preset"}
+UNCOMPARED = {"log_dir", "run_id", "preset", "resume"}
+
+
+def differences(recorded: dict[str, Any], asked: dict[str, Any]) -> str:
+    """What a run that is there has otherwise than the one asked for, by its configuration."""
+    return "; ".join(
+        f"{name.upper()} {tg.show(recorded[name])} there, {tg.show(asked[name])} asked for"
+        for name in asked
+        if recorded[name] != asked[name] and name not in UNCOMPARED
+    )
 
 
 def finished(run: Run) -> bool:
@@ -387,22 +412,61 @@ def finished(run: Run) -> bool:
     longer = script - result.get("bytes_code", script)  # than the script of that run
     if asked["size_limit_bytes"] == recorded["size_limit_bytes"] + longer:
         asked["size_limit_bytes"] = recorded["size_limit_bytes"]  # as `equal_bytes` has it
-    apart = [
-        f"{n.upper()} {tg.show(recorded[n])} there, {tg.show(asked[n])} asked for"
-        for n in asked
-        if recorded[n] != asked[n] and n not in UNCOMPARED
-    ]
-    if apart:
-        other = f"{run.folder} holds another run ({'; '.join(apart)})"
-        raise tg.InputError(f"{other}: choose another --out")
+    if apart := differences(recorded, asked):
+        out = run.folder.parents[2]  # alike for all runs, so that this is told once
+        raise tg.InputError(
+            f"its folder in {out} holds another run ({apart}): choose another --out"
+        )
     return True
+
+
+def saved_step(folder: Path) -> int | None:
+    """The step of the last checkpoint in a run's folder; None without one."""
+    names = (CHECKPOINT.fullmatch(path.name) for path in folder.glob("step_*"))
+    return max((int(name[1]) for name in names if name), default=None)
+
+
+def begun_otherwise(run: Run) -> str:
+    """How an unfinished run was begun otherwise than it would go on, by its train.log; else "".
+
+    The script itself would go on with another version or number of ranks, but then run.json and
+    the head of train.log would tell of one part only.
+    """
+    try:
+        log = common.read_log(run.folder / "train.log")
+    except FileNotFoundError:
+        return "its train.log is gone"
+    if not log.config or "script_sha256" not in log.versions:
+        return "its train.log does not say how it was begun"
+    ran = log.versions.get("packed_sha256", log.versions["script_sha256"])
+    if ran != common.sha256(SCRIPT):
+        return "it was begun by another version of train_gpt.py"
+    sizes = (RANKS.match(line) for line in log.lines)
+    ranks = next((int(size[1]) for size in sizes if size), run.ranks)
+    if ranks != run.ranks:
+        return f"it was begun on {ranks} ranks, not {run.ranks}"
+    apart = differences(FIELDS | log.config, asdict(run.config()))
+    return f"it was begun with other values ({apart})" if apart else ""
+
+
+def why_again(run: Run) -> str:
+    """Why a run that left a folder is made again from its beginning; "" if it can go on."""
+    if (run.folder / "result.json").exists():
+        return damage(run.folder)
+    if saved_step(run.folder) is None:
+        return "it left no checkpoint"
+    return begun_otherwise(run)
 
 
 # ---- 3. One run ----------------------------------------------------------------------------------
 
 
 class Failed(RuntimeError):
-    """A run that did not end with a result; the message is its cause."""
+    """A run that did not end with a result: its cause, and the file with all that it printed."""
+
+    def __init__(self, why: str, console: Path | None = None) -> None:
+        super().__init__(why)
+        self.console = console
 
 
 class Refused(Failed):
@@ -433,11 +497,10 @@ def refuse_live(folder: Path) -> None:
             pass
 
 
-def set_aside(folder: Path) -> None:
-    """Renames what a run left that did not end, to the first free name."""
-    if folder.exists():
-        names = (folder.with_name(f"{folder.name}.unfinished{i}") for i in range(1, 10_000))
-        folder.rename(next(name for name in names if not name.exists()))
+def set_aside(folder: Path) -> Path:
+    """Renames what a run left that did not end, to the first free name, which it returns."""
+    names = (folder.with_name(f"{folder.name}.unfinished{i}") for i in range(1, 10_000))
+    return folder.rename(next(name for name in names if not name.exists()))
 
 
 def commit() -> str | None:
@@ -464,7 +527,7 @@ def cause(console: Path, code: int) -> str:
         reason = ours[0]
     else:
         reason = told[-1] if told else "no output"
-    return f"exit code {code}: {reason} ({console})"
+    return f"exit code {code}: {reason}"
 
 
 def is_refusal(console: Path, code: int) -> bool:
@@ -476,14 +539,29 @@ def is_refusal(console: Path, code: int) -> bool:
     return code == tg.EXIT_INPUT or told is not None
 
 
-def launch(run: Run, lock: int, tick: Callable[[float], None]) -> int:
-    """Starts a run and waits for its end; `tick` is told the seconds meanwhile. The exit code."""
+def refused_checkpoint(console: Path, code: int) -> str:
+    """Why the script did not take the checkpoint of a run that was to go on; "" if it did."""
+    told = REFUSED_CHECKPOINT.search(console.read_text(errors="replace"))
+    return told[1] if told and is_refusal(console, code) else ""
+
+
+class Part(NamedTuple):
+    """What a launch of a run came to."""
+
+    begun: int | None  # the checkpoint's step, if the run went on from one
+    code: int
+    seconds: float
+
+
+def launch(run: Run, lock: int, board: Board, begun: int | None = None) -> Part:
+    """Starts a run, from its checkpoint of step `begun` if there is one, and waits for its end."""
+    resume = {} if begun is None else {"RESUME": "auto"}
     started = time.time()
     with open(run.beside(".console"), "wb") as out:
         process = subprocess.Popen(
             run.command(),
             cwd=ROOT,
-            env=common.without_options(os.environ) | run.environment(),
+            env=common.without_options(os.environ) | run.environment() | resume,
             stdout=out,
             stderr=out,
             stdin=subprocess.DEVNULL,
@@ -491,26 +569,43 @@ def launch(run: Run, lock: int, tick: Callable[[float], None]) -> int:
         )
     try:
         while process.poll() is None:
-            tick(time.time() - started)
+            board.tick(run, time.time() - started)
             time.sleep(0.2)
+    except (KeyboardInterrupt, SystemExit):  # a step may take seconds, and so does a checkpoint
+        board.say("stopping after this step; runs that are finished are kept")
+        raise
     finally:
         process.terminate()
         process.wait()
-    return process.returncode
+    return Part(begun, process.returncode, time.time() - started)
 
 
-def execute(run: Run, tick: Callable[[float], None]) -> bool:
+def go_on_or_begin(run: Run, lock: int, board: Board) -> Part:
+    """Goes on from the checkpoint of a run that was cut off; begins it if there is none to use."""
+    if run.folder.exists():
+        why = why_again(run)
+        if not why:
+            step = saved_step(run.folder)
+            board.say(f"{run}: goes on from step {step}")
+            part = launch(run, lock, board, step)
+            why = refused_checkpoint(run.beside(".console"), part.code)
+            if not why:
+                return part
+        board.say(f"{run}: {why}; set aside as {set_aside(run.folder).name}, and begun again")
+    return launch(run, lock, board)
+
+
+def execute(run: Run, board: Board) -> bool:
     """Makes a run unless it is there; whether it was made now. Failed says why it is not."""
     with locked(run.beside(".lock")) as lock:
         if finished(run):
             return False
         refuse_live(run.folder)
-        set_aside(run.folder)
-        script, started, console = commit(), time.time(), run.beside(".console")
-        code = launch(run, lock, tick)
+        script, console = commit(), run.beside(".console")
+        part = go_on_or_begin(run, lock, board)
         if not finished(run):
-            kind = Refused if is_refusal(console, code) else Failed
-            raise kind(cause(console, code))
+            kind = Refused if is_refusal(console, part.code) else Failed
+            raise kind(cause(console, part.code), console)
         record = dict(
             row=run.row,
             seed=run.seed,
@@ -519,9 +614,11 @@ def execute(run: Run, tick: Callable[[float], None]) -> bool:
             ranks=run.ranks,
             command=["python", *run.command()[1:]],
             git_commit=script,
-            exit_code=code,
-            wall_seconds=round(time.time() - started, 1),
+            exit_code=part.code,
+            wall_seconds=round(part.seconds, 1),
         )
+        if part.begun is not None:
+            record["resumed_from_step"] = part.begun  # wall_seconds are those after it
         common.write_json(run.folder / "run.json", record)
         console.unlink()
         return True
@@ -533,6 +630,7 @@ class Progress(NamedTuple):
     step: int
     iterations: int
     share: float  # of its steps, or of its time, whichever ends first
+    left: float  # seconds of training, by the time of its last steps
 
     def __str__(self) -> str:
         return f"step {self.step} of {self.iterations} ({self.share:.0%})"
@@ -557,21 +655,27 @@ def beside_training(run: Run) -> str:
     return doing
 
 
-def last_row(path: Path) -> dict[str, Any] | None:
-    """The last whole row of a metrics.jsonl that may be growing; None if there is none yet."""
+def last_rows(path: Path) -> list[dict[str, Any]]:
+    """The last whole rows of a metrics.jsonl that may be growing, the newest first."""
     rows = (common.parse_row(line) for line in reversed(tail(path).split(b"\n")))
-    return next((row for row in rows if row is not None), None)
+    return [row for row in rows if row is not None]
 
 
 def progress(run: Run) -> Progress | None:
-    """None before the first step."""
-    row, config = last_row(run.folder / "metrics.jsonl"), run.config()
-    if row is None or not row["step"]:
+    """None before the first step. What is left falls between two rows, as time goes by."""
+    path, config = run.folder / "metrics.jsonl", run.config()
+    rows = last_rows(path)
+    if not rows or not rows[0]["step"]:
         return None
-    share = row["step"] / max(config.iterations, 1)
+    step, seconds = rows[0]["step"], rows[0]["train_seconds"]
+    times = (row.get("step_ms") for row in rows)  # which rows of validation do not have
+    ms = next((time for time in times if isinstance(time, (int, float))), 1e3 * seconds / step)
+    share, left = step / max(config.iterations, 1), (config.iterations - step) * ms / 1e3
     if config.training_seconds:
-        share = max(share, row["train_seconds"] / config.training_seconds)
-    return Progress(row["step"], config.iterations, min(share, 1.0))
+        share = max(share, seconds / config.training_seconds)
+        left = min(left, config.training_seconds - seconds)
+    left -= max(time.time() - path.stat().st_mtime, 0.0)  # since the newest row was written
+    return Progress(step, config.iterations, min(share, 1.0), max(left, 0.0))
 
 
 # ---- 4. The matrix -------------------------------------------------------------------------------
@@ -635,7 +739,7 @@ class Board:
         if doing:
             told.append(doing)
         elif now is not None and now.share < 1:
-            rest = seconds * (1 - now.share) / now.share
+            rest = now.left
             told.append(f"{common.duration(rest)} left of it")
         if left is not None and left > seconds:
             told.append(f"{common.duration(max(left - seconds, rest))} left of all")
@@ -656,8 +760,12 @@ class Board:
         rest = f", {common.duration(left)} left of all" if left else ""
         self.say(f"{place} {run}: {score}{rest}")
 
-    def failed(self, run: Run, why: str) -> None:
-        self.say(f"{self.place()} {run}: FAILED, {why}")
+    def failed(self, run: Run, why: str, console: Path | None = None) -> None:
+        """A run without a result; a cause that was told of another run is not told again."""
+        same = next((other for other, told in self.failures.items() if told == why), None)
+        where = f" ({console})" if console else ""
+        told = f", {why}" if same is None else f" as {same} did"
+        self.say(f"{self.place()} {run}: FAILED{told}{where}")
         self.left.remove(run)
         self.failures[run] = why
 
@@ -686,17 +794,21 @@ class Board:
             f"{len(self.runs)} runs: {self.made} made, {self.found} there already, "
             f"{len(self.failures)} failed, {len(self.left)} not started"
         )
-        for why, runs in by_reason(self.failures).items():
-            self.say(f"  {named(runs)}: {why}")
+        reasons = by_reason(self.failures)
+        if self.made or len(reasons) > 1:  # else the only one stands right above
+            for why, runs in reasons.items():
+                short = why if len(why) <= REASON else f"{why[: REASON - 4]} ..."
+                self.say(f"  {named(runs)}: {short}")
         return 1 if self.failures or self.left else 0
 
 
 def wall_seconds(path: Path) -> float | None:
-    """How long a run took, by its run.json; None if that is not there or damaged."""
+    """How long a run took, by its run.json; None if that is not there, damaged or of a part."""
     try:
-        seconds = common.read_result(path).get("wall_seconds")
+        record = common.read_result(path)
     except (OSError, tg.InputError):
         return None
+    seconds = None if "resumed_from_step" in record else record.get("wall_seconds")
     return seconds if isinstance(seconds, (int, float)) else None
 
 
@@ -720,27 +832,17 @@ def named(runs: Iterable[Run]) -> str:
     return "; ".join(told)
 
 
-def tell_damage(board: Board, run: Run) -> None:
-    """Says why a run that has a result is made again."""
-    if (run.folder / "result.json").exists() and (what := damage(run.folder)):
-        board.say(f"{run}: {what}; it is set aside and made again")
-
-
 def run_here(board: Board) -> None:
     """One run after the other. A failure does not stop the rest, unless it is bad input."""
     for run in list(board.left):
-
-        def tick(seconds: float, run: Run = run) -> None:
-            board.tick(run, seconds)
-
         try:
-            tell_damage(board, run)
-            board.done(run, execute(run, tick))
-        except Refused as error:
-            board.failed(run, str(error))
-            board.stop()
-            return
-        except (Failed, tg.InputError, OSError) as error:
+            board.done(run, execute(run, board))
+        except Failed as error:
+            board.failed(run, str(error), error.console)
+            if isinstance(error, Refused):
+                board.stop()
+                return
+        except (tg.InputError, OSError) as error:
             board.failed(run, str(error))
 
 
@@ -768,9 +870,10 @@ def run_by_jobs(board: Board, options: argparse.Namespace) -> None:
         **{name: int(v) if v.isdigit() else v for name, v in parameters.items()}
     )
     for run in list(board.left):
-        tell_damage(board, run)
         if finished(run):
             board.done(run, False)
+        elif (run.folder / "result.json").exists():
+            board.say(f"{run}: {damage(run.folder)}; its job sets it aside and begins it again")
     jobs = {}
     if board.left:  # submitit warns of an empty batch
         with executor.batch():
@@ -782,8 +885,7 @@ def run_by_jobs(board: Board, options: argparse.Namespace) -> None:
             if finished(run):
                 board.done(run, True)
             else:
-                told = f"job {jobs[run].job_id} ended without a result"
-                board.failed(run, f"{told}: {jobs[run].paths.stderr}")
+                board.failed(run, "its job ended without a result", jobs[run].paths.stderr)
         time.sleep(0.2)
 
 
@@ -794,8 +896,8 @@ def plan(table: Table, options: argparse.Namespace) -> list[Run]:
     """The runs that are asked for, seed by seed; InputError if nothing like it exists."""
     given, scale = common.pairs(options.set), table.scales.get(options.scale)
     if unknown := given.keys() - OPTIONS:
-        names = ", ".join(sorted(unknown))
-        raise tg.InputError(f"--set {names}: not an option of train_gpt.py")
+        names, hint = ", ".join(sorted(unknown)), did_you_mean(min(unknown), sorted(OPTIONS))
+        raise tg.InputError(f"--set {names}: not an option of train_gpt.py{hint}")
     if taken := given.keys() & SET_ELSEWHERE:
         raise tg.InputError(f"--set {', '.join(sorted(taken))}: the matrix sets that itself")
     if options.scale and scale is None and options.scale not in tg.SCALES:
