@@ -403,7 +403,8 @@ def check_range(f: Field, value: Any) -> None:
     """InputError if a number is outside the bounds of its option."""
     low, high = f.metadata["low"], min(f.metadata["high"], 3.4e38)
     if isinstance(value, (int, float)):
-        require(low <= value <= high, f"{f.name.upper()}={value} is out of range: {low} to {high}")
+        span = f"{low} to {high}" if high < 3.4e38 else f"at least {low}"
+        require(low <= value <= high, f"{f.name.upper()}={value} is out of range: {span}")
 
 
 def neutral_values(kind: type[Architecture]) -> dict[str, Any]:
@@ -5366,7 +5367,8 @@ def export(trainer: Trainer, trained: Trained, validation: Validation, log: Log)
         hessians, calibration = calibrate(trainer, log)
         seconds, score = trained.seconds + calibration, trained.score
         if config.average != "none":
-            log(f"AVERAGE={config.average} of {average.count} weights; of none, the last are taken")
+            taken = f"the average of {average.count}" if average.count else "the last"
+            log(f"AVERAGE={config.average} exports {taken}")
             score = validation(trainer, seconds, trainer.model.scoring, weights=config.average)
         seconds += refit(trainer, hessians, log)
         if 0 < config.max_wallclock_seconds < seconds:
