@@ -535,14 +535,32 @@ def no_log(folder: Path) -> str:
 
 def refused_by_the_script(folder: Path) -> str:
     (folder / "refuse").touch()
-    return "step_00000020.ckpt is damaged"
+    return "/a/step_00000020.ckpt is damaged"
 
 
 RESUMING = """
 if (folder / "refuse").exists():
-    print("[rank 0] RESUME=auto: step_00000020.ckpt is damaged", file=sys.stderr)
+    print("[rank 0] /a/step_00000020.ckpt is damaged", file=sys.stderr)
     sys.exit(2)
 """
+
+
+def test_a_refused_checkpoint_is_told_from_other_bad_input(
+    corpus: dict,
+    main_here: Callable[[Mapping[str, str]], int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """By what the script itself says."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "step_00000020.ckpt").write_bytes(b"damaged")
+    env = corpus | SMALL | dict(PRESET="C", LOG_DIR=str(tmp_path), RUN_ID="run", RESUME="auto")
+    console = tmp_path / "console"
+    for data, named in ((corpus["DATA_PATH"], True), ("nowhere", False)):
+        code = main_here(env | {"DATA_PATH": data})
+        console.write_text(capsys.readouterr().err)
+        assert code == tg.EXIT_INPUT
+        assert ("step_00000020.ckpt" in ablate.refused_checkpoint(console, code)) == named
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ SET_ELSEWHERE = {"SEED", "LOG_DIR", "RUN_ID", "EVAL_ONLY", "RESUME"}  # by the m
 WATCH_SECONDS = 60.0  # between lines about a run in progress, where there is no terminal
 TAIL = 1 << 16  # bytes at the end of metrics.jsonl that surely hold a row
 REFUSAL = re.compile(rf"(?m)^\s*exitcode\s*: {tg.EXIT_INPUT} \(")  # as torchrun writes it
-REFUSED_CHECKPOINT = re.compile(r"(?m)^\[rank \d+\] RESUME=auto: (.*)")
+REFUSED_CHECKPOINT = re.compile(r"(?m)^\[rank \d+\] (.*step_\d+\.ckpt.*)")
 CHECKPOINT = re.compile(r"step_(\d+)\.ckpt")
 RANKS = re.compile(r"world_size:(\d+)")
 REASON = 120  # characters of a reason in the summary; it was told in full before
