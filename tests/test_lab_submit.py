@@ -209,11 +209,11 @@ def no_script(f: Path) -> None:
 
 
 def script_needs_a_neighbour(f: Path) -> None:
-    edit(f / "train_gpt.py", r"^import numpy as np", "import helpers_next_door\nimport numpy as np")
+    edit(f / "train_gpt.py", r"^import json$", "import helpers_next_door\nimport json")
 
 
 def script_does_not_compile(f: Path) -> None:
-    edit(f / "train_gpt.py", r"^import numpy as np", "import numpy as np as well")
+    edit(f / "train_gpt.py", r"^import json$", "import json as well as")
 
 
 def over_time(f: Path) -> None:
