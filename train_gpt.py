@@ -65,12 +65,18 @@ from typing import (
     no_type_check,
 )
 
-import numpy as np
-import sentencepiece as spm
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+try:
+    import numpy as np
+    import sentencepiece as spm
+    import torch
+    import torch.distributed as dist
+    import torch.nn.functional as F
+    from torch import Tensor, nn
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    sys.stderr.write(f"{error}: {sys.executable} -m pip install -r requirements.txt\n")
+    sys.exit(2)
 
 # ---- 1. Options --------------------------------------------------------------------------------
 
@@ -397,7 +403,8 @@ def check_range(f: Field, value: Any) -> None:
     """InputError if a number is outside the bounds of its option."""
     low, high = f.metadata["low"], min(f.metadata["high"], 3.4e38)
     if isinstance(value, (int, float)):
-        require(low <= value <= high, f"{f.name.upper()}={value} is out of range: {low} to {high}")
+        span = f"{low} to {high}" if high < 3.4e38 else f"at least {low}"
+        require(low <= value <= high, f"{f.name.upper()}={value} is out of range: {span}")
 
 
 def neutral_values(kind: type[Architecture]) -> dict[str, Any]:
@@ -464,7 +471,10 @@ class Config(Architecture):
         low=-1,
     )
     resume: str = option(
-        "", "Path of a checkpoint to go on from, or auto: the last one of RUN_ID, if any."
+        "",
+        "Path of a checkpoint to go on from, or of a folder whose last one it is; auto: the last "
+        "one of RUN_ID, if any. The options of its run are given again, but those of rounding may "
+        "be others if training rounds nothing, and ITERATIONS may be more.",
     )
     rank_timeout_seconds: float = option(
         60.0, "Seconds to wait for a missing rank before every rank stops.", low=5
@@ -628,7 +638,8 @@ class Config(Architecture):
     )
     matrix_bits: int = option(
         8,
-        "Bits of a stored matrix element; 0: the most with which the artifact fits.",
+        "Bits of a stored matrix element, 2 to 8; 0: the most with which script and artifact fit "
+        "into SIZE_LIMIT_BYTES.",
         low=0,
         high=8,
     )
@@ -642,8 +653,9 @@ class Config(Architecture):
     embed_bits: int = option(8, "Bits of a stored embedding element.", low=2, high=8)
     quant_clip: Literal["percentile", "matrix", "row", "sdclip"] = option(
         "percentile",
-        "Where rows saturate: a percentile, the least squared error of the matrix or row, or a "
-        "number of the row's standard deviations.",
+        "Where rows saturate. percentile: at QUANT_CLIP_PERCENTILE of the row. matrix, row: where "
+        "the squared error of the matrix or row is least. sdclip: at so many standard deviations "
+        "of the row as MATRIX_CLIP_SIGMAS and EMBED_CLIP_SIGMAS say.",
     )
     matrix_clip_sigmas: float = option(
         12.85,
@@ -3610,8 +3622,12 @@ class Checkpoints:
             self.writer.shutdown()
 
 
+class OtherRun(InputError):
+    """A checkpoint is whole, but not of a run that this one may go on from."""
+
+
 def find_checkpoint(config: Config, trainer: Trainer, log_later: list[str]) -> Checkpoint | None:
-    """What RESUME names: a path, or for auto the run's last checkpoint that is whole, if any.
+    """What RESUME names: a path, or the last of a folder that is whole; for auto the run's, if any.
 
     The tensors are on rank 0 alone. InputError if there is none that can be used.
     """
@@ -3619,8 +3635,10 @@ def find_checkpoint(config: Config, trainer: Trainer, log_later: list[str]) -> C
     tokens = trainer.batches.tokens.total
     values: list[np.ndarray] = []
 
-    def read(header: Any, raw: bytes, _: str) -> Checkpoint:
-        check_same_run(config, dict(header["config"]), int(header["tokens"]), tokens)
+    def read(origin: str, header: Any, raw: bytes, _: str) -> Checkpoint:
+        texts = what_differs(config, dict(header["config"]), int(header["tokens"]), tokens)
+        if texts:
+            raise OtherRun(f"{origin} is of another run: {texts}")
         found = np.frombuffer(raw, np.float32)
         require(len(found) == size, f"{len(found)} numbers where {size} are due")
         require(np.isfinite(found).all(), "it holds numbers that are not finite")
@@ -3629,27 +3647,30 @@ def find_checkpoint(config: Config, trainer: Trainer, log_later: list[str]) -> C
         return Checkpoint("", progress, int(header["metrics"]), int(header["threads"]))
 
     def find() -> Checkpoint | None:
-        paths, errors = [Path(config.resume)], []
-        if config.resume == "auto":
-            folder = Path(config.log_dir) / config.run_id
-            paths = sorted(folder.glob("step_*.ckpt"), reverse=True)
+        auto = config.resume == "auto"
+        path = Path(config.log_dir, config.run_id) if auto else Path(config.resume)
+        paths, errors = [path], []
+        if auto or path.is_dir():
+            paths = sorted(path.glob("step_*.ckpt"), reverse=True)
         for path in paths:
             try:
                 data = path.read_bytes()
-                checkpoint = unseal("checkpoint", data, str(path), len(data), read)
+                reader = functools.partial(read, str(path))
+                checkpoint = unseal("checkpoint", data, str(path), len(data), reader)
                 return checkpoint._replace(name=path.name)
             except KNOWN as error:
                 log_later.append(f"warning: {error}")
                 errors.append(str(error))
-        require(not errors, f"RESUME={config.resume}: {' / '.join(errors)}")
+        require(not errors, " / ".join(errors))
+        require(auto, f"RESUME={config.resume} is a folder without checkpoints")
         return None
 
     found = trainer.world.on_main(find)
     return found and found._replace(values=values[-1] if values else None)
 
 
-def check_same_run(config: Config, was: dict[str, Any], tokens_were: int, tokens: int) -> None:
-    """InputError that names what differs between a checkpoint's run and this one."""
+def what_differs(config: Config, was: dict[str, Any], tokens_were: int, tokens: int) -> str:
+    """Between a checkpoint's run and this one; "" if this one may go on from it."""
     now = asdict(config)
     unknown = sorted(was.keys() - now)
     require(not unknown, f"its run had options that this script lacks: {unknown}")
@@ -3661,11 +3682,12 @@ def check_same_run(config: Config, was: dict[str, Any], tokens_were: int, tokens
     texts = [f"{name.upper()} was {show(was[name])}, is {show(now[name])}" for name in differ]
     if tokens != tokens_were:
         texts.append(f"the training data had {tokens_were} tokens, have {tokens}")
+    if not texts:
+        return ""
     may = ", ".join(sorted(name.upper() for name in may_differ - EVAL_OPTIONS))
-    require(
-        not texts,
-        f"it is of another run: {'; '.join(texts)}. ITERATIONS may grow; these may change: {may}, "
-        "and what EVAL_ONLY takes",
+    return (
+        f"{'; '.join(texts)}. Give the run's variables again; ITERATIONS may grow, and these may "
+        f"change: {may}, and what EVAL_ONLY takes"
     )
 
 
@@ -3866,7 +3888,7 @@ def choose_cuda(device: str, size: int) -> bool:
     built = f"PyTorch {torch.__version__} is built for CUDA {torch.version.cuda}"
     if not torch.version.cuda:
         built = f"PyTorch {torch.__version__} is built without CUDA"
-    way_out = "install a build of PyTorch with CUDA"
+    way_out = "Install a build of PyTorch with CUDA"
     if torch.version.cuda:
         way_out = (
             "CUDA 13 needs driver 580 or newer, CUDA 12.8 driver 570: update the driver, or "
@@ -4388,6 +4410,8 @@ def unseal(kind: str, data: bytes, origin: str, limit: int, read: Callable[..., 
         size = int.from_bytes(raw[:4], "little")
         end = 4 + min(size, 1 << 20)  # 1,024 layers take 0.23 MB
         return read(json.loads(raw[4:end].decode()), raw[end:], codec)
+    except OtherRun:
+        raise
     except (
         ArithmeticError,
         AttributeError,
@@ -4796,7 +4820,7 @@ def questionable_names(env: Mapping[str, str]) -> tuple[list[str], list[str]]:
         if problem and name in ORDINARY:
             ignored.append(name)
         elif problem:
-            errors.append(f"{problem} (or unset it)")
+            errors.append(f"{problem} (or unset {name})")
     warnings = [f"ignored, as they are no options: {', '.join(ignored)}"] if ignored else []
     return errors, warnings
 
@@ -4867,20 +4891,27 @@ def need_text(need: str) -> str:
 
 
 def help_for(name: str) -> str:
-    """What `--help NAME` says of an option or a preset; InputError if it is neither."""
-    preset = (SYSTEMS | SCALES).get(name)
-    if preset:
-        values = [f"{key.upper()}={show(value)}" for key, value in preset.values.items()]
-        text = f"PRESET={name}: {preset.what}. It sets, on top of every technique switched off:"
-        if name in SCALES:
-            text = f"PRESET={name}: {preset.what}. It sets:"
-        return textwrap.fill(text, 80) + "\n" + hanging("  ", " ".join(values), 80)
-    known = {f.name.upper(): f for f in fields(Config)}
+    """What `--help NAME` says of an option, a preset or several; InputError if it is neither."""
+    presets = SYSTEMS | SCALES
+    if "," in name or name in presets:
+        values = preset_values(name)
+        what = ", ".join(presets[part].what for part in name.split(","))
+        known = {f.name: f for f in fields(Config)}
+        texts = [
+            f"{key.upper()}={show(value)}"
+            for key, value in values.items()
+            if value != known[key].default
+        ]
+        text = f"PRESET={name}: {what}. Other than the defaults are:"
+        return textwrap.fill(text, 80) + "\n" + hanging("  ", " ".join(texts) or "none", 80)
+    options = {f.name.upper(): f for f in fields(Config)}
+    if name.upper() in options:
+        return option_text(options[name.upper()])
     errors, _ = questionable_names({name.upper(): ""})
-    alike = difflib.get_close_matches(name.upper(), known, 1, 0.6)
-    hint = f"; did you mean {alike[0]}?" if alike else ""
-    require(name.upper() in known, errors[0] if errors else f"{name} is not an option{hint}")
-    return option_text(known[name.upper()])
+    alike = difflib.get_close_matches(name.upper(), options, 1, 0.6)
+    alike += [preset for preset in presets if preset.lower() == name.lower()]
+    hint = f"did you mean {' or '.join(alike)}?" if alike else "--help lists both"
+    raise InputError(errors[0] if errors else f"{name} is neither an option nor a preset; {hint}")
 
 
 def answer(arguments: list[str]) -> str:
@@ -4888,6 +4919,8 @@ def answer(arguments: list[str]) -> str:
     if arguments[0] in ("-h", "--help"):
         names = arguments[1:]
         return "\n\n".join(help_for(name) for name in names) if names else help_text()
+    alike = difflib.get_close_matches(arguments[0], ["--help"], 1, 0.6)
+    require(not alike, f"{arguments[0]}: did you mean --help?")
     words = re.split(r"[= ]", " ".join(arguments))
     name = words[0].lstrip("-").replace("-", "_").upper()
     value = words[1] if len(words) > 1 else "..."
@@ -4962,13 +4995,17 @@ def open_log(config: Config, world: World) -> Log:
     def make() -> bool:
         known = folder.exists()
         finished = (folder / "result.json").exists()
-        require(not finished, f"{folder} holds a finished run: choose another RUN_ID")
+        require(
+            not finished,
+            f"{folder} holds a finished run: choose another RUN_ID, with RESUME={folder} to go on "
+            "from its checkpoints",
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        world.lock = lock_folder(folder)
         require(
             not known or config.resume == "auto",
             f"{folder} exists and would be overwritten: choose another RUN_ID, or RESUME=auto",
         )
-        folder.mkdir(parents=True, exist_ok=known)
-        world.lock = lock_folder(folder)
         return known
 
     known = world.on_main(make)
@@ -5021,6 +5058,26 @@ class Artifact(NamedTuple):
     kind: str  # how matrices are held, as in int8+zlib
 
 
+def data_of_artifact(config: Config, env: Mapping[str, str]) -> Config:
+    """For EVAL_ONLY: data and tokenizer by the result.json beside the artifact, unless `env` says.
+
+    InputError if that file is none of this script's.
+    """
+    path = Path(config.eval_only)
+    path = (path if path.is_dir() else path.parent) / "result.json"
+    wanted = {"data_path", "tokenizer_path"} - {name.lower() for name in env}
+    if not config.eval_only or not wanted or not path.is_file():
+        return config
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))["config"]
+        found: dict[str, Any] = {name: str(told[name]) for name in wanted}
+    except (KeyError, OSError, TypeError, ValueError):
+        raise InputError(
+            f"{path} does not say what the artifact was trained on: set DATA_PATH, TOKENIZER_PATH"
+        ) from None
+    return replace(config, **found)
+
+
 def read_artifact(path: Path, config: Config, world: World) -> Artifact:
     """An artifact, or that of a run's folder, which rank 0 alone needs to see."""
 
@@ -5061,6 +5118,8 @@ def round_trip(scorer: Scorer, artifact: Artifact, compiler: Compiler, log: Log)
     if over > 0:
         limit = config.size_limit_bytes
         log.object(f"{total} bytes exceed SIZE_LIMIT_BYTES={limit} by {over}")
+        if any(log.folder.glob("step_*.ckpt")) and not config.qat:
+            log(f"RESUME={log.folder} with another RUN_ID and fewer MATRIX_BITS packs it again")
     sizes = dict(bytes_code=script, bytes_model=len(data), bytes_total=total, fits=over <= 0)
     return {name: score._asdict() for name, score in scores.items()} | hashes | sizes
 
@@ -5308,7 +5367,8 @@ def export(trainer: Trainer, trained: Trained, validation: Validation, log: Log)
         hessians, calibration = calibrate(trainer, log)
         seconds, score = trained.seconds + calibration, trained.score
         if config.average != "none":
-            log(f"AVERAGE={config.average} of {average.count} weights; of none, the last are taken")
+            taken = f"the average of {average.count}" if average.count else "the last"
+            log(f"AVERAGE={config.average} exports {taken}")
             score = validation(trainer, seconds, trainer.model.scoring, weights=config.average)
         seconds += refit(trainer, hessians, log)
         if 0 < config.max_wallclock_seconds < seconds:
@@ -5421,7 +5481,7 @@ def main(arguments: Iterable[str] = ()) -> int:
         if arguments:
             say(sys.stdout, answer(arguments))
             return 0
-        config = Config.from_env(os.environ)
+        config = data_of_artifact(Config.from_env(os.environ), os.environ)
         world = World(os.environ, config.rank_timeout_seconds, config.device)
         if world.is_main:
             for warning in questionable_names(os.environ)[1]:

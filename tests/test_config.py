@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import HANG, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -548,12 +548,20 @@ def test_help_explains_every_option_and_preset() -> None:
         assert tg.answer(["--help", name.lower()]).startswith(f"  {name}=")
     for name in (*tg.SYSTEMS, *tg.SCALES):
         assert f"\n  {name} " in text
+        differs = tg.Config(**tg.preset_values(name)) != tg.Config()
+        assert tg.answer(["--help", name]).endswith("  none") != differs
+    both = tg.answer(["--help", "K,tiny"])
+    assert "MODEL_DIM=128 " in both and "USE_TIMESTEP_BIAS=0 " in both
 
 
 @pytest.mark.parametrize(
     "words, parts",
     [
         (["--help", "MATRIX_LRS"], ["MATRIX_LRS", "MATRIX_LR?"]),
+        (["--help", "k"], ["k is neither an option nor a preset", "K?"]),
+        (["--help", "Z"], ["Z is neither an option nor a preset", "--help lists"]),
+        (["--help", "K,tinny"], ["tinny is not a preset", "tiny?"]),
+        (["--hlep"], ["--hlep", "--help?"]),
         (["--matrix-lr", "0.02"], ["MATRIX_LR=0.02 python train_gpt.py", "--help"]),
         (["MATRIX_LR=0.02"], ["MATRIX_LR=0.02 python train_gpt.py"]),
     ],
@@ -562,6 +570,22 @@ def test_arguments_are_answered_with_what_to_type(words: list[str], parts: list[
     with pytest.raises(tg.InputError) as caught:
         tg.answer(words)
     assert all(part in str(caught.value) for part in parts)
+
+
+def test_without_its_packages_the_script_names_the_command() -> None:
+    command = [sys.executable, "-I", "-S", str(ROOT / "train_gpt.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False)
+    told = r"No module named 'numpy': \S+ -m pip install -r requirements.txt\n"
+    assert done.returncode == tg.EXIT_INPUT and re.fullmatch(told, done.stderr)
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"config": {"data_path": "d"}}', '{"config": [1]}'])
+def test_a_result_that_does_not_say_the_data_is_an_error(text: str, tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text(text)
+    scored = config(EVAL_ONLY=tmp_path / "model.ptz")
+    with pytest.raises(tg.InputError, match="result.json does not say .* set DATA_PATH"):
+        tg.data_of_artifact(scored, {})
+    assert tg.data_of_artifact(scored, {"DATA_PATH": "", "TOKENIZER_PATH": ""}) == scored
 
 
 def test_commands_of_the_readme_are_accepted() -> None:
