@@ -145,6 +145,8 @@ BEHAVIOUR = [
 FILES = ["verdict", "data", "script", "sizes", "header", "figures", "clocks"]
 ONLY_FILES, ONLY_SCORE = ["--skip", *BEHAVIOUR], ["--skip", *BEHAVIOUR[:-1]]
 
+ANNOUNCED = {*BEHAVIOUR} - {"once"}  # they say before what they do
+
 # ---- Honest runs
 
 
@@ -167,8 +169,14 @@ def test_honest_runs_pass(
     monkeypatch.setattr(
         sys, "argv", ["audit.py", str(folder), "--text", text, "--out", str(out), *skip]
     )
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # the script shows progress on one
     assert audit.main() == 0
-    lines, report = capsys.readouterr().out.splitlines(), json.loads(out.read_text())
+    said = capsys.readouterr()
+    lines, report = said.out.splitlines(), json.loads(out.read_text())
+    begun = [line.partition(":")[0] for line in said.err.splitlines()]
+    assert {*begun} == ANNOUNCED - skipped, said.err
+    if "normalised" not in skipped:
+        assert "normalised: 5 places x 280 tokens of the vocabulary = 1,400 forward" in said.err
     assert {line["name"] for line in report["checks"] if line["status"] == "skipped"} == skipped
     assert [line["name"] for line in report["checks"]] == [*FILES, *BEHAVIOUR] == [*audit.CHECKS]
     assert lines[1].startswith("ok data: sha256 ") and lines[-1] == "14 ok, 0 FAILED, 1 skipped"
@@ -199,6 +207,18 @@ def test_a_submission_folder_with_its_own_script(honest: Path, tmp_path: Path) -
     assert {found[name][0] for name in (*FILES, "score")} == {"ok"} and not (
         folder / "__pycache__"
     ).exists()
+
+
+def test_a_run_that_only_scored_is_named(honest: Path, data: dict, tmp_path: Path) -> None:
+    env = data | dict(EVAL_ONLY=str(honest), LOG_DIR=str(tmp_path), RUN_ID="again")
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert tg.run(tg.Config.from_env(env), tg.World({})) == 0
+    again = tmp_path / "again"
+    told = rf"{again} .* only scored an artifact \(EVAL_ONLY={honest}\): "
+    with pytest.raises(tg.InputError, match=f"{told}audit that of the run that trained it"):
+        outcomes(again)
+    with pytest.raises(tg.InputError, match=f"{told}name that of the run that trained it"):
+        submit.read_run(again)
 
 
 def test_exit_codes(

@@ -142,6 +142,15 @@ def test_output_that_nobody_reads_does_not_end_the_work(full: bool) -> None:
     assert (done.returncode, done.stderr) == (0, "warning: done\n")
 
 
+def test_what_differs_is_named_with_both_values() -> None:
+    ours, theirs = dict(A="1", B="2", C=""), dict(A="1", B="3", C="x", D="4")
+    told = ["B is 2 and 3", "C is (empty) and x", "D is unset and 4"]
+    assert common.differences(ours, theirs) == told
+    assert common.differences(ours, ours) == []
+    assert common.listed(told) == ", ".join(told)
+    assert common.listed(told, most=1) == "B is 2 and 3, and 2 more"
+
+
 def test_tables_and_times_read_well() -> None:
     assert common.markdown_table(["a", "b"], [[1, "x|y"]]) == [
         "| a | b |",

@@ -183,7 +183,15 @@ def test_runs_that_share_no_validation_say_so(tmp_path: Path) -> None:
         Made(2.9 + NOISE[seed], every=0, steps=90).write(tmp_path / "O", seed)
     text = compared(tmp_path / "O", tmp_path / "K")
     assert "share no validation before" in line(text, "before rounding, at equal steps")[1]
-    assert "The runs share no step at which both sides can be compared." in text
+    advice = "Validations before a learning rate falls are needed: set VAL_LOSS_EVERY smaller."
+    assert f"The runs share no step at which both sides can be compared. {advice}" in text
+    head, reason = (
+        next(row for row in text.splitlines() if words in row)
+        for words in ("finding", "a run has no validation in the first")
+    )
+    assert head.index("finding") == reason.index("(a run"), "it widens no column but the last"
+    page = compare.compare_sides(str(tmp_path / "O"), str(tmp_path / "K")).page()
+    assert page.count("<svg") == 1, "of the training loss; the others would be empty"
     assert line(text, "after rounding, as run (90 to 100 steps)")[4] == "better, shown"
 
 

@@ -64,13 +64,13 @@ def test_command_streams_the_same_text_for_the_same_seed(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def say(*words: str) -> str:
+    def say(*words: str, path: Path = artifact) -> str:
         monkeypatch.setattr(
             sys,
             "argv",
             [
                 "generate.py",
-                str(artifact),
+                str(path),
                 "def main",
                 "--tokens",
                 "80",
@@ -80,7 +80,8 @@ def test_command_streams_the_same_text_for_the_same_seed(
         assert generate.main() == 0
         return capsys.readouterr().out
 
-    assert say("--seed", "1") == say("--seed", "1") != say("--seed", "2")
+    again = say("--seed", "1", path=artifact.parent)  # the run's folder
+    assert say("--seed", "1") == again != say("--seed", "2")
     assert say("--seed", "1").startswith("def main")
     assert say("--top-k", "1") == say("--temperature", "0")
 
@@ -95,11 +96,23 @@ def test_text_is_streamed_whole_characters_at_a_time(corpus: dict) -> None:
     assert len(pieces) > 3
 
 
+def empty_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 @pytest.mark.parametrize(
-    "spoil", [lambda path: path.write_bytes(b"no model"), lambda path: path.unlink()]
+    ("spoil", "told"),
+    [
+        (lambda path: path.write_bytes(b"no model"), "x.ptz"),
+        (lambda path: path.unlink(), "x.ptz is not there: give the folder of a finished run"),
+        (empty_folder, "x.ptz holds no model.ptz: give the folder of a finished run"),
+    ],
+    ids=["another file", "nothing", "a folder without"],
 )
 def test_what_is_no_artifact_is_one_line(
     spoil: Callable[[Path], None],
+    told: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -108,7 +121,9 @@ def test_what_is_no_artifact_is_one_line(
     path.touch()
     spoil(path)
     monkeypatch.setattr(sys, "argv", ["generate.py", str(path), "hello"])
-    assert generate.main() == 2 and capsys.readouterr().err.count("\n") == 1
+    assert generate.main() == 2
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1
 
 
 BAD = {

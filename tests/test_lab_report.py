@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, variance
 from typing import Any
@@ -15,6 +16,7 @@ from finished_runs import NOISE, Made, bpb_at, edit_result, write_rows
 from records.tools import ablate
 
 t = pytest.importorskip("scipy.stats").t
+to_hex = pytest.importorskip("matplotlib.colors").to_hex
 report = pytest.importorskip("records.tools.report", exc_type=ImportError)
 results = pytest.importorskip("records.tools.results", exc_type=ImportError)
 figures = pytest.importorskip("records.tools.figures", exc_type=ImportError)
@@ -195,15 +197,30 @@ def test_a_claim_is_tested_on_the_mean_of_its_pairs(runs: Path) -> None:
     found, pairs = report.load_all(runs, ROWS)[0], [["O", "K"], ["E", "K"]]
     post = {row: {run.seed: run.post for run in found[row]} for row in found}
     effects = [(post["O"][s] + post["E"][s]) / 2 - post["K"][s] for s in NOISE]
-    measure = report.claimed(found, pairs, report.post_of)
+    measure = report.claimed(found, pairs, report.read_post)
     assert measure.delta.mean == pytest.approx(mean(effects))
     half = 4.3027 * math.sqrt(variance(effects) / 3)  # t(0.975, 2)
     assert measure.delta.half == pytest.approx(half, rel=1e-4)
     del found["E"][2]
-    fewer = report.claimed(found, pairs, report.post_of)
+    fewer = report.claimed(found, pairs, report.read_post)
     assert fewer.delta.mean == pytest.approx(mean(effects[:2])), "the seeds that all rows have"
-    missing = report.claimed(found, [["O", "N"]], report.post_of)
+    missing = report.claimed(found, [["O", "N"]], report.read_post)
     assert missing.delta is None and missing.where == "no finished run of N"
+
+
+def test_a_claim_without_a_moment_in_common_has_the_reason_of_the_comparison(
+    tmp_path: Path,
+) -> None:
+    no_validations(tmp_path)
+    found, _ = report.load_all(tmp_path, ROWS)
+    reason = (
+        "a run has no validation in the first 5.00 s, at the end of which a learning rate falls: "
+        "set VAL_LOSS_EVERY smaller"
+    )
+    assert results.equal_time([*found["O"], *found["K"]]) == (reason, [])
+    assert report.claimed(found, [["O", "K"]], results.equal_time).where == reason
+    early = replace(load(write_rows(tmp_path / "more") / "K")[0], full_rate=(100, 11.0))
+    assert "a run has no validation after 11.00 s" in results.equal_time([early]).where
 
 
 def test_published_differences_are_those_of_the_study() -> None:
@@ -215,14 +232,53 @@ def test_published_differences_are_those_of_the_study() -> None:
     assert math.isnan(reference.post("G", "E")), "other hardware"
 
 
+# ---- The headline
+
+
+def test_the_lowest_is_the_best_only_where_it_differs_from_all_others(tmp_path: Path) -> None:
+    for seed in NOISE:
+        Made(3.0 + NOISE[seed]).write(tmp_path / "K", seed)
+        Made(3.0005 + NOISE[4 - seed]).write(tmp_path / "N", seed)
+        Made(3.1 + NOISE[seed]).write(tmp_path / "O", seed)
+    found, _ = report.load_all(tmp_path, ROWS)
+    said = report.headline(found, []).result
+    assert said.startswith("No difference is shown between K and N (\u22120.0005 ± 0.")
+    assert ", p 0." in said and "; lowest of 3 systems is K: 2.5" in said
+    del found["N"]
+    assert report.headline(found, []).result.startswith("K is the best of 2 systems: ")
+    del found["O"][1:]
+    said = report.headline(found, []).result
+    assert "between K and O (\u22120.1002, one seed on a side); lowest of 2 systems is K" in said
+    del found["O"]
+    assert report.headline(found, []).result.startswith("K is the only system: ")
+
+
+def test_a_validation_that_ends_above_an_earlier_one_is_told_first(runs: Path) -> None:
+    assert report.rises(report.load_all(runs, ROWS)[0]) == ""
+    path = runs / "O" / "seed2" / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[-1]["val_bpb"] += 1.0
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found, _ = report.load_all(runs, ROWS)
+    first = report.headline(found, report.compare_all(found, ROWS)).lines[0]
+    rise = lines[-1]["val_bpb"] - bpb_at(90, 2.98 + NOISE[2])
+    assert first.classes == "warning" and first.text == (
+        f"Validation ends above an earlier value in 1 of 9 runs (O; by up to {rise:.4f} bpb): "
+        "training diverged or oscillates, so a difference from such a run is no result."
+    )
+    sides = [compare.Side(row, found[row]) for row in ("O", "K")]
+    assert compare.cautions(*sides)[0].startswith("validation ends above an earlier value in 1 of")
+
+
 # ---- Runs as they come
 
 
 def test_the_report_holds_every_figure_and_warns_of_mixed_origins(runs: Path) -> None:
-    versions = dict(script_sha256="1" * 64, device="cpu", torch="2")
+    versions = dict(script_sha256="1" * 64, device="cpu, 1 threads a rank", torch="2")
     edit_result(runs / "O" / "seed3", versions=versions)
     text, page = written(runs)
     assert "script: 000000000000 / 111111111111 (they differ: compare with care)" in text
+    assert "device: cpu / cpu, 1 thread a rank (they differ" in text
     row = next(line for line in text.splitlines() if line.startswith("| O | K |"))
     assert "paired" in row and "-0.0200" in row and "+0.0331" in row and "-0.0033" in row
     post = mean(run.post for run in load(runs / "O"))
@@ -253,12 +309,15 @@ def test_the_head_tells_the_values_that_the_runs_had(runs: Path) -> None:
                 config["adam_wd"] = 0.5
             edit_result(folder, config=config)
     text, page = written(runs)
-    head = (
+    scale = (
         "Scale tiny: a quarter of the width, half the heads, 256-token sequences, the sample "
-        "corpus; for a CPU; but ITERATIONS=20 instead of 100 in all runs; GRAD_CLIP_NORM=1.0 "
-        "instead of 0.0 in E."
+        "corpus; for a CPU"
     )
-    assert f"- {head}\n" in text and head in page
+    changed = "ITERATIONS=20 instead of 100 in all runs", "GRAD_CLIP_NORM=1.0 instead of 0.0 in E"
+    assert f"- {scale}; but {'; '.join(changed)}.\n" in text
+    assert f"<li>{scale}.</li>" in page and all(f"<li>{part}</li>" in page for part in changed)
+    summary = "<summary>Not as the scale has it: GRAD_CLIP_NORM, ITERATIONS</summary>"
+    assert summary in page, "one line until it is opened"
 
 
 @pytest.mark.usefixtures("words_only")
@@ -272,7 +331,7 @@ def test_the_head_of_a_scale_that_was_kept_is_its_own(runs: Path) -> None:
 @pytest.mark.usefixtures("words_only")
 def test_a_row_is_always_beside_its_declared_baselines(runs: Path) -> None:
     text, page = written(runs)
-    assert "| E | D | (no finished run of D) |" in text, "E's baselines have no runs here"
+    assert "| E | D | (no finished run of D) |  |  |  |  |" in text, "the reason once"
     series = text[text.index("## Series 1") : text.index("## Series 2")]
     assert [line.split(" | ")[3:5] for line in series.splitlines() if line.startswith("| E (")] == [
         ["D", ""],
@@ -329,7 +388,14 @@ def no_health(folder: Path) -> None:
     ("made", "told"),
     [
         (unlike_seeds, ["93 to 104", "84 to 95", "end, 10 s"]),
-        (no_validations, ["share no validation before", "not every run has validations"]),
+        (
+            no_validations,
+            [
+                "share no validation before",
+                "Not drawn before rounding, in equal time: O \u2212 K (a run has no validation",
+                "Not drawn over seconds of training: O \u2212 K",
+            ],
+        ),
         (one_seed, ["one seed", "one seed on a side: no test", "0 undecided, 4 without a test"]),
         (no_training, ["end, 0", "no logged step before its learning rate falls"]),
         (no_health, ["+0.0000 ± 0.0000 (p 1"]),
@@ -344,6 +410,9 @@ def test_runs_as_they_come_have_a_report(
     for words in told:
         assert words in text, words
     assert "nan" not in re.sub(r"[A-Za-z]nan|nan[a-z]", "", text), "a figure that is none"
+    for picture in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL):
+        assert "nothing to compare" not in picture and "no validation" not in picture
+        assert 'id="' in picture, "a marker, a clipped curve or an image: no frame is empty"
 
 
 def damage_result(folder: Path) -> str:
@@ -462,6 +531,34 @@ def test_systems_at_the_front_are_those_that_none_beats_in_bytes_and_score() -> 
     assert [spot.name for spot in figures.front(spots)] == ["a", "b", "e"]
 
 
+def test_the_bars_of_a_picture_of_bytes_have_the_colour_of_their_dot() -> None:
+    spots = [figures.Spot("a", 1e6, 3.0, 0.1), figures.Spot("b", 2e6, 3.2, 0.1)]
+    (axis,) = figures.bytes_and_bpb(spots, "", "").axes
+    bars = [to_hex(bar.get_color()[0]) for bar in axis.collections]
+    assert bars == [figures.LIGHT["better"], figures.LIGHT["muted"]]
+    joined = [line for line in axis.lines if line.get_linestyle() == "-"]
+    assert joined == [], "two systems are no front"
+
+
+def test_two_systems_have_no_picture_as_published(runs: Path) -> None:
+    found, reference = report.load_all(runs, ROWS)[0], report.published()
+    assert len(report.published_picture(found, reference)) == 1
+    del found["E"]
+    assert report.published_picture(found, reference) == []
+
+
+def test_steps_are_labelled_with_whole_numbers(tmp_path: Path) -> None:
+    for row in "KO":
+        Made(3.0, steps=40, every=20).write(tmp_path / row, 1)
+    found, _ = report.load_all(tmp_path, ROWS)
+    (validation,) = figures.validation_curves(found, ["K", "O"]).axes
+    assert all(place == int(place) for place in validation.get_xticks())
+    picture = figures.training_curves(found, ["K", "O"])
+    picture.draw_without_rendering()
+    labels = [label.get_text() for label in picture.axes[0].get_xticklabels()]
+    assert {"5", "10", "20"} <= set(labels) and not any("." in label for label in labels)
+
+
 def test_a_picture_takes_its_colours_from_the_theme(runs: Path) -> None:
     found, _ = report.load_all(runs, ROWS)
     made = figures.svg(figures.validation_curves(found, ["K", "O"]), "one")
@@ -536,6 +633,11 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A report of made runs, the one of the repository, and the comparison of two systems."""
     runs = write_rows(tmp_path_factory.mktemp("pages") / "tiny")
     (runs / "O" / "seed4").mkdir()
+    long = dict(tokenizer_path=f"data/tokenizers/{'sample_1024_bpe_' * 4}.model")
+    for folder in [*(runs / "O").glob("seed[123]"), *(runs / "K").glob("seed?")]:
+        config = json.loads((folder / "result.json").read_text())["config"]
+        edit_result(folder, config=config | long)
+        (folder / "run.json").write_text('{"variables": {"TOKENIZER_PATH": "set"}}')
     written(runs)
     two = runs.parent / "compared.html"
     two.write_text(compare.compare_sides(str(runs / "O"), str(runs / "K")).page())
@@ -553,6 +655,7 @@ const outside = (e, left, right) => {
   return box.width && (box.right > right + 1 || box.left < left - 1);
 };
 const wide = [];
+for (const e of document.querySelectorAll("details")) e.open = true;
 for (const e of document.querySelectorAll("body *")) {
   const picture = e.closest("svg");
   if (e.tagName === "text") {
@@ -562,6 +665,8 @@ for (const e of document.querySelectorAll("body *")) {
     if (outside(e, 0, innerWidth)) wide.push(e.tagName + ": " + e.textContent.slice(0, 40));
   }
 }
+for (const e of document.querySelectorAll("td"))
+  if (e.textContent && !e.offsetWidth) wide.push("hidden: " + e.textContent);
 return {wide, scrolls: document.scrollingElement.scrollWidth > innerWidth, shown: innerWidth};"""
 
 
@@ -572,6 +677,44 @@ def test_nothing_is_wider_than_the_screen(browser: Any, page: Path, width: int) 
     found = browser.execute_script(OVERFLOWING)
     assert found == {"wide": [], "scrolls": False, "shown": width}
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+SMALL = """
+const small = [];
+for (const picture of document.querySelectorAll("svg")) {
+  if (!picture.clientWidth) continue;
+  const scale = picture.clientWidth / picture.viewBox.baseVal.width;
+  for (const e of picture.querySelectorAll("text")) {
+    const size = scale * parseFloat(getComputedStyle(e).fontSize);
+    if (size < 8) small.push([e.textContent, size]);
+  }
+}
+return small;"""
+
+
+@browser_needed
+def test_pictures_can_be_read_on_a_phone(browser: Any, page: Path) -> None:
+    show(browser, page, 400)
+    assert browser.execute_script(SMALL) == []
+
+
+HALF_EMPTY = """
+const found = [];
+for (const e of document.querySelectorAll("main > section > .figures, section:not(#method) > p")) {
+  const inside = [...e.querySelectorAll("figure > *")];
+  const reach = Math.max(...inside.map(i => i.getBoundingClientRect().right));
+  const box = e.getBoundingClientRect();
+  const main = document.querySelector("main").getBoundingClientRect();
+  const right = inside.length ? reach : box.right;
+  if (right - main.left < 0.85 * main.width) found.push(e.textContent.trim().slice(0, 60));
+}
+return found;"""
+
+
+@browser_needed
+def test_text_and_pictures_reach_across_a_wide_page(browser: Any, page: Path) -> None:
+    show(browser, page, 1280)
+    assert browser.execute_script(HALF_EMPTY) == []
 
 
 SORTED = """

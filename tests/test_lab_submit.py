@@ -144,13 +144,26 @@ def test_runs_that_are_not_one_system_are_refused(
     tg.run(tg.Config.from_env(env), tg.World({}))
     words = [*ABOUT, *TRACK, "--to", str(tmp_path)]
     one, other = str(finished / "seed1337"), str(tmp_path / "seed1339")
-    with pytest.raises(ValueError, match="different scripts or configurations"):
+    with pytest.raises(ValueError, match=r"seed1339 and .*seed1337 .*: BETA1 is 0\.8 and 0\.9$"):
         submit.make(submit.parser().parse_args([one, other, *words]))
     with pytest.raises(ValueError, match="the same seed"):
         submit.make(submit.parser().parse_args([one, one, *words]))
     (tmp_path / "seed1339" / "train.log").write_text("step:1/2 train_loss:3\n")
     with pytest.raises(ValueError, match="is the run finished"):
         submit.make(submit.parser().parse_args([other, *words]))
+
+
+def test_a_folder_of_runs_is_no_submission_to_check(
+    finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = finished / "seed1337"
+    for folder, runs in ((run, run), (finished, finished / "*")):
+        monkeypatch.setattr(sys, "argv", ["submit.py", "--check", str(folder)])
+        assert submit.main() == 2
+        out, error = capsys.readouterr()
+        assert out == "" and error.count("\n") == 1
+        assert f"{folder} is no submission" in error
+        assert f"to make one: submit.py {runs} --track" in error
 
 
 # ---- Doctored copies: each must fail, and its own cause must be among what is named
@@ -196,11 +209,11 @@ def no_script(f: Path) -> None:
 
 
 def script_needs_a_neighbour(f: Path) -> None:
-    edit(f / "train_gpt.py", r"^import numpy as np", "import helpers_next_door\nimport numpy as np")
+    edit(f / "train_gpt.py", r"^import json$", "import helpers_next_door\nimport json")
 
 
 def script_does_not_compile(f: Path) -> None:
-    edit(f / "train_gpt.py", r"^import numpy as np", "import numpy as np as well")
+    edit(f / "train_gpt.py", r"^import json$", "import json as well as")
 
 
 def over_time(f: Path) -> None:
@@ -290,7 +303,7 @@ def broken_json(f: Path) -> None:
         (
             other_configuration,
             "train_seed1338.log:",
-            "another configuration than train_seed1337.log: BETA1",
+            r"another configuration than train_seed1337.log: BETA1 is 0\.8 and 0\.9$",
         ),
         (no_author, "submission.json:3", 'github_id is "", not a text'),
         (broken_json, "submission.json", "cannot be read"),

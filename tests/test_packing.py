@@ -5,11 +5,14 @@ import bz2
 import dataclasses
 import hashlib
 import json
+import re
+import runpy
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from helpers import HANG, ROOT, clean_environment, log_of, result_of, start
@@ -17,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train_gpt as tg
-from records.tools import audit, checks, common, packing, submit
+from records.tools import audit, audit_files, checks, common, packing, submit
 
 TEXT = b"print('caf\xc3\xa9')\r\nx = 1\n"
 SMALL = dict(
@@ -172,11 +175,61 @@ def test_the_packed_script_has_the_help_of_the_script(tmp_path: Path) -> None:
 
 def test_packing_replaces_a_packed_script_and_nothing_else(tmp_path: Path) -> None:
     script = tmp_path / "train_gpt.py"
-    assert "packed of" in submit.pack(tmp_path) and "packed of" in submit.pack(tmp_path)
+    told = submit.pack(tmp_path)
+    assert "packed of" in told
+    assert submit.pack(tmp_path) == f"{told}; it replaces the packed script that was there"
     script.write_bytes(TEXT)
     with pytest.raises(tg.InputError, match="would be overwritten"):
         submit.pack(tmp_path)
     assert script.read_bytes() == TEXT
+
+
+def test_git_ignores_the_folder_that_the_readme_packs_into() -> None:
+    folders = re.findall(r"submit\.py --pack (\w+)", (ROOT / "README.md").read_text())
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    assert folders and {f"/{folder}/" for folder in folders} <= {*ignored}
+
+
+NOT_OF_TRAINING = ("scipy", "matplotlib", "adjustText", "jinja2", "submitit")
+
+
+@pytest.mark.parametrize(
+    ("tool", "words", "told"),
+    [("submit", ["--pack", "packed"], "packed of"), ("audit", ["--help"], "THIS EXECUTES")],
+)
+def test_packages_of_training_are_enough(
+    tool: str,
+    words: list[str],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """To pack, and to audit: where the script runs, the tools' own packages may be missing."""
+    path = ROOT / "records" / "tools" / f"{tool}.py"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(path), *words])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with mock.patch.dict(sys.modules, dict.fromkeys(NOT_OF_TRAINING)):
+        for name in [name for name in sys.modules if name.partition(".")[0] == "records"]:
+            del sys.modules[name]
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(path), run_name="__main__")
+    said = capsys.readouterr()
+    assert end.value.code == 0, said.err
+    assert told in said.out
+
+
+def test_a_comparison_names_the_package_that_it_needs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    assert checks.p_value([1.0], [1.0, 1.1]) == 1.0
+    with pytest.raises(SystemExit) as end:
+        checks.p_value([1.0, 1.1], [1.0, 1.1])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1
+    assert "the package scipy is missing: " in error and "tools/requirements.txt" in error
 
 
 # ---- A run of it, and its folder
@@ -247,10 +300,29 @@ def test_a_folder_of_it_passes_and_starts(folder: Path, packed: Path) -> None:
     assert f"{packed.stat().st_size} bytes, " in lines["script"].measured
 
 
-def audited(folder: Path) -> dict[str, audit.Line]:
+def test_an_audit_packs_the_script_as_the_run_had_it(
+    finished: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without --script. If ours is another by now, the right one is named but not executed."""
+    lines = audited(finished, [])
+    assert lines["script"].status == lines["sizes"].status == "ok", lines
+    assert f"{packed.stat().st_size} bytes, " in lines["script"].measured
+    (tmp_path / "train_gpt.py").write_bytes(TEXT)
+    monkeypatch.setattr(audit_files, "ROOT", tmp_path)
+    told = f"{finished} is of a packed script .* give --script "
+    with pytest.raises(tg.InputError, match=f"{told}<the packed train_gpt.py that was started>$"):
+        audited(finished, [])
+    there = shutil.copytree(packed.parent, tmp_path / "packed") / "train_gpt.py"
+    with pytest.raises(tg.InputError, match=f"{told}{there}$"):
+        audited(finished, [])
+
+
+def audited(folder: Path, script: Sequence[str] = ("train_gpt.py",)) -> dict[str, audit.Line]:
     """What the audit says of a folder's script and sizes."""
     skip = [name for name in audit.CHECKS if name not in ("script", "sizes")]
-    words = [str(folder), "--script", str(folder / "train_gpt.py"), "--skip", *skip]
+    words = [str(folder), "--skip", *skip]
+    for name in script:
+        words += ["--script", str(folder / name)]
     return {line.name: line for line in audit.audit_folder(audit.parser().parse_args(words))}
 
 

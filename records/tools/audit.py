@@ -5,17 +5,19 @@ r"""Audits a finished run for what has invalidated entries of the contest.
     python records/tools/audit.py <submission folder> \
         --script <submission folder>/train_gpt.py
 
-THIS EXECUTES THE SCRIPT: the one at the repository's root, or that of
---script, is imported, scores text and trains for a moment. Audit a stranger's
-script in a container without network or anything worth reading.
+THIS EXECUTES THE SCRIPT: the one at the repository's root (packed, if the run
+was started packed), or that of --script, is imported, scores text and trains
+for a moment. Audit a stranger's script in a container without network or
+anything worth reading.
 
-Every check is a line, `ok|FAILED|skipped name: what was measured`. The exit
-code is 0 if none failed, 1 if one did, 2 if there was nothing to audit.
-Losses are measured through the script's own Scorer and Learner. Some places
-are drawn anew each time, so that no script can know them: an honest run
-passes wherever they fall, while a cheat in a narrow stretch may be missed by
-one audit and found by the next. Of a folder that another project's script has
-made, only what its logs say is checked.
+Every check is a line, `ok|FAILED|skipped name: what was measured`. What a long
+check is about to do is told before, on stderr. The exit code is 0 if none
+failed, 1 if one did, 2 if there was nothing to audit. Losses are measured
+through the script's own Scorer and Learner. Some places are drawn anew each
+time, so that no script can know them: an honest run passes wherever they fall,
+while a cheat in a narrow stretch may be missed by one audit and found by the
+next. Of a folder that another project's script has made, only what its logs
+say is checked.
 """
 
 from __future__ import annotations
@@ -31,9 +33,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from records.tools.packages import told_if_missing
+from records.tools.packages import TRAINING, told_if_missing
 
-with told_if_missing(__name__):
+with told_if_missing(__name__, TRAINING):
     import torch
 
     import train_gpt
@@ -123,14 +125,17 @@ def audit_folder(given: argparse.Namespace) -> Iterator[Line]:
     if is_field(given.run):
         yield from audit_field(checks.Folder(given.run), given.skip)
         return
-    if wrong := packing.fault(given.script):
-        raise train_gpt.InputError(f"not executed: {given.script} {wrong}")
-    runs, script = audited.read_runs(given.run), common.load_script(given.script)
-    for run in runs:
-        with tempfile.TemporaryDirectory() as scratch:
-            audit = Audit(script, run, given, Path(scratch))
-            for name in CHECKS:
-                yield outcome(name, audit, given.skip)
+    runs = audited.read_runs(given.run)
+    with tempfile.TemporaryDirectory() as place:
+        path = given.script or audit_files.our_script(runs, Path(place))
+        if wrong := packing.fault(path):
+            raise train_gpt.InputError(f"not executed: {path} {wrong}")
+        script = common.load_script(path)
+        for run in runs:
+            with tempfile.TemporaryDirectory() as scratch:
+                audit = Audit(script, run, given, Path(scratch))
+                for name in CHECKS:
+                    yield outcome(name, audit, given.skip)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -145,8 +150,8 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--script",
         type=Path,
-        default=common.ROOT / "train_gpt.py",
-        help="Script of the run, which IS EXECUTED (default: train_gpt.py of this repository).",
+        help="Script of the run, which IS EXECUTED (default: train_gpt.py of this repository, "
+        "packed for a run that was started packed).",
     )
     add(
         "--track",
@@ -170,10 +175,11 @@ def parser() -> argparse.ArgumentParser:
 def report(given: argparse.Namespace, lines: list[Line]) -> dict[str, Any]:
     """What --out holds."""
     words = ("ok", "FAILED", "skipped")
+    script = given.script or common.ROOT / "train_gpt.py"
     return dict(
         folder=given.run.name,
         torch=torch.__version__,
-        script_sha256=hashlib.sha256(packing.text_of(given.script)).hexdigest(),
+        script_sha256=hashlib.sha256(packing.text_of(script)).hexdigest(),
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         counts={word: sum(line.status == word for line in lines) for word in words},
         checks=[line._asdict() for line in lines],

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train_gpt
 from records.tools import checks, packing
 from records.tools.audit_scoring import EXACT_LINE
-from records.tools.audited import Audit, Failed, Run, Skipped, demand
-from records.tools.common import FINEWEB_BYTES, FINEWEB_DOCUMENTS, FINEWEB_SPREAD
+from records.tools.audited import Audit, Failed, Run, Skipped, begin, demand
+from records.tools.common import FINEWEB_BYTES, FINEWEB_DOCUMENTS, FINEWEB_SPREAD, ROOT, sha256
 from records.tools.logs import same
 
 FOLDED = 2e-4  # the same as a share: what a tokenizer that folds text may change of --text
@@ -80,6 +80,7 @@ def decoded(audit: Audit) -> Text:
 
 def check_bytes(audit: Audit) -> str:
     """The bytes that the score divides by are those of the decoded text."""
+    begin("bytes", f"{len(audit.tokens):,} tokens of the split, decoded and counted")
     text, counted = decoded(audit), audit.whole[0].val_bytes
     wrong: list[str] = []
     logged = audit.run.matches(r"val_tokens:\d+ val_bytes:(\d+)")
@@ -109,6 +110,36 @@ def check_bytes(audit: Audit) -> str:
 
 
 # ---- 2. Script, sizes, header --------------------------------------------------------------------
+
+
+def our_script(runs: Sequence[Run], place: Path) -> Path:
+    """This repository's script in the form in which the runs were started.
+
+    The packed form is made anew in the folder `place`: packing gives the same bytes each time.
+    InputError if the runs were of another packed script. One that lies beside them is named, not
+    taken: what a stranger has written is executed only where --script says so.
+    """
+    script = ROOT / "train_gpt.py"
+    told = {run.log.run.versions.get("packed_sha256", "") for run in runs}
+    if told == {""}:
+        return script
+    text = script.read_bytes()
+    packed = packing.pack(text)
+    if told == {hashlib.sha256(packed).hexdigest()}:
+        (place / packing.READABLE).write_bytes(text)
+        (place / "train_gpt.py").write_bytes(packed)
+        return place / "train_gpt.py"
+    instead = "<the packed train_gpt.py that was started>"
+    folder = runs[0].log.path.parent
+    for near in (folder, Path("packed"), ROOT / "packed"):
+        path = near / "train_gpt.py"
+        if path.is_file() and told == {sha256(path)}:
+            instead = str(path)
+    hashes = ", ".join(digest[:12] for digest in sorted(told - {""}))
+    raise train_gpt.InputError(
+        f"{folder} is of a packed script (sha256 {hashes}), which is not this repository's "
+        f"train_gpt.py, packed: give --script {instead}"
+    )
 
 
 def check_script(audit: Audit) -> str:

@@ -30,7 +30,17 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train_gpt
 from records.tools import audited, common
-from records.tools.audited import DRAW, Audit, Failed, Skipped, Span, demand, digest, nats
+from records.tools.audited import (
+    DRAW,
+    Audit,
+    Failed,
+    Skipped,
+    Span,
+    begin,
+    demand,
+    digest,
+    nats,
+)
 
 CONSTANT = 1e-5  # nats by which a loss may move that must not: sums that are ordered otherwise
 WHOLE = 1e-4  # by which probabilities may miss 1
@@ -65,7 +75,7 @@ class Reader(NamedTuple):
         return nats(self.scorer, self.model, self.stride, span) / (span.end - span.first)
 
 
-def begin(audit: Audit, text: np.ndarray, stride: int) -> Reader:
+def read_anew(audit: Audit, text: np.ndarray, stride: int) -> Reader:
     fresh = audit.anew()
     scorer = fresh.script.Scorer(fresh.split(text), fresh.world)
     return Reader(scorer, fresh.model(), stride)
@@ -87,16 +97,18 @@ def check_causality(audit: Audit, stride: int) -> str:
     """
     T = audit.length
     tokens = audit.tokens[: 2 * T + T // 2 + 2]
-    reader, end = begin(audit, tokens, stride), len(tokens) - 1
+    reader, end = read_anew(audit, tokens, stride), len(tokens) - 1
     before = digest(reader.model.model)
     whole = nats(reader.scorer, reader.model, stride, Span(0, end))  # before any other score
     drawn = DRAW.sample(range(2, end + 1), min(FLIPS, end - 1))
     ends = T // 2, T - 1, T + 1, 2 * T - T // 3, end
     places = sorted({place for place in (*ends, *drawn) if 2 <= place <= end})
+    name = "causality-sliding" if stride else "causality"
+    begin(name, f"{len(places)} flips, for each 8 losses in a text of {end} targets")
     worst = own = 0.0
     for p in places:
         flipped = flip(tokens, p)
-        other = begin(audit, flipped, stride)
+        other = read_anew(audit, flipped, stride)
         for span in (Span(0, p - 1), Span(p - 2, p - 1)):
             worst = max(worst, moved(reader, other, span))
         for token in (tokens[p], flipped[p]):
@@ -127,8 +139,11 @@ def check_normalised(audit: Audit) -> str:
     length, size = audit.length, audit.config.vocab_size
     config = audit.split(audit.tokens[: length + 1])
     scorer, model = audit.script.Scorer(config, audit.world), audit.model()
+    places = sorted({length - 1, *DRAW.sample(range(length - 1), min(SUMS, length - 1))})
+    what = f"{len(places)} places x {size:,} tokens of the vocabulary"
+    begin("normalised", f"{what} = {len(places) * size:,} forward passes of {length} tokens")
     sums = {}
-    for place in sorted({length - 1, *DRAW.sample(range(length - 1), min(SUMS, length - 1))}):
+    for place in places:
         spans = [Span(place, place + 1, token) for token in range(size)]
         sums[place] = math.fsum(math.exp(-nats(scorer, model, 0, span)) for span in spans)
     told = ", ".join(f"{total:.7f} at target {place}" for place, total in sums.items())
@@ -251,6 +266,8 @@ def check_ttt(audit: Audit) -> str:
     tokens = audit.tokens[: 12 * T + T // 2 + 2]
     chunks = range(0, len(tokens) - 1, T)
     starts = sorted([*chunks[:3], *DRAW.sample(chunks[3:], min(STARTS, len(chunks[3:])))])
+    texts = f"{1 + len(starts)} texts of {len(tokens) - 1} targets"
+    begin("ttt", f"{texts}, each scored and learned from in {len(chunks)} chunks")
     base, score = adapt(audit, tokens)
     wrong: list[str] = []
     for start in starts:
@@ -354,6 +371,7 @@ def train_briefly(audit: Audit, train: np.ndarray, text: np.ndarray, scored: boo
             stack.enter_context(score)
         seen = stack.enter_context(training_seen(fresh.script))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))  # its progress on a terminal
         fresh.script.run(config, fresh.cpu)
     wrong = [f"a training step read {name}" for name in sorted(seen.names) if "_train_" not in name]
     tokens = (3 + config.gptq_batches) * (T + 1)
@@ -379,6 +397,7 @@ def check_training(audit: Audit) -> str:
     T = audit.length
     wrong: list[str] = []
     train = np.fromfile(paths[0], "<u2", count=4 * T + 2, offset=1024)
+    begin("training", "4 runs of 3 steps, each with its own validation split, packed at the end")
     for text, scored in ((audit.tokens[: 2 * T + 2], True), (audit.tokens, False)):
         one = train_briefly(audit, train, text, scored)
         other = train_briefly(audit, train, flip(text, slice(None)), scored)
@@ -473,7 +492,10 @@ def check_score(audit: Audit) -> str:
     sure = not audit.world.on_cuda and ran_here(audit.run) and audit.config.dtype == "float32"
     told: list[str] = []
     wrong: list[str] = []
-    for name, _, logged in audit.run.matches(EXACT_LINE):
+    scores = audit.run.matches(EXACT_LINE)
+    targets = f"{len(audit.tokens) - 1:,} targets scored again, one window at a time"
+    begin("score", f"{targets}: {', '.join(name for name, *_ in scores)}")
+    for name, _, logged in scores:
         bpb, paths = score_again(audit, name)
         if others := foreign(audit, paths):
             names = ", ".join(others[:3])

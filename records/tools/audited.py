@@ -44,6 +44,11 @@ def demand(wrong: list[str]) -> None:
         raise Failed("; ".join(wrong))
 
 
+def begin(check: str, what: str) -> None:
+    """Says what a long check is about to do: on stderr, as stdout has the outcomes alone."""
+    common.say(f"{check}: {what} ...", stream=sys.stderr)
+
+
 # ---- 1. The run and its script -------------------------------------------------------------------
 
 
@@ -83,6 +88,9 @@ class Run:
 def read_log(path: Path) -> logs.Log:
     """The log of a finished run of this project's script; InputError for any other."""
     log = logs.read(path)
+    if log.run.eval_only:
+        told = f"{log.run.scored_only()}: audit that of the run that trained it"
+        raise train_gpt.InputError(told)
     missing = log.missing() if log.ours else ["script_sha256"]
     if missing:
         told = f"{path} gives no {', '.join(missing)}"

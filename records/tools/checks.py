@@ -20,13 +20,12 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-from scipy import stats
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train_gpt as tg
 from records.tools import common, fields, logs, packing
 from records.tools.fields import spread
 from records.tools.logs import Log, same
+from records.tools.packages import told_if_missing
 
 SIZE_LIMIT = 16_000_000  # bytes, script + artifact, decimal
 TIME_LIMIT = 600.0  # seconds of training, and of evaluation, in the record track
@@ -262,9 +261,9 @@ def check_seeds(f: Folder) -> Iterator[Finding]:
             first = seen.setdefault((kind, fact), log)
             if fact is not None and first is not log:
                 yield Finding(log.at(kind), f"the same {kind} as {first.path.name}")
-        differ = dict(log.settings().items() ^ f.logs[0].settings().items())
-        if differ:
-            what = f"another configuration than {f.logs[0].path.name}: {', '.join(differ)}"
+        if differ := common.differences(log.settings(), f.logs[0].settings()):
+            told = common.listed(differ)
+            what = f"another configuration than {f.logs[0].path.name}: {told}"
             yield Finding(log.at("config"), what)
     yield from check_named_seeds(f)
 
@@ -490,6 +489,9 @@ def p_value(ours: Sequence[float], theirs: Sequence[float]) -> float:
     """
     if min(len(ours), len(theirs)) < 2:
         return 1.0
+    with told_if_missing("__main__"):  # nothing else that checks or packs needs it
+        from scipy import stats
+
     raised = [x + MARGIN for x in ours]
     p = float(stats.ttest_ind(raised, theirs, equal_var=False, alternative="less").pvalue)
     return 1.0 if math.isnan(p) else p  # all alike

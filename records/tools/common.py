@@ -146,6 +146,18 @@ class RunLog(NamedTuple):
         """The configuration as variables of an environment would give it."""
         return {name.upper(): tg.show(value) for name, value in self.config.items()}
 
+    @property
+    def eval_only(self) -> str:
+        """The artifact that the run scored again, training nothing; "" for a run that trained."""
+        return str(self.config.get("eval_only", ""))
+
+    def scored_only(self) -> str:
+        """What is to be said of the folder of such a run where one that trained is needed."""
+        return (
+            f"{self.path.parent} is the folder of a run that only scored an artifact "
+            f"(EVAL_ONLY={self.eval_only})"
+        )
+
 
 HEADER = re.compile(rb"script_bytes:(\d+) script_sha256:([0-9a-f]{64})\r?\n")
 ENDS = re.compile(rb"={100}\r?\n")
@@ -265,6 +277,22 @@ def say(text: str, end: str = "\n", stream: TextIO | None = None) -> None:
         print(text, end=end, file=stream, flush=True)
     except OSError:
         silence(stream)
+
+
+def differences(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
+    """The options in which two configurations differ, each with both its values."""
+    found = []
+    for name in sorted(ours.keys() | theirs.keys()):
+        values = [side.get(name, "unset") or "(empty)" for side in (ours, theirs)]
+        if values[0] != values[1]:
+            found.append(f"{name} is {values[0]} and {values[1]}")
+    return found
+
+
+def listed(parts: Sequence[str], most: int = 8) -> str:
+    """Parts of a sentence with commas between them; beyond `most`, how many more there are."""
+    more = [f"and {len(parts) - most} more"] if len(parts) > most else []
+    return ", ".join([*parts[:most], *more])
 
 
 def markdown_table(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> list[str]:

@@ -48,6 +48,7 @@ with told_if_missing(__name__):
     from records.tools.results import (
         CONFIDENCE,
         KINDS,
+        MORE_VALIDATIONS,
         Comparison,
         Measure,
         Reading,
@@ -60,6 +61,7 @@ with told_if_missing(__name__):
         over_steps,
         over_time,
         over_training,
+        rises,
         seed_folders,
     )
 
@@ -141,7 +143,8 @@ ORIGINS = dict(  # facts of a run's origin: what follows where they differ
 
 def cautions(ours: Side, theirs: Side) -> list[str]:
     """What makes the comparison doubtful or worthless, most serious first."""
-    lines = []
+    risen = rises({"A": ours.runs, "B": theirs.runs})
+    lines = [risen] if risen else []
     for fact, consequence in ORIGINS.items():
         a, b = (sorted({run.origin[fact] for run in side.runs}) for side in (ours, theirs))
         if a != b:
@@ -169,8 +172,8 @@ def measure_row(what: str, m: Measure, digits: int = 4) -> dict[str, Cell]:
         "score": word(what),
         "A": spread(m.ours, form),
         "B": spread(m.theirs, form),
-        "A - B": change(m, digits),
-        "finding": badge(m._replace(where="")),
+        "A - B": change(m._replace(where=""), digits),
+        "finding": badge(m),  # the last column, which a reason does not push aside
     }
 
 
@@ -222,8 +225,12 @@ def costs_sheet(ours: Side, theirs: Side) -> Sheet:
     return Sheet(rows)
 
 
-def trace_sheet(trace: Trace, unit: str, most: int) -> Sheet:
-    """A difference along training, at `most` places at most."""
+VALIDATIONS = f"Validations before a learning rate falls are needed: {MORE_VALIDATIONS}."
+LOSSES = "Logged losses before a learning rate falls are needed: set TRAIN_LOG_EVERY smaller."
+
+
+def trace_sheet(trace: Trace, unit: str, most: int, advice: str) -> Sheet:
+    """A difference along training, at `most` places at most; what to do where there are none."""
     rows = []
     for i in evenly(len(trace.x), most):
         half = "" if math.isnan(trace.half[i]) else f" ± {trace.half[i]:.4f}"
@@ -235,7 +242,7 @@ def trace_sheet(trace: Trace, unit: str, most: int) -> Sheet:
                 "learning rate": word("falls" if trace.x[i] > trace.falls else "full"),
             }
         )
-    return Sheet(rows, f"The runs share no {unit} at which both sides can be compared.")
+    return Sheet(rows, f"The runs share no {unit} at which both sides can be compared. {advice}")
 
 
 def runs_sheet(ours: Side, theirs: Side) -> Sheet:
@@ -305,15 +312,24 @@ class Compared:
         """The tables, with `most` lines for what goes along training."""
         a, b = self.ours.runs, self.theirs.runs
         steps, seconds = over_steps(a, b), over_time(a, b)
+
         return [
             Section("scores", "Bits per byte", scores_sheet(self.ours, self.theirs, self.made)),
             Section("costs", "Bytes and time", costs_sheet(self.ours, self.theirs)),
-            Section("steps", "Validation over steps, bpb", trace_sheet(steps, "step", most)),
-            Section("time", "Validation over time, bpb", trace_sheet(seconds, "second", most)),
+            Section(
+                "steps",
+                "Validation over steps, bpb",
+                trace_sheet(steps, "step", most, VALIDATIONS),
+            ),
+            Section(
+                "time",
+                "Validation over time, bpb",
+                trace_sheet(seconds, "second", most, VALIDATIONS),
+            ),
             Section(
                 "training",
                 "Training loss over steps, nats per token",
-                trace_sheet(over_training(a, b), "step", most),
+                trace_sheet(over_training(a, b), "step", most, LOSSES),
             ),
             Section("options", "Options that differ", options_sheet(self.ours, self.theirs)),
             Section("runs", "Runs", runs_sheet(self.ours, self.theirs)),
@@ -338,7 +354,8 @@ class Compared:
         sections = {section.name: section for section in self.sections(most=8)}
         for name, panel in zip(("steps", "time", "training"), figures.DIFFERENCES):
             figure = figures.differences(self.ours.runs, self.theirs.runs, [panel])
-            sections[name].figures = [drawn(figure, name, CAPTION)]
+            if figure is not None:
+                sections[name].figures = [drawn(figure, name, CAPTION)]
         return (
             templates()
             .get_template("compare.html.j2")
@@ -388,6 +405,8 @@ def main() -> int:
         if asked.png:
             sides = compared.ours.runs, compared.theirs.runs
             picture = figures.differences(*sides, figures.DIFFERENCES)
+            if picture is None:
+                raise tg.InputError(f"{asked.png} is not written: the runs share no point to draw")
             tg.write_atomically(asked.png, figures.png(picture))
     except (tg.InputError, OSError) as error:
         print(error, file=sys.stderr)

@@ -17,7 +17,13 @@ import numpy as np
 from adjustText import adjust_text
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import (
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    ScalarFormatter,
+    StrMethodFormatter,
+)
 
 from records.tools.results import (
     Measure,
@@ -146,6 +152,21 @@ def interval(axis: Axes, y: float, measure: Measure) -> None:
     if measure.delta is None:
         beside(axis, y, "nothing to compare", LIGHT["muted"])
         return
+    mark(axis, y, measure)
+    told, strong = measure.verdict in ("shown", "suggested"), measure.verdict == "shown"
+    beside(axis, y, amount(measure), colour(measure) if told else LIGHT["ink"], bold=strong)
+
+
+def amount(measure: Measure) -> str:
+    """A difference with its interval in figures."""
+    assert measure.delta is not None
+    mean, half, _ = measure.delta
+    return f"{mean:+.4f}" + ("" if math.isnan(half) else f" ± {half:.4f}")
+
+
+def mark(axis: Axes, y: float, measure: Measure) -> None:
+    """A difference with its interval at height y."""
+    assert measure.delta is not None
     mean, half, _ = measure.delta
     strong, told = measure.verdict == "shown", measure.verdict in ("shown", "suggested")
     known = not math.isnan(half)
@@ -160,8 +181,6 @@ def interval(axis: Axes, y: float, measure: Measure) -> None:
         color=colour(measure),
         markerfacecolor=LIGHT["page"] if measure.verdict == "suggested" else colour(measure),
     )
-    text = f"{mean:+.4f}" + (f" ± {half:.4f}" if known else "")
-    beside(axis, y, text, colour(measure) if told else LIGHT["ink"], bold=strong)
 
 
 def beside(axis: Axes, y: float, text: str, ink: str, bold: bool = False) -> None:
@@ -200,6 +219,28 @@ def forest(lines: Sequence[Line], titles: Sequence[str], xlabel: str) -> Figure:
     return figure
 
 
+def narrow_forest(lines: Sequence[Line], title: str, xlabel: str) -> Figure:
+    """The first column of a forest plot for the width of a phone: labels above their intervals."""
+    tallest = max(line.label.count("\n") for line in lines) + 1
+    inches = 0.24 + 0.125 * tallest  # of a line
+    figure = Figure(figsize=(3.3, 0.75 + inches * len(lines)), layout="constrained")
+    axis = figure.subplots()
+    axis.set(title=title, xlabel=xlabel, ylim=(len(lines) - 0.5, -0.5))
+    axis.axvline(0, color=LIGHT["ink"], linewidth=0.8)
+    shown: dict[str, Any] = dict(va="top", fontsize=7.5, transform=axis.get_yaxis_transform())
+    for y, line in enumerate(lines):
+        if y % 2:
+            axis.axhspan(y - 0.5, y + 0.5, color=LIGHT["band"], zorder=0)
+        mark(axis, y + 0.5 - 0.09 / inches, line.measures[0])
+        top = y - 0.5 + 0.03 / inches
+        axis.text(0.01, top, line.label, ha="left", **shown)
+        axis.text(0.99, top, amount(line.measures[0]).replace("-", "\u2212"), ha="right", **shown)
+    axis.xaxis.set_major_locator(MaxNLocator(4, symmetric=False))
+    axis.set_yticks([])
+    axis.spines["left"].set_visible(False)
+    return figure
+
+
 # ---- 3. Curves -----------------------------------------------------------------------------------
 
 
@@ -224,13 +265,8 @@ def difference(axis: Axes, trace: Trace, xlabel: str) -> None:
     """A difference along training with its band; grey: where a learning rate falls."""
     axis.set_xlabel(xlabel)
     axis.axhline(0, color=LIGHT["ink"], linewidth=0.8)
-    axis.xaxis.set_major_locator(MaxNLocator(4))
+    axis.xaxis.set_major_locator(MaxNLocator(4, integer=xlabel == "steps"))
     axis.yaxis.set_major_locator(MaxNLocator(4))
-    if not trace.x:
-        text = "no validation in common"
-        axis.text(0.5, 0.6, text, ha="center", transform=axis.transAxes, color=LIGHT["muted"])
-        axis.set_xticks([])
-        return
     mean, half = np.array(trace.mean), np.array(trace.half)
     if trace.falls < trace.x[-1]:
         axis.axvspan(trace.falls, trace.x[-1], color=LIGHT["band"], zorder=0)
@@ -239,33 +275,39 @@ def difference(axis: Axes, trace: Trace, xlabel: str) -> None:
     axis.set_xlim(0, trace.x[-1] * 1.03)
 
 
-def along_training(ours: Sequence[Result], theirs: Sequence[Result], label: str) -> Figure:
-    """The difference of two systems over steps and over time."""
-    figure = Figure(figsize=(4.3, 1.75), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    traces = over_steps(ours, theirs), over_time(ours, theirs)
-    difference(left, traces[0], "steps")
-    difference(right, traces[1], "seconds of training")
-    left.set(title=label, ylabel="difference, bpb", ylim=limits(traces, bands=True))
+def along_training(traces: dict[str, Trace], label: str) -> Figure:
+    """A difference of two systems over what the traces are named by, such as steps."""
+    figure = Figure(figsize=(4.3, 1.75 if len(traces) > 1 else 2.6), layout="constrained")
+    axes = figure.subplots(1, len(traces), sharey=True, squeeze=False)[0]
+    for axis, (xlabel, trace) in zip(axes, traces.items()):
+        difference(axis, trace, xlabel)
+    ylim = limits(list(traces.values()), bands=True)
+    axes[0].set(title=label, ylabel="difference, bpb", ylim=ylim)
     return figure
 
 
 DIFFERENCES = ("validation over steps", "validation over time", "training loss over steps")
 
 
-def differences(ours: Sequence[Result], theirs: Sequence[Result], panels: Sequence[str]) -> Figure:
-    """The difference of A and B in the panels named, of DIFFERENCES."""
-    figure = Figure(figsize=(3.0 * len(panels), 2.5), layout="constrained")
-    axes = dict(zip(panels, figure.subplots(1, len(panels), squeeze=False)[0]))
+def differences(
+    ours: Sequence[Result], theirs: Sequence[Result], panels: Sequence[str]
+) -> Figure | None:
+    """The difference of A and B in those of the panels (of DIFFERENCES) that have one, if any."""
     steps, seconds = over_steps(ours, theirs), over_time(ours, theirs)
     training = over_training(ours, theirs)
     traces = dict(zip(DIFFERENCES, (steps, seconds, training)))
+    shown = [panel for panel in panels if traces[panel].x]
+    if not shown:
+        return None
+    figure = Figure(figsize=(3.0 * len(shown), 2.5), layout="constrained")
+    axes = dict(zip(shown, figure.subplots(1, len(shown), squeeze=False)[0]))
     for panel, axis in axes.items():
         difference(axis, traces[panel], "seconds of training" if "time" in panel else "steps")
         if panel.startswith("training"):
             axis.set(ylabel="A \u2212 B, nats per token", ylim=limits([training], bands=True))
         else:
-            axis.set(ylabel="A \u2212 B, bpb", ylim=limits([steps, seconds], bands=True))
+            both = [trace for trace in (steps, seconds) if trace.x]
+            axis.set(ylabel="A \u2212 B, bpb", ylim=limits(both, bands=True))
         axis.set_title(panel)
     return figure
 
@@ -277,21 +319,35 @@ def style(i: int) -> dict[str, Any]:
 def losses() -> tuple[Figure, Axes]:
     """An empty figure for curves of losses."""
     figure = Figure(figsize=(4.3, 2.6), layout="constrained")
-    return figure, figure.subplots()
+    axis = figure.subplots()
+    axis.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+    return figure, axis
 
 
-def finish(figure: Figure, axis: Axes, ylabel: str) -> Figure:
-    """The figure with labels of its axes, and with a legend for which it grows."""
+def finish(figure: Figure, axis: Axes, ylabel: str) -> Figure | None:
+    """The figure with labels of its axes, and with a legend for which it grows.
+
+    None where no curve is in it.
+    """
     axis.set(xlabel="steps", ylabel=ylabel)
     handles, labels = axis.get_legend_handles_labels()
-    if labels:
-        columns = max(1, 60 // (max(map(len, labels)) + 5))  # a line holds about 60 letters
-        figure.set_figheight(figure.get_figheight() + 0.16 * math.ceil(len(labels) / columns))
-        figure.legend(handles, labels, loc="outside lower left", ncols=columns, handlelength=1.4)
+    if not labels:
+        return None
+    columns = max(1, 60 // (max(map(len, labels)) + 5))  # a line holds about 60 letters
+    figure.set_figheight(figure.get_figheight() + 0.16 * math.ceil(len(labels) / columns))
+    figure.legend(handles, labels, loc="outside lower left", ncols=columns, handlelength=1.4)
     return figure
 
 
-def validation_curves(found: dict[str, list[Result]], names: Sequence[str]) -> Figure:
+def whole_steps(axis: Axes) -> None:
+    """A logarithmic axis of steps, labelled at 1, 2, 5, 10 and so on."""
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+
+
+def validation_curves(found: dict[str, list[Result]], names: Sequence[str]) -> Figure | None:
     """Validation bpb against steps, mean of the seeds; band: lowest to highest seed."""
     figure, axis = losses()
     for i, name in enumerate(names):
@@ -305,7 +361,7 @@ def validation_curves(found: dict[str, list[Result]], names: Sequence[str]) -> F
     return finish(figure, axis, "validation, bpb before rounding")
 
 
-def training_curves(found: dict[str, list[Result]], names: Sequence[str]) -> Figure:
+def training_curves(found: dict[str, list[Result]], names: Sequence[str]) -> Figure | None:
     """Training loss against steps, mean of the seeds; a point is one batch, the same for all."""
     figure, axis = losses()
     for i, name in enumerate(names):
@@ -313,16 +369,17 @@ def training_curves(found: dict[str, list[Result]], names: Sequence[str]) -> Fig
         if steps:
             loss = [np.mean([run.training[step] for run in found[name]]) for step in steps]
             axis.plot(steps, loss, label=name, **style(i))
-    axis.set_xscale("log")
-    axis.xaxis.set_major_formatter(ScalarFormatter())
+    whole_steps(axis)
     return finish(figure, axis, "training loss, nats per token")
 
 
-def training_differences(traces: dict[str, Trace]) -> Figure:
+def training_differences(traces: dict[str, Trace]) -> Figure | None:
     """Training loss of rows minus that of their baselines."""
     figure, axis = losses()
     axis.axhline(0, color=LIGHT["ink"], linewidth=0.8)
     shown = {label: trace for label, trace in traces.items() if trace.x}
+    if not shown:
+        return None
     for i, (label, trace) in enumerate(shown.items()):
         axis.plot(trace.x, trace.mean, label=label, **style(i))
     axis.set_ylim(limits(list(shown.values()), bands=False))
@@ -377,19 +434,22 @@ def heat_maps(found: dict[str, list[Result]], names: Sequence[str], key: str) ->
         axis.set_axis_on()
         image = axis.imshow(table, aspect="auto", vmin=low, vmax=high, interpolation="none")
         axis.grid(visible=False)
-        axis.set_title(name, fontsize=7)
+        axis.set_title(name, fontsize=7.3)
         axis.set_xticks([0, len(steps) - 1], [f"{steps[0]:,}", f"{steps[-1]:,}"])
         axis.set_yticks([0, len(table) - 1])
-        axis.tick_params(length=0, labelsize=6.5)
+        axis.tick_params(length=0, labelsize=7.3)
     figure.supxlabel("step", fontsize=7.5, color=LIGHT["muted"])
     figure.supylabel("effective layer", fontsize=7.5, color=LIGHT["muted"])
     bar = figure.colorbar(image, ax=axes, aspect=18, pad=0.02)
     bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize=6.5, length=0)
+    bar.ax.tick_params(labelsize=7.3, length=0)
     return figure
 
 
 # ---- 5. Bytes ------------------------------------------------------------------------------------
+
+
+FEWEST = 3  # systems that have a front
 
 
 class Spot(NamedTuple):
@@ -440,27 +500,32 @@ def scale_of_bytes(axis: Axes, spots: Sequence[Spot]) -> None:
 
 
 def bytes_and_bpb(spots: Sequence[Spot], title: str, xlabel: str) -> Figure:
-    """Bytes against bpb after rounding; the line joins what no other system beats in both."""
-    figure = Figure(figsize=(5.0, 3.6), layout="constrained")
+    """Bytes against bpb after rounding; the line joins what no other system beats in both.
+
+    Fewer than FEWEST systems are not joined: two would be a line whatever they were.
+    """
+    figure = Figure(figsize=(4.4, 3.3 if len(spots) > 5 else 2.4), layout="constrained")
     axis = figure.subplots()
     best = front(spots)
     x, y = [spot.bytes / 1e6 for spot in spots], [spot.bpb for spot in spots]
     line = [spot.bytes / 1e6 for spot in best], [spot.bpb for spot in best]
-    axis.plot(*line, color=LIGHT["better"], linewidth=1)
+    if len(spots) >= FEWEST:
+        axis.plot(*line, color=LIGHT["better"], linewidth=1)
     for spot in spots:
+        ink = LIGHT["better" if spot in best else "muted"]
         axis.errorbar(
             spot.bytes / 1e6,
             spot.bpb,
             yerr=None if math.isnan(spot.deviation) else spot.deviation,
             fmt="o",
             markersize=4,
-            elinewidth=0.7,
-            color=LIGHT["better" if spot in best else "muted"],
-            ecolor=LIGHT["grid"],
+            elinewidth=0.8,
+            capsize=1.5,
+            color=ink,
         )
     axis.set(title=title, xlabel=xlabel, ylabel="validation, bpb after rounding")
     scale_of_bytes(axis, spots)
-    names = [axis.text(spot.bytes / 1e6, spot.bpb, spot.name, fontsize=6.5) for spot in spots]
+    names = [axis.text(spot.bytes / 1e6, spot.bpb, spot.name, fontsize=7.5) for spot in spots]
     thread = dict(arrowstyle="-", color=LIGHT["muted"], linewidth=0.4)
     figure.draw_without_rendering()  # the places of labels depend on the layout
     adjust_text(names, x, y, ax=axis, expand=(1.25, 1.5), arrowprops=thread)

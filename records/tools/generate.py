@@ -1,8 +1,9 @@
 r"""Continues a prompt with the model in an artifact, token by token.
 
-    python records/tools/generate.py logs/<run>/model.ptz "The city of" \
+    python records/tools/generate.py logs/<run> "The city of" \
         --temperature 0.8 --seed 1
 
+The artifact is that of a run's folder, or a file such as logs/<run>/model.ptz.
 It ends where the model ends the document. The tokenizer is the one that the
 result.json beside the artifact names, if there is one.
 """
@@ -94,6 +95,18 @@ def stream(
             shown = text
 
 
+def find_artifact(path: Path) -> Path:
+    """The artifact that a path names: a file, or that of a run's folder. InputError without one."""
+    give = f"give the folder of a finished run, or the {tg.ARTIFACT} in it"
+    if not path.exists():
+        raise tg.InputError(f"{path} is not there: {give}")
+    if not path.is_dir():
+        return path
+    if not (path / tg.ARTIFACT).exists():
+        raise tg.InputError(f"{path} holds no {tg.ARTIFACT}: {give}")
+    return path / tg.ARTIFACT
+
+
 def find_tokenizer(artifact: Path, named: Path | None) -> Path:
     """The tokenizer that is named, else that of the run beside whose result the artifact lies.
 
@@ -158,7 +171,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = top.add_argument
-    add("artifact", type=Path, help="A model.ptz that a run has written.")
+    add("artifact", type=Path, help="Folder of a finished run, or the model.ptz in it.")
     add("prompt", nargs="?", default="", help="The text to continue (default: a new document).")
     add("--tokens", type=int, default=200, help="Most tokens to print (default: %(default)s).")
     add(
@@ -188,8 +201,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def work(options: argparse.Namespace) -> int:
-    how, path = check(options), find_tokenizer(options.artifact, options.tokenizer)
-    model = read_model(options.artifact, path)
+    how, artifact = check(options), find_artifact(options.artifact)
+    path = find_tokenizer(artifact, options.tokenizer)
+    model = read_model(artifact, path)
     tg.ByteCounter.from_sentencepiece(path, model.vocab_size)  # has it the model's size?
     tokenizer = spm.SentencePieceProcessor(model_file=str(path))
     ids = [tokenizer.bos_id(), *tokenizer.encode(options.prompt)]

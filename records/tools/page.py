@@ -47,10 +47,26 @@ class Cell(NamedTuple):
         return self._replace(text=signed(self.text), note=signed(self.note))
 
     @property
+    def reason(self) -> str:
+        """Why there is no figure; empty where there is one."""
+        return "" if self.text else self.note
+
+    @property
     def plain(self) -> str:
         """Both lines as one, for a table in Markdown."""
         text = " ".join(part for part in (self.text, self.note and f"({self.note})") if part)
         return text.replace("|", "\\|")
+
+
+def told_once(row: dict[str, Cell]) -> dict[str, Cell]:
+    """A row of a table in which a reason stands in the first cell only of those that have it."""
+    told: set[str] = set()
+    made = {}
+    for head, cell in row.items():
+        made[head] = Cell("", nan) if cell.reason in told else cell
+        if cell.reason:
+            told.add(cell.reason)
+    return made
 
 
 class Sheet(NamedTuple):
@@ -141,15 +157,17 @@ def plain_table(sheet: Sheet) -> str:
 
 
 class Picture(NamedTuple):
-    """A figure in a page."""
+    """A figure in a page, and the same for the width of a phone, where it needs another."""
 
     caption: str
     svg: Markup
+    narrow: Markup = Markup("")
 
 
-def drawn(figure: Figure, name: str, caption: str) -> Picture:
+def drawn(figure: Figure, name: str, caption: str, narrow: Figure | None = None) -> Picture:
     """A figure for a page; names differ within one."""
-    return Picture(caption, Markup(svg(figure, name)))
+    small = Markup("") if narrow is None else Markup(svg(narrow, f"{name}-narrow"))
+    return Picture(caption, Markup(svg(figure, name)), small)
 
 
 def templates() -> Environment:

@@ -38,6 +38,7 @@ with told_if_missing(__name__):
         signed,
         spread,
         templates,
+        told_once,
         tone,
         word,
     )
@@ -45,8 +46,10 @@ with told_if_missing(__name__):
         ALPHA,
         CONFIDENCE,
         KINDS,
+        MORE_VALIDATIONS,
         Comparison,
         Measure,
+        Reading,
         Result,
         adjust,
         adjusted,
@@ -56,7 +59,10 @@ with told_if_missing(__name__):
         load_seeds,
         nan,
         not_compared,
+        over_steps,
+        over_time,
         over_training,
+        rises,
         seed_folders,
     )
 
@@ -106,8 +112,12 @@ def gap_of(runs: Sequence[Result]) -> list[float]:
     return [run.gap for run in runs]
 
 
-def time_of(runs: Sequence[Result]) -> list[float]:
-    return equal_time(runs).values
+def read_post(runs: Sequence[Result]) -> Reading:
+    return Reading("end", post_of(runs))
+
+
+def read_gap(runs: Sequence[Result]) -> Reading:
+    return Reading("end", gap_of(runs))
 
 
 def seeds_of(found: Found, pairs: Sequence[Sequence[str]]) -> list[int]:
@@ -117,11 +127,11 @@ def seeds_of(found: Found, pairs: Sequence[Sequence[str]]) -> list[int]:
 
 
 def claimed(
-    found: Found, pairs: Sequence[Sequence[str]], at: Callable[[Sequence[Result]], list[float]]
+    found: Found, pairs: Sequence[Sequence[str]], read: Callable[[Sequence[Result]], Reading]
 ) -> Measure:
     """The mean difference over several pairs of rows: a t test over the seeds that all have.
 
-    `at` gives the scores of a pair's runs, or none where they have no moment in common.
+    `read` gives the scores of a pair's runs, or says why there are none.
     """
     if missing := sorted({name for pair in pairs for name in pair} - set(found)):
         return Measure(f"no finished run of {', '.join(missing)}", [], [], None)
@@ -129,9 +139,10 @@ def claimed(
     if not seeds:
         return Measure("the rows have no seed in common", [], [], None)
     for pair in pairs:
-        values = at([run for name in pair for run in found[name] if run.seed in seeds])
+        where, values = read([run for name in pair for run in found[name] if run.seed in seeds])
         if not values:
-            return Measure(f"{' and '.join(pair)} have no moment in common", [], [], None)
+            of_pair = f"{' and '.join(pair)}: " if len(pairs) > 1 else ""
+            return Measure(of_pair + where, [], [], None)
         columns.append([a - b for a, b in zip(values[: len(seeds)], values[len(seeds) :])])
     effects = [fmean(of_seed) for of_seed in zip(*columns)]
     return Measure("", effects, [], delta(effects, [0.0] * len(effects), paired=True))
@@ -151,8 +162,8 @@ def judge(found: Found, claims: Iterable[Any]) -> list[Judged]:
     """Every claim about a row that has runs, adjusted for the number of these claims."""
     about = [c for c in claims if any(name in found for pair in c.pairs for name in pair)]
     columns = [
-        adjusted([claimed(found, claim.pairs, at) for claim in about])
-        for at in (post_of, time_of, gap_of)
+        adjusted([claimed(found, claim.pairs, read) for claim in about])
+        for read in (read_post, equal_time, read_gap)
     ]
     return [
         Judged(claim, len(seeds_of(found, claim.pairs)), *measures)
@@ -261,14 +272,17 @@ def comparisons_sheet(made: Sequence[Comparison], reference: Published) -> Sheet
         }
         for c in made
     ]
-    return Sheet(rows, "There is nothing to compare: no row that has runs declares a baseline.")
+    empty = "There is nothing to compare: no row that has runs declares a baseline."
+    return Sheet([told_once(row) for row in rows], empty)
 
 
 def claims_sheet(judged: Sequence[Judged], claims: Iterable[Any]) -> Sheet:
     rows = [
         {
             "claim": word(j.claim.what),
-            "pairs": word(", ".join(f"{row}\u00a0-\u00a0{base}" for row, base in j.claim.pairs)),
+            "pairs": word(
+                ", ".join(f"{row}\u00a0\u2212\u00a0{base}" for row, base in j.claim.pairs)
+            ),
             "seeds": number(j.seeds, "d"),
             "finding": badge(j.post),
             "after rounding, as run": change(j.post, with_holm=True),
@@ -277,6 +291,7 @@ def claims_sheet(judged: Sequence[Judged], claims: Iterable[Any]) -> Sheet:
         }
         for j in judged
     ]
+    rows = [told_once(row) for row in rows]
     names = sorted({name for claim in claims for pair in claim.pairs for name in pair})
     if not names:
         return Sheet(rows, "The table of runs makes no claims.")
@@ -304,7 +319,7 @@ def series_sheet(
                     "finding": badge(c.post),
                 }
             )
-    return Sheet(body)
+    return Sheet([told_once(row) for row in body])
 
 
 def origins(found: Found) -> list[str]:
@@ -366,8 +381,16 @@ def recorded_variables(run: Result) -> dict[str, Any]:
     return variables if isinstance(variables, dict) else {}
 
 
-def scale_fact(found: Found, intended: Intended) -> str:
+class Scale(NamedTuple):
     """The scale in words, and the values that the runs really had where they are others."""
+
+    what: str
+    changed: list[str]  # a text for each set of rows, such as "A=1 instead of 2 in all runs"
+    options: str  # their names
+
+
+def scale_of(found: Found, intended: Intended) -> Scale:
+    """What the runs were to be and what they were."""
     rows: dict[str, list[str]] = {}  # that have a value set by hand
     for row, runs in found.items():
         for told in sorted({told for run in runs for told in set_by_hand(run, intended)}):
@@ -378,8 +401,8 @@ def scale_fact(found: Found, intended: Intended) -> str:
         together.setdefault(where, []).append(told)
     common_first = sorted(together.items(), key=lambda entry: entry[0] != "all runs")
     parts = [f"{', '.join(values)} in {where}" for where, values in common_first]
-    but = f"; but {'; '.join(parts)}" if parts else ""
-    return f"{intended.name}: {intended.what}{but}."
+    options = ", ".join(sorted({told.partition("=")[0] for told in rows}))
+    return Scale(f"{intended.name}: {intended.what}", parts, options)
 
 
 # ---- 4. The headline -----------------------------------------------------------------------------
@@ -425,6 +448,24 @@ def tally(made: Sequence[Comparison]) -> Said:
     )
 
 
+def lead(best: str, others: dict[str, Measure]) -> str:
+    """That the best differs from all others (in their order, best first), or from which it may not.
+
+    `others` has the measures of the best against them, adjusted for their number.
+    """
+    systems = f"{len(others) + 1} systems" if others else "1 system"
+    alike = {name: measure for name, measure in others.items() if measure.verdict != "shown"}
+    if not alike:
+        return f"{best} is the best of {systems}" if others else f"{best} is the only system"
+    name, measure = next(iter(alike.items()))
+    assert measure.delta is not None, "all have scores after rounding"
+    how = "one seed on a side" if math.isnan(measure.delta.p) else f"p {measure.delta.p:.2g}"
+    those = f"{name} ({signed(figures.amount(measure))}, {how})"
+    if len(alike) > 1:
+        those = f"{len(alike)} others, such as {those}"
+    return f"No difference is shown between {best} and {those}; lowest of {systems} is {best}"
+
+
 def headline(found: Found, made: Sequence[Comparison]) -> Headline:
     """The best row that fits, by how much it is the best, and how sure that is."""
     large = [
@@ -436,15 +477,16 @@ def headline(found: Found, made: Sequence[Comparison]) -> Headline:
     best, *others = sorted(fitting, key=lambda name: fmean(post_of(found[name])))
     runs = found[best]
     seeds = f"mean ± standard deviation of {len(runs)} seeds" if len(runs) > 1 else "one seed"
-    lines = []
+    risen = rises(found)
+    lines = [Said(f"{risen[0].upper()}{risen[1:]}.", "warning")] if risen else []
     for c in made:
         if c.row == best:
             lines.append(sentence(c.post, f"Against its baseline {c.baseline}, after rounding"))
         if c.row == best and c.test:
             lines.append(sentence(c.time, f"Against {c.baseline} in equal time, before rounding"))
+    measures = adjusted([compare(runs, found[name]).post for name in others])
     if others:
-        second = compare(runs, found[others[0]]).post
-        lines.append(sentence(second, f"Against the second best, {others[0]}, after rounding"))
+        lines.append(sentence(measures[0], f"Against the second, {others[0]}, after rounding"))
     if made:
         lines.append(tally(made))
     if large and len(large) < len(found):
@@ -452,7 +494,7 @@ def headline(found: Found, made: Sequence[Comparison]) -> Headline:
     elif large:
         lines.append(Said("No system is within the size limit."))
     return Headline(
-        f"{best} is the best of {len(fitting)} systems: {rounded(runs).text} bits per byte after "
+        f"{lead(best, dict(zip(others, measures)))}: {rounded(runs).text} bits per byte after "
         f"rounding ({seeds}), {size(runs):,.0f} bytes with the script.",
         lines,
     )
@@ -489,6 +531,27 @@ def against(c: Comparison) -> str:
     return f"{c.row} \u2212 {c.baseline}"
 
 
+def left_out(measures: dict[str, Measure], kind: str) -> list[str]:
+    """A sentence for each reason for which lines are not in the picture of a kind."""
+    names: dict[str, list[str]] = {}
+    for name, measure in measures.items():
+        if measure.delta is None:
+            names.setdefault(measure.where, []).append(name)
+    return [f"Not drawn {KINDS[kind]}: {', '.join(of)} ({why})." for why, of in names.items()]
+
+
+def forest_picture(measures: dict[str, Measure], kind: str, name: str, caption: str) -> Picture:
+    """The measures of a kind, at least one of which has a difference, by their labels."""
+    lines = [
+        figures.Line("\n".join(textwrap.wrap(label, 36)), [measure])
+        for label, measure in measures.items()
+        if measure.delta
+    ]
+    broad = figures.forest(lines, [KINDS[kind]], XLABEL)
+    narrow = figures.narrow_forest(lines, KINDS[kind], XLABEL)
+    return drawn(broad, f"{name}-{kind}", caption, narrow)
+
+
 def forest_columns(made: Sequence[Comparison]) -> list[str]:
     """Kinds of comparison that are worth a column: equal steps only where they are not the ends."""
     if all(c.steps.where.startswith("end") for c in made):
@@ -502,15 +565,17 @@ def comparisons_section(made: Sequence[Comparison], reference: Published) -> Sec
         "shown (p below 0.05 after Holm's correction). Open: suggested (p below 0.05 in its own "
         "test). Grey: undecided. Blue is better than the baseline, orange worse."
     )
-    tested, pictures = [c for c in made if c.test], []
+    tested, pictures, omitted = [c for c in made if c.test], list[Picture](), list[str]()
     for kind in forest_columns(tested) if tested else []:
-        lines = [figures.Line(against(c), [getattr(c, kind)]) for c in tested]
-        figure = figures.forest(lines, [KINDS[kind]], XLABEL)
+        measures = {against(c): getattr(c, kind) for c in tested}
+        omitted += left_out(measures, kind)
         caption = f"Every comparison {KINDS[kind]}, with its {CONFIDENCE:.0%} confidence interval."
-        pictures.append(drawn(figure, f"comparisons-{kind}", caption))
+        if any(measure.delta for measure in measures.values()):
+            pictures.append(forest_picture(measures, kind, "comparisons", caption))
     sheet = comparisons_sheet(made, reference)
     part = Part(sheet, pictures, "large", "forest.png" if pictures else "")
-    return Section("comparisons", "Comparisons", [text] if made else [], [part])
+    texts = [text, *omitted] if pictures else omitted
+    return Section("comparisons", "Comparisons", texts, [part])
 
 
 def claims_section(judged: Sequence[Judged], claims: Iterable[Any]) -> Section:
@@ -521,14 +586,9 @@ def claims_section(judged: Sequence[Judged], claims: Iterable[Any]) -> Section:
     pictures = []
     for kind in ("post", "time"):
         measures = {j.claim.what: getattr(j, kind) for j in judged}
-        lines = [
-            figures.Line("\n".join(textwrap.wrap(what, 36)), [measure])
-            for what, measure in measures.items()
-            if measure.delta
-        ]
-        if lines:
-            figure = figures.forest(lines, [KINDS[kind]], XLABEL)
-            pictures.append(drawn(figure, f"claims-{kind}", f"The claims {KINDS[kind]}."))
+        if any(measure.delta for measure in measures.values()):
+            caption = f"The claims {KINDS[kind]}."
+            pictures.append(forest_picture(measures, kind, "claims", caption))
     part = Part(claims_sheet(judged, claims), pictures, "large")
     return Section("claims", "Claims", [text] if judged else [], [part])
 
@@ -548,13 +608,13 @@ def bytes_figure(found: Found) -> figures.Figure:
 
 
 def published_picture(found: Found, reference: Published) -> list[Picture]:
-    """Bytes and score of the same rows as published, if there are any."""
+    """Bytes and score of the same rows as published, if there are enough for a front."""
     theirs = [
         figures.Spot(name, run["model_bytes_int8_zlib"], run["post_quant_bpb"], nan)
         for name, run in reference.runs.items()
         if "post_quant_bpb" in run and name in found
     ]
-    if not theirs:
+    if len(theirs) < figures.FEWEST:
         return []
     figure = figures.bytes_and_bpb(
         theirs, "The same, as published", "artifact alone, MB (10^6 bytes)"
@@ -568,18 +628,17 @@ def gaps_picture(found: Found) -> Picture:
     gaps = [gap_of(runs) for runs in found.values()]
     tests = [Measure("", gap, [], delta(gap, [0.0] * len(gap), paired=True)) for gap in gaps]
     lines = [figures.Line(name, [test]) for name, test in zip(found, adjusted(tests))]
-    figure = figures.forest(
-        lines, ["Q-gap: after minus before rounding"], "bpb; 0: rounding is free"
-    )
+    title, xlabel = KINDS["gap"], "bpb; 0: rounding is free"
+    broad = figures.forest(lines, [title], xlabel)
+    narrow = figures.narrow_forest(lines, title, xlabel)
     caption = f"What rounding costs, with its {CONFIDENCE:.0%} confidence interval over the seeds."
-    return drawn(figure, "gaps", caption)
+    return drawn(broad, "gaps", caption, narrow)
 
 
 def runs_section(found: Found, rows: dict[str, Any], reference: Published) -> Section:
-    caption = (
-        "Bytes against the score after rounding, mean and standard deviation of the seeds. The "
-        "line joins the systems that no other beats in both."
-    )
+    caption = "Bytes against the score after rounding, mean and standard deviation of the seeds."
+    if len(found) >= figures.FEWEST:
+        caption += " The line joins the systems that no other beats in both."
     pictures = [
         drawn(bytes_figure(found), "bytes", caption),
         *published_picture(found, reference),
@@ -590,35 +649,53 @@ def runs_section(found: Found, rows: dict[str, Any], reference: Published) -> Se
     return Section("runs", "Runs", [text], [part])
 
 
-def along_pictures(found: Found, own: Sequence[Comparison]) -> list[Picture]:
-    """How every comparison came about over steps and over time."""
+def along_pictures(found: Found, own: Sequence[Comparison]) -> tuple[list[Picture], list[str]]:
+    """How every comparison came about over steps and over time, and what could not be drawn."""
     pictures = []
+    undrawn: dict[str, list[str]] = {}
     for c in own:
-        figure = figures.along_training(found[c.row], found[c.baseline], against(c))
-        pictures.append(drawn(figure, f"along-{c.row}-{c.baseline}", ""))
-    return pictures
+        sides = found[c.row], found[c.baseline]
+        traces = {"steps": over_steps(*sides), "seconds of training": over_time(*sides)}
+        for xlabel, trace in traces.items():
+            if not trace.x:
+                undrawn.setdefault(xlabel, []).append(against(c))
+        shown = {xlabel: trace for xlabel, trace in traces.items() if trace.x}
+        if shown:
+            figure = figures.along_training(shown, against(c))
+            pictures.append(drawn(figure, f"along-{c.row}-{c.baseline}", ""))
+    told = [
+        f"Not drawn over {xlabel}: {', '.join(names)} (the runs share no validation before a "
+        f"learning rate falls: {MORE_VALIDATIONS})."
+        for xlabel, names in undrawn.items()
+    ]
+    return pictures, told
 
 
 def loss_pictures(found: Found, own: Sequence[Comparison], names: Sequence[str]) -> list[Picture]:
     """Validation and training losses of rows and baselines, and what the latter differ by."""
-    pictures = [
-        drawn(
+    traces = {against(c): over_training(found[c.row], found[c.baseline]) for c in own}
+    made = [
+        (
+            "validation",
             figures.validation_curves(found, names),
-            f"validation-{names[0]}",
             "Validation, mean of the seeds; bands from the lowest to the highest seed.",
         ),
-        drawn(
+        (
+            "training",
             figures.training_curves(found, names),
-            f"training-{names[0]}",
             "Training, mean of the seeds; a point is one batch, the same for all rows.",
         ),
+        (
+            "training-differences",
+            figures.training_differences(traces),
+            "Training loss minus that of the baseline on the same batches, mean of the seeds.",
+        ),
     ]
-    traces = {against(c): over_training(found[c.row], found[c.baseline]) for c in own}
-    if any(trace.x for trace in traces.values()):
-        figure = figures.training_differences(traces)
-        caption = "Training loss minus that of the baseline on the same batches, mean of the seeds."
-        pictures.append(drawn(figure, f"training-differences-{names[0]}", caption))
-    return pictures
+    return [
+        drawn(figure, f"{kind}-{names[0]}", caption)
+        for kind, figure, caption in made
+        if figure is not None
+    ]
 
 
 def layer_pictures(found: Found, names: Sequence[str]) -> list[Picture]:
@@ -644,14 +721,15 @@ def series_section(
         f"{CONFIDENCE:.0%} intervals. Grey: the learning rate falls. A curve ends where it falls "
         "on one side only, as scores then do not compare. The first quarter may leave the frame."
     )
+    along, undrawn = along_pictures(found, own)
+    texts = [text, *undrawn] if along else undrawn
     return Section(
         series,
         re.sub(r"(?<=[a-z])(?=\d)", " ", series).capitalize(),  # series1: Series 1
-        [text] if own else [],
+        texts,
         [
             Part(series_sheet(found, rows, made, names)),
-            Part(figures=along_pictures(found, own)),
-            Part(figures=loss_pictures(found, own, shown)),
+            Part(figures=[*along, *loss_pictures(found, own, shown)]),
             Part(figures=layer_pictures(found, shown)),
         ],
     )
@@ -699,7 +777,8 @@ def write(folder: Path, table: Any, intended: Intended, to: Path) -> list[Path]:
     made = compare_all(found, table.rows)
     values = dict(
         title=f"Runs at {folder.name} scale",
-        facts=[scale_fact(found, intended), *origins(found)],
+        scale=scale_of(found, intended),
+        facts=origins(found),
         headline=headline(found, made),
         sections=sections(found, table, made, left),
     )

@@ -85,6 +85,12 @@ class Result:
         """Whether the clock ended it."""
         return self.steps < self.config["iterations"]
 
+    @property
+    def rise(self) -> float:
+        """How far its last validation is above the lowest before it, bpb; 0 where it is not."""
+        scores = [point.bpb for point in self.points]
+        return max(0.0, scores[-1] - min(scores[:-1])) if len(scores) > 1 else 0.0
+
 
 def is_number(value: Any) -> bool:
     """Whether it is a finite number; JSON's true and false are not."""
@@ -163,9 +169,10 @@ def full_rate(result: dict[str, Any], clock: list[tuple[int, float]]) -> tuple[i
 def origin(result: dict[str, Any]) -> dict[str, str]:
     """Where a run comes from, in words; what an old script did not log is unknown."""
     versions, score = result.get("versions", {}), result["roundtrip"]
+    device = str(versions.get("device", "unknown"))
     return dict(
         script=str(versions.get("script_sha256", "unknown"))[:12],
-        device=str(versions.get("device", "unknown")),
+        device=re.sub(r"\b1 threads\b", "1 thread", device),  # as older scripts logged it
         torch=str(versions.get("torch", "unknown")),
         ranks=str(result.get("world_size", "unknown")),
         validation=f"{score['val_bytes']:,} bytes of text" if "val_bytes" in score else "unknown",
@@ -293,6 +300,23 @@ def at_one_pace(runs: Sequence[Result]) -> list[Result]:
     ]
 
 
+def rises(systems: Mapping[str, Sequence[Result]]) -> str:
+    """Which systems' validation ended above an earlier value; empty where none's did.
+
+    Such a run diverged or oscillates: what two of them differ by is chance of when they ended.
+    """
+    counts = {name: sum(run.rise > 0 for run in runs) for name, runs in systems.items()}
+    if not any(counts.values()):
+        return ""
+    names = ", ".join(name for name, count in counts.items() if count)
+    most = max(run.rise for runs in systems.values() for run in runs)
+    return (
+        f"validation ends above an earlier value in {sum(counts.values())} of "
+        f"{sum(map(len, systems.values()))} runs ({names}; by up to {most:.4f} bpb): training "
+        "diverged or oscillates, so a difference from such a run is no result"
+    )
+
+
 # ---- 2. Statistics -------------------------------------------------------------------------------
 
 
@@ -369,6 +393,9 @@ class Reading(NamedTuple):
     values: list[float]
 
 
+MORE_VALIDATIONS = "set VAL_LOSS_EVERY smaller"
+
+
 def equal_step(runs: Sequence[Result]) -> Reading:
     """bpb of each run after equally many steps: at the end, or the last one at full rate."""
     if len({run.steps for run in runs}) == 1:
@@ -378,7 +405,9 @@ def equal_step(runs: Sequence[Result]) -> Reading:
     )
     if not common:
         return Reading(
-            "the runs took different numbers of steps and share no validation before", []
+            "the runs took different numbers of steps and share no validation before a learning "
+            f"rate falls: {MORE_VALIDATIONS}",
+            [],
         )
     step = max(common)
     return Reading(f"{step:,}", [next(p.bpb for p in run.points if p.step == step) for run in runs])
@@ -416,7 +445,13 @@ def equal_time(runs: Sequence[Result]) -> Reading:
         return Reading("a run has no logged step before its learning rate falls", [])
     values = [at_second(run, seconds) for run in runs]
     if any(math.isnan(value) for value in values):
-        return Reading(f"not every run has validations before and after {seconds:.1f} s", [])
+        late = all(any(0 < p.seconds <= seconds for p in run.points) for run in runs)
+        where = "after" if late else "in the first"
+        return Reading(
+            f"a run has no validation {where} {seconds:.2f} s, at the end of which a learning "
+            f"rate falls: {MORE_VALIDATIONS}",
+            [],
+        )
     return Reading(f"{seconds:.1f} s", values)
 
 

@@ -39,9 +39,9 @@ from statistics import mean, stdev
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from records.tools.packages import told_if_missing
+from records.tools.packages import TRAINING, told_if_missing
 
-with told_if_missing(__name__):
+with told_if_missing(__name__, TRAINING):
     import train_gpt as tg
     from records.tools import checks, common, logs, packing
     from records.tools.logs import Log
@@ -77,6 +77,8 @@ def read_run(folder: Path) -> Log:
     if not (folder / "train.log").exists():
         raise tg.InputError(f"{folder} holds no train.log: is it the folder of a run?")
     log = logs.read(folder / "train.log")
+    if log.run.eval_only:
+        raise tg.InputError(f"{log.run.scored_only()}: name that of the run that trained it")
     missing = log.missing() if log.ours else ["script_sha256"]
     if missing:
         told = f"{log.path} gives no {', '.join(missing)}"
@@ -114,8 +116,15 @@ def read_runs(paths: Sequence[Path]) -> list[Log]:
     found.sort(key=lambda log: log.values["seed"])
     first = found[0]
     for log in found[1:]:
-        if log.run.script != first.run.script or log.settings() != first.settings():
-            raise tg.InputError("the runs are of different scripts or configurations")
+        differ = common.differences(log.settings(), first.settings())
+        if log.run.script != first.run.script:
+            hashes = [one.run.versions["script_sha256"][:12] for one in (log, first)]
+            differ = [f"the script's sha256 is {' and '.join(hashes)}", *differ]
+        if differ:
+            raise tg.InputError(
+                f"{log.path.parent} and {first.path.parent} are of different scripts or "
+                f"configurations: {common.listed(differ)}"
+            )
     seeds = [int(log.values["seed"]) for log in found]
     if len(set(seeds)) < len(seeds):
         raise tg.InputError("two of the runs have the same seed")
@@ -317,14 +326,16 @@ def pack(folder: Path) -> str:
 
     A packed script that is there already is replaced.
     """
-    script = folder / "train_gpt.py"
-    if script.exists() and packing.unpack(script.read_bytes()) is None:
-        raise tg.InputError(f"{script} is no packed script and would be overwritten")
+    script, replaced = folder / "train_gpt.py", ""
+    if script.exists():
+        if packing.unpack(script.read_bytes()) is None:
+            raise tg.InputError(f"{script} is no packed script and would be overwritten")
+        replaced = "; it replaces the packed script that was there"
     source = (common.ROOT / "train_gpt.py").read_bytes()
     folder.mkdir(parents=True, exist_ok=True)
     write_packed(folder, source)
-    size = script.stat().st_size
-    return f"{script}: {size} bytes, packed of {len(source)}; {packing.READABLE} is its text"
+    size = f"{script.stat().st_size} bytes, packed of {len(source)}"
+    return f"{script}: {size}; {packing.READABLE} is its text{replaced}"
 
 
 # ---- 4. The command ------------------------------------------------------------------------------
@@ -375,8 +386,27 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def runs_instead(folder: Path) -> str:
+    """The words that name a folder's runs if it holds those in place of a submission, else ""."""
+    parts = ("README.md", "submission.json", "train_gpt*.py")
+    if any(path for part in parts for path in folder.glob(part)):
+        return ""
+    for pattern, runs in (("train.log", folder), ("*/train.log", folder / "*")):
+        if any(folder.glob(pattern)):
+            return str(runs)
+    return ""
+
+
 def check_folder(given: argparse.Namespace) -> int:
-    """Prints what the check found; 1 if a fault is among it."""
+    """Prints what the check found; 1 if a fault is among it.
+
+    InputError if the folder is a run's, or of runs, of which a submission can be made.
+    """
+    if runs := runs_instead(given.check):
+        raise tg.InputError(
+            f"{given.check} is no submission but what runs wrote; to make one: submit.py {runs} "
+            "--track ... --name ... --author ... --github-id ... --blurb ..."
+        )
     found = checks.check(given.check, given.baseline, not given.no_start)
     for finding in found:
         common.say(str(finding))
