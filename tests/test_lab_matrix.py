@@ -366,14 +366,14 @@ def test_a_wrong_table_is_refused(text: str, message: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["C", "--set", "MODEL_DIMM=4"], "not an option of train_gpt.py; did you mean MODEL_DIM"),
+        (["C", "--set", "MODEL_DIMM=4"], "not an option of train_gpt.py (did you mean MODEL_DIM"),
         (["C", "--set", "ANYTHING=4"], "ANYTHING: not an option"),
         (["C", "--set", "SEED=4"], "SEED: the matrix sets that itself"),
         (["C", "--set", "MODEL_DIM"], "is not KEY=VALUE"),
         (["C", "--set", "RESUME=auto"], "RESUME: the matrix sets that itself"),
-        (["series9"], "series9 is neither a run nor a series; did you mean series"),
+        (["series9"], "series9 is neither a run nor a series (did you mean series"),
         (["Bq"], "Bp"),
-        (["BP"], "did you mean Bp"),
+        (["BP"], "a series (did you mean Bp"),
         (["Xy_unlike"], "nor a series; `ablate.py list` shows them"),
         (["C", "--scale", "huge"], "--scale huge: there are tiny, micro"),
     ],

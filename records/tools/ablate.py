@@ -129,7 +129,7 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
     """
     alike = [other for other in known if other.lower() == name.lower()]
     alike += difflib.get_close_matches(name, known, 3, 0.5)
-    return f"; did you mean {', '.join(dict.fromkeys(alike))}?" if alike else ""
+    return f" (did you mean {', '.join(dict.fromkeys(alike))}?)" if alike else ""
 
 
 def texts(values: dict[str, Any]) -> dict[str, str]:
