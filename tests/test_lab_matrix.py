@@ -595,6 +595,10 @@ def test_a_run_goes_on_from_its_checkpoint(
     assert records[0].keys() == records[1].keys()
     whole, part = (ablate.wall_seconds(path / "run.json") for path in (second, folder))
     assert whole is not None and part is None, "a part tells not how long others take"
+    words = ["--set", "RESUME=other.ckpt", "--first-seed", "1339", "--out", str(tmp_path)]
+    assert call(monkeypatch, "run", "C", *words) == 0
+    third = common.read_result(folder.with_name("seed1339") / "result.json")
+    assert third["env"]["RESUME"] == "other.ckpt", "a checkpoint that is named is taken"
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ if TYPE_CHECKING:  # it needs records/tools/requirements.txt, and `run` does not
 
 SCRIPT = ROOT / "train_gpt.py"
 FIELDS = {f.name: f.default for f in fields(tg.Config)}
-SET_ELSEWHERE = {"SEED", "LOG_DIR", "RUN_ID", "EVAL_ONLY", "RESUME"}  # by the matrix itself
+SET_ELSEWHERE = {"SEED", "LOG_DIR", "RUN_ID", "EVAL_ONLY"}  # by the matrix itself
 WATCH_SECONDS = 60.0  # between lines about a run in progress, where there is no terminal
 TAIL = 1 << 16  # bytes at the end of metrics.jsonl that surely hold a row
 REFUSAL = re.compile(rf"(?m)^\s*exitcode\s*: {tg.EXIT_INPUT} \(")  # as torchrun writes it
@@ -898,7 +898,10 @@ def plan(table: Table, options: argparse.Namespace) -> list[Run]:
     if unknown := given.keys() - OPTIONS:
         names, hint = ", ".join(sorted(unknown)), did_you_mean(min(unknown), sorted(OPTIONS))
         raise tg.InputError(f"--set {names}: not an option of train_gpt.py{hint}")
-    if taken := given.keys() & SET_ELSEWHERE:
+    taken = given.keys() & SET_ELSEWHERE
+    if given.get("RESUME") == "auto":  # a checkpoint's path is another matter
+        taken |= {"RESUME"}
+    if taken:
         raise tg.InputError(f"--set {', '.join(sorted(taken))}: the matrix sets that itself")
     if options.scale and scale is None and options.scale not in tg.SCALES:
         known = ", ".join([*tg.SCALES, *table.scales])

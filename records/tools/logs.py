@@ -261,7 +261,7 @@ class Log:
         return again
 
 
-PLACES = ("SEED", "RUN_ID", "LOG_DIR", "DATA_PATH", "TOKENIZER_PATH")
+PLACES = ("SEED", "RUN_ID", "LOG_DIR", "RESUME", "DATA_PATH", "TOKENIZER_PATH")
 
 
 def number(text: str) -> float:
