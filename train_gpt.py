@@ -3658,6 +3658,8 @@ def find_checkpoint(config: Config, trainer: Trainer, log_later: list[str]) -> C
                 reader = functools.partial(read, str(path))
                 checkpoint = unseal("checkpoint", data, str(path), len(data), reader)
                 return checkpoint._replace(name=path.name)
+            except OtherRun:
+                raise
             except KNOWN as error:
                 log_later.append(f"warning: {error}")
                 errors.append(str(error))
@@ -4995,11 +4997,8 @@ def open_log(config: Config, world: World) -> Log:
     def make() -> bool:
         known = folder.exists()
         finished = (folder / "result.json").exists()
-        require(
-            not finished,
-            f"{folder} holds a finished run: choose another RUN_ID, with RESUME={folder} to go on "
-            "from its checkpoints",
-        )
+        saved = f", with RESUME={folder} to go on from it" if any(folder.glob("*.ckpt")) else ""
+        require(not finished, f"{folder} holds a finished run: choose another RUN_ID{saved}")
         folder.mkdir(parents=True, exist_ok=True)
         world.lock = lock_folder(folder)
         require(
@@ -5058,24 +5057,22 @@ class Artifact(NamedTuple):
     kind: str  # how matrices are held, as in int8+zlib
 
 
-def data_of_artifact(config: Config, env: Mapping[str, str]) -> Config:
-    """For EVAL_ONLY: data and tokenizer by the result.json beside the artifact, unless `env` says.
+def data_beside(artifact: Path, env: Mapping[str, str]) -> dict[str, Any]:
+    """Data and tokenizer by the result.json beside an artifact, where `env` does not say.
 
-    InputError if that file is none of this script's.
+    InputError if that file does not either.
     """
-    path = Path(config.eval_only)
-    path = (path if path.is_dir() else path.parent) / "result.json"
+    path = (artifact if artifact.is_dir() else artifact.parent) / "result.json"
     wanted = {"data_path", "tokenizer_path"} - {name.lower() for name in env}
-    if not config.eval_only or not wanted or not path.is_file():
-        return config
+    if not wanted or not path.is_file():
+        return {}
     try:
         told = json.loads(path.read_text(encoding="utf-8"))["config"]
-        found: dict[str, Any] = {name: str(told[name]) for name in wanted}
+        return {name: str(told[name]) for name in wanted}
     except (KeyError, OSError, TypeError, ValueError):
         raise InputError(
             f"{path} does not say what the artifact was trained on: set DATA_PATH, TOKENIZER_PATH"
         ) from None
-    return replace(config, **found)
 
 
 def read_artifact(path: Path, config: Config, world: World) -> Artifact:
@@ -5481,8 +5478,11 @@ def main(arguments: Iterable[str] = ()) -> int:
         if arguments:
             say(sys.stdout, answer(arguments))
             return 0
-        config = data_of_artifact(Config.from_env(os.environ), os.environ)
+        config = Config.from_env(os.environ)
         world = World(os.environ, config.rank_timeout_seconds, config.device)
+        if config.eval_only:
+            artifact = Path(config.eval_only)
+            config = replace(config, **world.on_main(lambda: data_beside(artifact, os.environ)))
         if world.is_main:
             for warning in questionable_names(os.environ)[1]:
                 say(sys.stderr, f"warning: {warning}")

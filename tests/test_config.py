@@ -582,10 +582,10 @@ def test_without_its_packages_the_script_names_the_command() -> None:
 @pytest.mark.parametrize("text", ["", "{}", '{"config": {"data_path": "d"}}', '{"config": [1]}'])
 def test_a_result_that_does_not_say_the_data_is_an_error(text: str, tmp_path: Path) -> None:
     (tmp_path / "result.json").write_text(text)
-    scored = config(EVAL_ONLY=tmp_path / "model.ptz")
-    with pytest.raises(tg.InputError, match="result.json does not say .* set DATA_PATH"):
-        tg.data_of_artifact(scored, {})
-    assert tg.data_of_artifact(scored, {"DATA_PATH": "", "TOKENIZER_PATH": ""}) == scored
+    for artifact in (tmp_path, tmp_path / "model.ptz"):
+        with pytest.raises(tg.InputError, match="result.json does not say .* set DATA_PATH"):
+            tg.data_beside(artifact, {})
+        assert tg.data_beside(artifact, {"DATA_PATH": "", "TOKENIZER_PATH": ""}) == {}
 
 
 def test_commands_of_the_readme_are_accepted() -> None:
