@@ -108,14 +108,8 @@ def read_side(text: str) -> tuple[Side, list[str]]:
 
 # ---- 2. What differs in how they were made -------------------------------------------------------
 
-NAMES_ONLY = {
-    "seed",
-    "run_id",
-    "log_dir",
-    "resume",
-    "preset",
-    "tracker",
-}  # which say nothing of the system
+# Options that say nothing of the system.
+NAMES_ONLY = {"seed", "run_id", "log_dir", "resume", "preset", "tracker"}
 
 
 def options(runs: Sequence[Result]) -> dict[str, list[str]]:
