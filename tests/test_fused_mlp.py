@@ -141,4 +141,6 @@ def test_value_and_gradients_are_those_of_plain_operations() -> None:
     environment = os.environ | dict(TRITON_INTERPRET="1", PYTHONPATH=str(ROOT))
     command = [triton_python(), "-c", JOB]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if "wrap_triton only works on functions annotated" in done.stderr:
+        pytest.skip("this PyTorch (such as 2.9.1) does not take an interpreted kernel")
     assert (done.returncode, done.stdout) == (0, "checked\n"), done.stderr
