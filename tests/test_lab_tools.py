@@ -31,19 +31,13 @@ from records.tools import (
 )
 from records.tools.dryrun import dryrun
 
-TOOLS = [
-    "ablate",
-    "audit",
-    "bench",
-    "compare",
-    "faults",
-    "generate",
-    "landing",
-    "rate",
-    "step_times",
-    "submit",
-]
 SCRIPTS = common.ROOT / "records" / "tools"
+APART = {"report", "gpu_check", "fault_job"}  # another's command, a GPU's, one that others start
+TOOLS = sorted(
+    path.stem
+    for path in SCRIPTS.glob("*.py")
+    if '__name__ == "__main__"' in path.read_text() and path.stem not in APART
+)
 TINY = dict(
     PRESET="T,tiny",
     MODEL_DIM="16",
@@ -165,7 +159,7 @@ def test_a_report_is_also_made_by_its_own_name(
     assert capsys.readouterr().out.startswith("usage: ablate.py report ")
 
 
-@pytest.mark.parametrize("tool", [*TOOLS, "gpu_check", "report", "fault_job"])
+@pytest.mark.parametrize("tool", [*TOOLS, *sorted(APART)])
 def test_a_missing_package_is_one_line(tool: str, tmp_path: Path) -> None:
     """-S: Python does without what is installed. The line is a command that mends it."""
     command = [sys.executable, "-S", str(SCRIPTS / f"{tool}.py"), "--help"]

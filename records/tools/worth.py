@@ -1,17 +1,20 @@
-"""What a further pass over shared layers is worth, from finished runs.
+r"""What a further pass over shared layers is worth, from finished runs.
 
-    python records/tools/worth.py 'logs/lab/pocket_steps/once*' 'logs/lab/pocket_steps/core*'
+    python records/tools/worth.py 'logs/lab/pocket_steps/once*' \
+        'logs/lab/pocket_steps/core*'
     python records/tools/worth.py --names plain,lanes A,B,C A,B_lanes,C_lanes
 
-Each argument is a group: a run, a row, a pattern in quotes, or several with commas between them.
-To the runs of each group is fitted
+Each argument is a group: a run, a row, a pattern in quotes, or several with
+commas between them. To the runs of each group is fitted
 
     L = E + A (N_once + r^phi N_rec)^-a + B D^-b
 
-L is the score before rounding (bits per byte), N_once the weights that one pass uses, embedding
-included, N_rec those that r passes use again, D the tokens trained on. With phi = 1 a pass is
-worth as much as layers of its own, with phi = 0 nothing (arXiv 2604.21106 found 0.46). Where all
-runs saw as many tokens, B D^-b is a part of E. Intervals are of 95 %: residuals are drawn again.
+L is the score before rounding (bits per byte), N_once the weights that one
+pass uses, embedding included, N_rec those that r passes use again, D the
+tokens trained on. With phi = 1 a pass is worth as much as layers of its own,
+with phi = 0 nothing (arXiv 2604.21106 found 0.46). Where all runs saw as many
+tokens, B D^-b is a part of E. Intervals are of 95 %: residuals are drawn
+again.
 """
 
 from __future__ import annotations
@@ -26,15 +29,18 @@ from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-from scipy.optimize import least_squares
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import train_gpt as tg
-from records.tools.common import markdown_table, run_tool, say
-from records.tools.compare import folders
-from records.tools.results import Result, Unusable, load
+from records.tools.packages import told_if_missing
+
+with told_if_missing(__name__):
+    import numpy as np
+    import torch
+    from scipy.optimize import least_squares
+
+    import train_gpt as tg
+    from records.tools.common import markdown_table, run_tool, say
+    from records.tools.compare import folders
+    from records.tools.results import Result, Unusable, load
 
 # ---- 1. What a run is to the formula -------------------------------------------------------------
 
