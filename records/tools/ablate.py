@@ -49,6 +49,7 @@ if TYPE_CHECKING:  # it needs records/tools/requirements.txt, and `run` does not
     from records.tools import report
 
 SCRIPT = ROOT / "train_gpt.py"
+TABLE = ROOT / "records" / "runs.toml"
 FIELDS = {f.name: f.default for f in fields(tg.Config)}
 SET_ELSEWHERE = {"SEED", "LOG_DIR", "RUN_ID", "EVAL_ONLY"}  # by the matrix itself
 WATCH_SECONDS = 60.0  # between lines about a run in progress, where there is no terminal
@@ -1043,7 +1044,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--table",
             type=Path,
-            default=ROOT / "records" / "runs.toml",
+            default=TABLE,
             help="The table of runs (default: records/runs.toml).",
         )
     return top

@@ -1,0 +1,237 @@
+r"""Many rows against one of them, with one spread of chance for all.
+
+    python records/tools/against.py records/pocket_narrow/frontier \
+        'records/pocket_narrow/*' --without frontier_set,frontier_set_identity
+
+Arguments are folders of rows (with seed*/ below them) or patterns in quotes.
+The first is the baseline. To the scores, in bits per byte, is fitted
+
+    score = row + seed + chance
+
+where chance has one spread in all rows (randomised blocks, Fisher 1935). So
+two seeds a row are enough for intervals: thirteen rows leave twelve degrees of
+freedom, two seeds of two rows one. Where some rows scatter more than others,
+compare them apart (--without). ± is half of a 95 % interval, * is p < .01
+after Holm over the rows. Rows that only round the baseline's weights again
+have no score of their own before rounding and no part in the spread; less
+chance is in their difference than ± says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from records.tools.packages import told_if_missing
+
+with told_if_missing(__name__):
+    import numpy as np
+    from scipy import stats
+
+    import train_gpt as tg
+    from records.tools.ablate import TABLE, read_table
+    from records.tools.common import listed, markdown_table, run_tool, say, warn
+    from records.tools.compare import folders
+    from records.tools.results import CONFIDENCE, Delta, Result, Unusable, holm, load
+
+COUNTS = 0.01  # p, after Holm, below which a difference is one
+
+# ---- 1. Runs -------------------------------------------------------------------------------------
+
+Rows = Mapping[str, Mapping[int, Result]]  # runs by row and seed
+
+
+def read_rows(sides: Iterable[str]) -> dict[str, dict[int, Result]]:
+    """The finished runs of all sides; what cannot be read is told and left out.
+
+    InputError for two folders of one row and seed, such as of two scales.
+    """
+    rows: dict[str, dict[int, Result]] = {}
+    for folder in dict.fromkeys(path for side in sides for path in folders(side)):
+        try:
+            run, skipped = load(folder)
+        except Unusable as error:
+            warn(f"left out: {error}")
+            continue
+        for message in skipped:
+            warn(message)
+        seeds = rows.setdefault(folder.resolve().parent.name, {})
+        if run.seed in seeds:
+            raise tg.InputError(f"{seeds[run.seed].folder} and {folder} are one row and one seed")
+        seeds[run.seed] = run
+    return rows
+
+
+def only_rounds(row: Mapping[int, Result], baseline: Mapping[int, Result]) -> bool:
+    """Whether the runs of a row round the weights of the baseline's."""
+    return all(s in baseline and row[s].pre == baseline[s].pre for s in row)
+
+
+# ---- 2. The fit ----------------------------------------------------------------------------------
+
+
+class Fit(NamedTuple):
+    """Differences from the baseline by row, and the chance that they were judged by."""
+
+    changes: dict[str, Delta]
+    spread: float  # standard deviation of a run's chance; nan: one seed a row
+    freedom: int  # degrees of freedom that it rests on
+
+
+def design(cells: Sequence[tuple[str, int]]) -> np.ndarray:
+    """A line for each (row, seed): 1 in the column of its row and in that of its seed."""
+    columns: list[str | int] = [*dict.fromkeys(row for row, _ in cells)]
+    columns += sorted({seed for _, seed in cells})[1:]  # the first seed is what rows are told at
+    return np.array([[float(column in cell) for column in columns] for cell in cells])
+
+
+def fit(scores: Mapping[tuple[str, int], float], baseline: str) -> Fit:
+    """score = row + seed + chance by least squares; InputError if a row shares no seed."""
+    cells = list(scores)
+    rows = list(dict.fromkeys(row for row, _ in cells))
+    x, y = design(cells), np.array(list(scores.values()))
+    coefficients, _, rank, _ = np.linalg.lstsq(x, y, rcond=None)
+    if rank < x.shape[1]:
+        raise tg.InputError("some rows share no seed with the others, so they cannot be compared")
+    freedom = len(y) - int(rank)
+    residual = y - x @ coefficients
+    spread = math.sqrt(residual @ residual / freedom) if freedom else math.nan
+    student = stats.t(max(freedom, 1))
+    covariance = np.linalg.inv(x.T @ x)
+    changes = {}
+    for row in rows:
+        if row == baseline:
+            continue
+        contrast = np.zeros(x.shape[1])
+        contrast[rows.index(row)], contrast[rows.index(baseline)] = 1, -1
+        change = float(contrast @ coefficients)
+        error = spread * math.sqrt(contrast @ covariance @ contrast)
+        half = error * student.ppf((1 + CONFIDENCE) / 2)
+        p = 2 * student.sf(abs(change) / error) if error > 0 else math.nan
+        changes[row] = Delta(change, half, float(p))
+    return Fit(changes, spread, freedom)
+
+
+def rounded_again(row: Mapping[int, Result], baseline: Mapping[int, Result], made: Fit) -> Delta:
+    """The difference after rounding of a row that rounds the baseline's weights."""
+    change = fmean(run.post - baseline[seed].post for seed, run in row.items())
+    error = made.spread * math.sqrt(2 / len(row))
+    student = stats.t(max(made.freedom, 1))
+    half = error * student.ppf((1 + CONFIDENCE) / 2)
+    return Delta(change, half, float(2 * student.sf(abs(change) / error)))
+
+
+class Judged(NamedTuple):
+    """Both scores of all rows against the baseline's."""
+
+    before: Fit
+    after: Fit
+
+
+def judge(rows: Rows, baseline: str) -> Judged:
+    """Differences before and after rounding, p by Holm over the rows."""
+    own = rows[baseline]
+    again = [name for name, row in rows.items() if name != baseline and only_rounds(row, own)]
+    trained = [(name, seed) for name in rows if name not in again for seed in rows[name]]
+    before = fit({(row, seed): rows[row][seed].pre for row, seed in trained}, baseline)
+    after = fit({(row, seed): rows[row][seed].post for row, seed in trained}, baseline)
+    after.changes.update({name: rounded_again(rows[name], own, after) for name in again})
+    return Judged(*(made._replace(changes=by_holm(made.changes)) for made in (before, after)))
+
+
+def by_holm(changes: Mapping[str, Delta]) -> dict[str, Delta]:
+    """The same differences with p adjusted for their number."""
+    ps = holm([change.p for change in changes.values()])
+    return {name: change._replace(p=p) for (name, change), p in zip(changes.items(), ps)}
+
+
+# ---- 3. The table --------------------------------------------------------------------------------
+
+
+def told(change: Delta | None) -> str:
+    """+0.0133 ± 0.0021*, or nothing."""
+    if change is None:
+        return ""
+    half = "" if math.isnan(change.half) else f" ± {change.half:.4f}"
+    return f"{change.mean:+.4f}{half}{'*' if change.p < COUNTS else ''}"
+
+
+def line(name: str, runs: Mapping[int, Result], judged: Judged, what: str) -> list[str]:
+    """A row's means and differences."""
+    before = f"{fmean(run.pre for run in runs.values()):.4f}"
+    after = f"{fmean(run.post for run in runs.values()):.4f}"
+    sizes = sorted(run.model_bytes for run in runs.values())
+    spread = f"{sizes[0]:,}" + (f" to {sizes[-1]:,}" if len(sizes) > 1 else "")
+    changes = [told(made.changes.get(name)) for made in judged]
+    return [f"`{name}`", what, str(len(runs)), before, after, *changes, spread]
+
+
+def table(rows: Rows, baseline: str) -> list[str]:
+    """All rows, the worst first, and what their intervals rest on."""
+    judged = judge(rows, baseline)
+    known = read_table(TABLE).rows
+    last = judged.after.changes
+    order = [baseline, *sorted(last, key=lambda name: -last[name].mean)]
+    lines = [
+        line(name, rows[name], judged, known[name].what if name in known else "") for name in order
+    ]
+    head = ["row", "what", "seeds", "bpb before rounding", "after"]
+    head += [f"against `{baseline}`, before", "after", "artifact, bytes"]
+    return [*markdown_table(head, lines), "", footnote(judged)]
+
+
+def footnote(judged: Judged) -> str:
+    """What the intervals rest on."""
+    before, after = judged
+    rows = len(after.changes)
+    if not after.freedom:
+        return "One seed a row gives no intervals."
+    return (
+        f"Spread of a run's chance: {before.spread:.4f} before rounding, {after.spread:.4f} after "
+        f"it ({after.freedom} degrees of freedom). *: p < {COUNTS:g} after Holm over "
+        f"{rows} row{'s' if rows > 1 else ''}."
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    side = "a row's folder, or a pattern in quotes"
+    top.add_argument("baseline", help=f"What all are compared with: {side}.")
+    top.add_argument("rows", nargs="+", help=f"What is compared: {side}.")
+    top.add_argument(
+        "--without", default="", help="Rows to leave out, with commas between (default: none)."
+    )
+    return top
+
+
+def work(asked: argparse.Namespace) -> int:
+    own = read_rows([asked.baseline])
+    if len(own) != 1:
+        raise tg.InputError(f"{asked.baseline}: {len(own)} rows; the baseline is one row")
+    [baseline] = own
+    rows = read_rows([asked.baseline, *asked.rows])
+    for name in filter(None, asked.without.split(",")):
+        others = sorted(rows.keys() - {baseline})
+        if name not in others:
+            raise tg.InputError(f"--without {name}: of {listed(others)} some can be left out")
+        del rows[name]
+    if len(rows) < 2:
+        raise tg.InputError("there is no row besides the baseline")
+    say("\n".join(table(rows, baseline)))
+    return 0
+
+
+def main() -> int:
+    return run_tool(work, parser().parse_args())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
