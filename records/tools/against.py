@@ -87,8 +87,17 @@ class Fit(NamedTuple):
 def design(cells: Sequence[tuple[str, int]]) -> np.ndarray:
     """A line for each (row, seed): 1 in the column of its row and in that of its seed."""
     columns: list[str | int] = [*dict.fromkeys(row for row, _ in cells)]
-    columns += sorted({seed for _, seed in cells})[1:]  # the first seed is what rows are told at
+    # All columns of seeds would sum to all those of rows, so the first seed has none.
+    columns += sorted({seed for _, seed in cells})[1:]
     return np.array([[float(column in cell) for column in columns] for cell in cells])
+
+
+def tested(change: float, error: float, freedom: int) -> Delta:
+    """A difference with the standard error that it is judged by; nan: one seed a row."""
+    student = stats.t(max(freedom, 1))
+    half = error * student.ppf((1 + CONFIDENCE) / 2)
+    p = 2 * student.sf(abs(change) / error) if error > 0 else math.nan
+    return Delta(change, half, float(p))
 
 
 def fit(scores: Mapping[tuple[str, int], float], baseline: str) -> Fit:
@@ -102,7 +111,6 @@ def fit(scores: Mapping[tuple[str, int], float], baseline: str) -> Fit:
     freedom = len(y) - int(rank)
     residual = y - x @ coefficients
     spread = math.sqrt(residual @ residual / freedom) if freedom else math.nan
-    student = stats.t(max(freedom, 1))
     covariance = np.linalg.inv(x.T @ x)
     changes = {}
     for row in rows:
@@ -110,21 +118,15 @@ def fit(scores: Mapping[tuple[str, int], float], baseline: str) -> Fit:
             continue
         contrast = np.zeros(x.shape[1])
         contrast[rows.index(row)], contrast[rows.index(baseline)] = 1, -1
-        change = float(contrast @ coefficients)
         error = spread * math.sqrt(contrast @ covariance @ contrast)
-        half = error * student.ppf((1 + CONFIDENCE) / 2)
-        p = 2 * student.sf(abs(change) / error) if error > 0 else math.nan
-        changes[row] = Delta(change, half, float(p))
+        changes[row] = tested(float(contrast @ coefficients), error, freedom)
     return Fit(changes, spread, freedom)
 
 
 def rounded_again(row: Mapping[int, Result], baseline: Mapping[int, Result], made: Fit) -> Delta:
     """The difference after rounding of a row that rounds the baseline's weights."""
     change = fmean(run.post - baseline[seed].post for seed, run in row.items())
-    error = made.spread * math.sqrt(2 / len(row))
-    student = stats.t(max(made.freedom, 1))
-    half = error * student.ppf((1 + CONFIDENCE) / 2)
-    return Delta(change, half, float(2 * student.sf(abs(change) / error)))
+    return tested(change, made.spread * math.sqrt(2 / len(row)), made.freedom)
 
 
 class Judged(NamedTuple):
