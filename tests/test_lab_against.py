@@ -109,8 +109,21 @@ def test_the_table_of_folders(
     assert cells(out, "N")[5] == "", "it has the baseline's score before rounding"
     assert cells(out, "N")[6].startswith("+0.0440"), "0.05 in place of 0.002 of 3"
     assert "(2 degrees of freedom)" in out, "three rows with two seeds; N trained nothing"
-    words = str(tmp_path / "K"), str(tmp_path / "*"), "--without", "E,N"
+    picture = tmp_path / "forest.png"
+    words = str(tmp_path / "K"), str(tmp_path / "*"), "--without", "E,N", "--png", str(picture)
     assert re.findall(r"(?m)^\| `(\w+)`", call(monkeypatch, capsys, *words)[1]) == ["K", "O"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_has_a_line_for_every_row(tmp_path: Path) -> None:
+    for seed, noise in {1: 0.001, 2: -0.002}.items():
+        Made(3.0 + noise).write(tmp_path / "K", seed)
+        Made(2.9 + noise + 1e-4 * seed).write(tmp_path / "O", seed)
+    judged = against.judge(against.read_rows([str(tmp_path / "*")]), "K")
+    [line] = against.forest_lines(judged)
+    what = against.read_table(against.TABLE).rows["O"].what
+    assert " ".join(line.label.split()) == f"O: {what}"
+    assert [m.delta for m in line.measures] == [made.changes["O"] for made in judged]
 
 
 def test_arguments_that_cannot_be_compared(

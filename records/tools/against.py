@@ -2,6 +2,7 @@ r"""Many rows against one of them, with one spread of chance for all.
 
     python records/tools/against.py records/pocket_narrow/frontier \
         'records/pocket_narrow/*' --without frontier_set,frontier_set_identity
+    python records/tools/against.py --png forest.png A 'B*'
 
 Arguments are folders of rows (with seed*/ below them) or patterns in quotes.
 The first is the baseline. To the scores, in bits per byte, is fitted
@@ -14,7 +15,8 @@ freedom, two seeds of two rows one. Where some rows scatter more than others,
 compare them apart (--without). ± is half of a 95 % interval, * is p < .01
 after Holm over the rows. Rows that only round the baseline's weights again
 have no score of their own before rounding and no part in the spread; less
-chance is in their difference than ± says.
+chance is in their difference than ± says. The picture (--png) has the same
+differences; coloured is p < .05 after Holm.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -35,10 +38,19 @@ with told_if_missing(__name__):
     from scipy import stats
 
     import train_gpt as tg
+    from records.tools import figures
     from records.tools.ablate import TABLE, read_table
     from records.tools.common import listed, markdown_table, run_tool, say, warn
     from records.tools.compare import folders
-    from records.tools.results import CONFIDENCE, Delta, Result, Unusable, holm, load
+    from records.tools.results import (
+        CONFIDENCE,
+        Delta,
+        Measure,
+        Result,
+        Unusable,
+        holm,
+        load,
+    )
 
 COUNTS = 0.01  # p, after Holm, below which a difference is one
 
@@ -174,15 +186,22 @@ def line(name: str, runs: Mapping[int, Result], judged: Judged, what: str) -> li
     return [f"`{name}`", what, str(len(runs)), before, after, *changes, spread]
 
 
-def table(rows: Rows, baseline: str) -> list[str]:
-    """All rows, the worst first, and what their intervals rest on."""
-    judged = judge(rows, baseline)
-    known = read_table(TABLE).rows
+def ordered(judged: Judged) -> list[str]:
+    """The rows that are compared with the baseline, the worst after rounding first."""
     last = judged.after.changes
-    order = [baseline, *sorted(last, key=lambda name: -last[name].mean)]
-    lines = [
-        line(name, rows[name], judged, known[name].what if name in known else "") for name in order
-    ]
+    return sorted(last, key=lambda name: -last[name].mean)
+
+
+def words() -> dict[str, str]:
+    """What the rows are, of the table of runs."""
+    return {name: row.what for name, row in read_table(TABLE).rows.items()}
+
+
+def table(rows: Rows, baseline: str, judged: Judged) -> list[str]:
+    """All rows, the worst first, and what their intervals rest on."""
+    what = words()
+    order = [baseline, *ordered(judged)]
+    lines = [line(name, rows[name], judged, what.get(name, "")) for name in order]
     head = ["row", "what", "seeds", "bpb before rounding", "after"]
     head += [f"against `{baseline}`, before", "after", "artifact, bytes"]
     return [*markdown_table(head, lines), "", footnote(judged)]
@@ -201,6 +220,22 @@ def footnote(judged: Judged) -> str:
     )
 
 
+def forest_lines(judged: Judged) -> list[figures.Line]:
+    """What differs from the baseline, the worst first, before rounding and after it."""
+    what, lines = words(), []
+    for name in ordered(judged):
+        label = f"{name}: {what[name]}" if name in what else name
+        measures = [Measure("", [], [], made.changes.get(name)) for made in judged]
+        lines.append(figures.Line("\n".join(textwrap.wrap(label, 44)), measures))
+    return lines
+
+
+def picture(baseline: str, judged: Judged) -> bytes:
+    """The forest plot as PNG."""
+    titles = [f"against {baseline}, {when} rounding" for when in ("before", "after")]
+    return figures.png(figures.forest(forest_lines(judged), titles, figures.XLABEL))
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -211,6 +246,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument(
         "--without", default="", help="Rows to leave out, with commas between (default: none)."
     )
+    top.add_argument("--png", type=Path, metavar="FILE", help="Write a forest plot, too.")
     return top
 
 
@@ -227,7 +263,10 @@ def work(asked: argparse.Namespace) -> int:
         del rows[name]
     if len(rows) < 2:
         raise tg.InputError("there is no row besides the baseline")
-    say("\n".join(table(rows, baseline)))
+    judged = judge(rows, baseline)
+    say("\n".join(table(rows, baseline, judged)))
+    if asked.png:
+        tg.write_atomically(asked.png, picture(baseline, judged))
     return 0
 
 

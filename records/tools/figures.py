@@ -132,6 +132,8 @@ def png(figure: Figure) -> bytes:
 
 # ---- 2. Forest plots -----------------------------------------------------------------------------
 
+XLABEL = "difference, bpb; negative: better"
+
 
 class Line(NamedTuple):
     """A line of a forest plot: what is compared, and its measure in every column."""

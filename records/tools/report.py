@@ -524,9 +524,6 @@ class Section:
     messages: list[str] = field(default_factory=list)
 
 
-XLABEL = "difference, bpb; negative: better"
-
-
 def against(c: Comparison) -> str:
     return f"{c.row} \u2212 {c.baseline}"
 
@@ -547,8 +544,8 @@ def forest_picture(measures: dict[str, Measure], kind: str, name: str, caption: 
         for label, measure in measures.items()
         if measure.delta
     ]
-    broad = figures.forest(lines, [KINDS[kind]], XLABEL)
-    narrow = figures.narrow_forest(lines, KINDS[kind], XLABEL)
+    broad = figures.forest(lines, [KINDS[kind]], figures.XLABEL)
+    narrow = figures.narrow_forest(lines, KINDS[kind], figures.XLABEL)
     return drawn(broad, f"{name}-{kind}", caption, narrow)
 
 
@@ -764,7 +761,7 @@ def readme_pictures(found: Found, made: Sequence[Comparison]) -> dict[str, bytes
     if tested:
         kinds = forest_columns(tested)
         lines = [figures.Line(against(c), [getattr(c, kind) for kind in kinds]) for c in tested]
-        figure = figures.forest(lines, [KINDS[kind] for kind in kinds], XLABEL)
+        figure = figures.forest(lines, [KINDS[kind] for kind in kinds], figures.XLABEL)
         pictures["forest.png"] = figures.png(figure)
     return pictures
 
