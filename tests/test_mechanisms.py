@@ -414,6 +414,30 @@ def test_a_refit_has_its_time_and_its_graph() -> None:
     assert len(tg.training_modes(config)) == len(set(tg.training_modes(config))) == 4
 
 
+# ---- A pass that begins with alpha 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "values",
+    [
+        dict(num_loops=2),
+        dict(num_loops=3, core_skips="all"),
+        # Two passes of a U-Net over the loop: all skips that come with the second end inside it.
+        dict(num_prelude=3, num_shared=3, num_coda=5, num_loops=2, core_skips="looped"),
+    ],
+    ids=str,
+)
+def test_passes_that_begin_with_alpha_0_change_nothing(values: dict[str, Any], dtype: str) -> None:
+    """Whatever the other parameters are, to the last bit; and alpha learns from the first step."""
+    model = shaken_model(architecture(**values, dtype=dtype, pass_scale_init=0.0))
+    model.core.scale.data.zero_()
+    one, all_of_them = (model(tokens(), tokens(), tg.Mode(p)) for p in (1, values["num_loops"]))
+    assert one.equal(all_of_them)
+    all_of_them.backward()
+    assert model.core.scale.grad is not None and model.core.scale.grad.all()
+
+
 # ---- A pool of MLPs
 
 
