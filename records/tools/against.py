@@ -212,7 +212,7 @@ def footnote(judged: Judged) -> str:
     before, after = judged
     rows = len(after.changes)
     if not after.freedom:
-        return "One seed a row gives no intervals."
+        return "No two rows share two seeds, so there are no intervals."
     return (
         f"Spread of a run's chance: {before.spread:.4f} before rounding, {after.spread:.4f} after "
         f"it ({after.freedom} degrees of freedom). *: p < {COUNTS:g} after Holm over "
