@@ -42,15 +42,7 @@ with told_if_missing(__name__):
     from records.tools.ablate import TABLE, read_table
     from records.tools.common import listed, markdown_table, run_tool, say, warn
     from records.tools.compare import folders
-    from records.tools.results import (
-        CONFIDENCE,
-        Delta,
-        Measure,
-        Result,
-        Unusable,
-        holm,
-        load,
-    )
+    from records.tools.results import CONFIDENCE, Delta, Measure, Result, Unusable, holm, load
 
 COUNTS = 0.01  # p, after Holm, below which a difference is one
 
