@@ -5185,7 +5185,8 @@ def slow_type(config: Config, world: World) -> list[str]:
     """A warning where a run trains in bfloat16 on a CPU that has no instructions for it."""
     if world.on_cuda or config.eval_only or config.dtype != "bfloat16":
         return []
-    features = getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch cannot say
+    ask = getattr(torch.cpu, "get_capabilities", dict)  # older PyTorch cannot say
+    features: Mapping[str, Any] = ask()
     if not features or any(has for name, has in features.items() if "bf16" in name):
         return []
     return ["this processor has no instructions for bfloat16; DTYPE=float32 is many times faster"]
