@@ -412,8 +412,11 @@ def write_shard(folder: Path, split: str, tokens: np.ndarray) -> None:
 
 
 def base_env(args: argparse.Namespace, folder: Path) -> dict[str, str]:
-    """Variables of --preset and --set; without a DATA_PATH among them, the tokens are random."""
-    env = {"PRESET": args.preset} | common.pairs(args.set)
+    """Variables of --preset and --set; without a DATA_PATH among them, the tokens are random.
+
+    The type is that of GPUs even at the scale for CPUs, unless --set has another.
+    """
+    env = {"PRESET": args.preset, "DTYPE": "bfloat16"} | common.pairs(args.set)
     if "DATA_PATH" not in env:
         env["DATA_PATH"] = str(folder / "random")
         random, vocabulary = np.random.default_rng(0), Case(env).config().vocab_size
