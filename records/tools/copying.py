@@ -14,7 +14,7 @@ A model whose heads find what followed the last time (induction heads, arXiv
 2209.11895) gains in the first kind and pays a little in the second. It is
 also the only one that predicts random tokens better the second time: the last
 column is that gain, of windows whose second half repeats the first. All
-figures are mean losses in nats.
+figures are mean losses in nats, computed in float32.
 """
 
 from __future__ import annotations
@@ -95,6 +95,7 @@ def measure(folder: Path, options: argparse.Namespace) -> list[str]:
     if not artifact.exists():
         raise tg.InputError(f"{folder} holds no {tg.ARTIFACT}")
     model, a, _ = tg.load_model(artifact.read_bytes(), str(artifact))
+    model.dtype = torch.float32  # many CPUs have no instructions for bfloat16
     text = of_validation(str(options.data_path or config["data_path"]), a, options.windows)
     by_target, kind = losses(model, text), kinds(text)
     means = [by_target.mean(), *(by_target[kind == i].mean() for i in range(len(KINDS)))]
