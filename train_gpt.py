@@ -5181,15 +5181,11 @@ def attention_kernel(config: Config, world: World) -> str:
     return BACKEND(choice).name.lower()
 
 
-def slow_type(config: Config, world: World) -> list[str]:
-    """A warning where a run trains in bfloat16 on a CPU that has no instructions for it."""
-    if world.on_cuda or config.eval_only or config.dtype != "bfloat16":
-        return []
-    ask = getattr(torch.cpu, "get_capabilities", dict)  # older PyTorch cannot say
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for it; True where PyTorch is too old to tell."""
+    ask = getattr(torch.cpu, "get_capabilities", dict)
     features: Mapping[str, Any] = ask()
-    if not features or any(has for name, has in features.items() if "bf16" in name):
-        return []
-    return ["this processor has no instructions for bfloat16; DTYPE=float32 is many times faster"]
+    return not features or any(has for name, has in features.items() if "bf16" in name)
 
 
 def gpu_state(world: World) -> str:
@@ -5255,6 +5251,8 @@ def log_setup(trainer: Trainer, log: Log) -> None:
         log(f"gpu:{gpu_state(world)}")
     elif config.model_dim * config.train_batch_tokens >= 1 << 27:
         log("warning: a step of this size takes minutes on a CPU, and gigabytes; try PRESET=tiny")
+    elif config.dtype == "bfloat16" and not multiplies_bfloat16():
+        log("warning: bfloat16 is slow on this processor, many times slower than DTYPE=float32")
     log(f"train_loader:shards:{len(batches.tokens.paths)} tokens:{batches.tokens.total}")
     train = check_tokenizer(find_file(config.tokenizer_path), batches.tokens)
     log(f"tokenizer of the train shards: {train}")
@@ -5498,7 +5496,7 @@ def main(arguments: Iterable[str] = ()) -> int:
             artifact = Path(config.eval_only)
             config = replace(config, **world.on_main(lambda: data_beside(artifact, os.environ)))
         if world.is_main:
-            for warning in (*questionable_names(os.environ)[1], *slow_type(config, world)):
+            for warning in questionable_names(os.environ)[1]:
                 say(sys.stderr, f"warning: {warning}")
         world.handle_signals()
         with torch.nn.attention.sdpa_kernel(KERNELS[config.attn_backend], set_priority=True):

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
-from helpers import HANG, ROOT, one_rank
+from helpers import HANG, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -170,7 +170,7 @@ def test_scale_keeps_the_shape(system: str) -> None:
     assert small.num_heads / small.num_kv_heads == full.num_heads / full.num_kv_heads
     assert small.model_dim == full.model_dim // 4
     assert small.train_batch_tokens < full.train_batch_tokens
-    scaled = {"vocab_size", "model_dim", "num_heads", "num_kv_heads", "train_seq_len"}
+    scaled = {"vocab_size", "model_dim", "num_heads", "num_kv_heads", "train_seq_len", "dtype"}
     for f in fields(tg.Architecture):
         assert f.name in scaled or getattr(small, f.name) == getattr(full, f.name), f.name
 
@@ -513,30 +513,6 @@ def test_ordinary_names_are_a_warning() -> None:
     errors, warnings = tg.questionable_names(env)
     assert not errors and len(warnings) == 1
     assert config(**env) == config()
-
-
-@pytest.mark.parametrize(
-    ("features", "values", "warned"),
-    [
-        (dict(avx2=True, avx512_bf16=False), {}, True),
-        (dict(avx2=True, avx512_bf16=False), dict(DTYPE="float32"), False),
-        (dict(avx2=True, avx512_bf16=False), dict(PRESET="T,tiny"), False),
-        (dict(avx2=True, avx512_bf16=False), dict(EVAL_ONLY="model.ptz"), False),
-        (dict(avx2=True, avx512_bf16=True), {}, False),
-        (dict(neon=True, bf16=True), {}, False),
-        ({}, {}, False),
-    ],
-)
-def test_bfloat16_without_instructions_is_a_warning(
-    features: dict[str, bool],
-    values: dict[str, str],
-    warned: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A step of the tiny scale took 29 s with it on such a processor, and 2 s without."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
-    warnings = tg.slow_type(config(**values), one_rank())
-    assert [("DTYPE=float32" in text) for text in warnings] == [True] * warned
 
 
 def test_public_depth_switch_is_guarded_too() -> None:

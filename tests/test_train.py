@@ -51,13 +51,37 @@ CALM = dict(MATRIX_LR="0.01", SCALAR_LR="0.01", TIED_EMBED_LR="0.02")  # for bat
 def test_every_preset_trains_exports_reloads_and_scores(
     system: str, corpus: dict[str, str], tmp_path: Path
 ) -> None:
-    result = run_here(corpus | SMALL | NARROW | {"PRESET": f"{system},tiny"}, tmp_path)
+    env = {"PRESET": f"{system},tiny", "DTYPE": "bfloat16"}  # the type of GPUs
+    result = run_here(corpus | SMALL | NARROW | env, tmp_path)
     assert result["steps"] == 2 and result["fits"]
     score = result["roundtrip"]
     assert score["val_tokens"] == 2_000
     first = losses(tmp_path / "run")[0]
     assert abs(first - math.log(1024)) < 0.2, "an untrained model is near uniform"
     assert score["val_loss"] == pytest.approx(result["pre_quant"]["val_loss"], abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("features", "dtype", "slow"),
+    [
+        (dict(avx2=True, avx512_bf16=False), "bfloat16", True),
+        (dict(avx2=True, avx512_bf16=False), "float32", False),
+        (dict(neon=True, bf16=True), "bfloat16", False),
+        ({}, "bfloat16", False),  # what an older PyTorch tells
+    ],
+)
+def test_a_cpu_without_bfloat16_is_a_warning(
+    features: dict[str, bool],
+    dtype: str,
+    slow: bool,
+    corpus: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A step of the scale for CPUs took 29 s on one (records/tiny_T/bfloat16), where 2 suffice."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
+    run_here(corpus | SMALL | NARROW | dict(PRESET="Bp,tiny", DTYPE=dtype), tmp_path)
+    assert ("\nwarning: bfloat16 is slow" in log_of(tmp_path / "run")) == slow
 
 
 def test_training_lowers_the_loss_and_health_is_true(
