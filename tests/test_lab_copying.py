@@ -38,9 +38,8 @@ def test_kinds_are_those_of_the_definition(pieces: int) -> None:
     for ids, targets, row in zip(*(part.tolist() for part in made), found.tolist()):
         for t, kind in enumerate(row):
             behind = [targets[s] for s in range(t) if ids[s] == ids[t]]
-            assert copying.KINDS[kind] == (
-                "new" if not behind else "copy" if targets[t] in behind else "change"
-            )
+            expected = "copy" if targets[t] in behind else "change"
+            assert copying.KINDS[kind] == (expected if behind else "new")
 
 
 def copier(able: bool) -> Any:

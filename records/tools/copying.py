@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,14 +99,13 @@ def measure(folder: Path, options: argparse.Namespace) -> list[str]:
     by_target, kind = losses(model, text), kinds(text)
     means = [by_target.mean(), *(by_target[kind == i].mean() for i in range(len(KINDS)))]
     random = losses(model, of_chance(a.vocab_size, a.train_seq_len, 2 * BATCH))
-    first, second = random.split([a.train_seq_len // 2, random.shape[1] - a.train_seq_len // 2], 1)
-    return [f"{folder.parent.name} {folder.name}"] + [
-        f"{float(x):.3f}" for x in (*means, first.mean() - second.mean())
-    ]
+    half = a.train_seq_len // 2
+    gain = random[:, :half].mean() - random[:, half:].mean()
+    return [f"{folder.parent.name} {folder.name}", *(f"{float(x):.3f}" for x in (*means, gain))]
 
 
 def work(options: argparse.Namespace) -> int:
-    runs: Iterable[Path] = [folder for side in options.runs for folder in folders(side)]
+    runs = [folder for side in options.runs for folder in folders(side)]
     head = ["run", "all", *KINDS, "random, second time"]
     say("\n".join(markdown_table(head, [measure(folder, options) for folder in runs])))
     return 0
