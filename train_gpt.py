@@ -4660,7 +4660,7 @@ SCALES: dict[str, Preset] = {
             ema_decay=0.9,
             gptq_seconds=1.0,
             ttt_chunk_tokens=8192,
-            dtype="float32",  # bfloat16 takes 14 times as long on an AMD EPYC 7003
+            dtype="float32",  # bfloat16 takes 11 times as long on an AMD EPYC 7003
         ),
         "a quarter of the width, half the heads, 256-token sequences, the sample corpus; for a CPU",
     )

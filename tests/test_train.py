@@ -78,7 +78,7 @@ def test_a_cpu_without_bfloat16_is_a_warning(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A step of the scale for CPUs took 29 s on one (records/tiny_T/bfloat16), where 2 suffice."""
+    """A step of the scale for CPUs took 30 s on one (records/tiny_T/bfloat16), where 3 suffice."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
     run_here(corpus | SMALL | NARROW | dict(PRESET="Bp,tiny", DTYPE=dtype), tmp_path)
     assert ("\nwarning: bfloat16 is slow" in log_of(tmp_path / "run")) == slow
