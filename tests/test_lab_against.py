@@ -123,7 +123,40 @@ def test_the_picture_has_a_line_for_every_row(tmp_path: Path) -> None:
     [line] = against.forest_lines(judged)
     what = against.read_table(against.TABLE).rows["O"].what
     assert " ".join(line.label.split()) == f"O: {what}"
-    assert [m.delta for m in line.measures] == [made.changes["O"] for made in judged]
+    assert [m.delta for m in line.measures] == [made.changes["O"] for made in judged.fits()]
+
+
+def test_rows_are_compared_at_their_own_number_of_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The runs' scores are straight lines in the logarithm of steps, .01 and .02 apart."""
+    for seed in (1, 2):
+        Made(3.0, steps=100).write(tmp_path / "K", seed)
+        Made(3.01, steps=60).write(tmp_path / "O", seed)
+        Made(2.98, steps=100).write(tmp_path / "E", seed)
+        Made(2.0, steps=101).write(tmp_path / "N", seed)
+    shorter = Made(3.0, steps=40).write(tmp_path / "shorter" / "K", 1)
+    picture = tmp_path / "forest.png"
+    rows = str(tmp_path / "K"), str(tmp_path / "[A-Z]")
+    words = *rows, "--png", str(picture), "--lengths", str(shorter.parent)
+    code, out, err = call(monkeypatch, capsys, *words)
+    assert (code, err) == (0, "")
+    assert cells(out, "O")[7].startswith(f"{0.01 * 1.002:+.4f}")
+    assert cells(out, "E")[7].startswith(f"{-0.02 * 1.002:+.4f}")
+    assert cells(out, "N")[7] == "", "more steps than the baseline has anywhere"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    code, out, err = call(monkeypatch, capsys, *rows, "--lengths", str(tmp_path / "O"))
+    assert (code, out) == (2, "") and "is of O, not of K" in err
+
+
+def test_the_difference_at_equal_steps_has_the_chance_of_one_more_run(tmp_path: Path) -> None:
+    for seed, noise in {1: 0.001, 2: -0.002, 3: 0.004}.items():
+        Made(3.0 + noise).write(tmp_path / "K", seed)
+        Made(2.9 + noise * seed).write(tmp_path / "O", seed)
+    rows = against.read_rows([str(tmp_path / "*")])
+    judged = against.judge(rows, "K", list(rows["K"].values()))
+    half = stats.t(2).ppf(0.975) * judged.after.spread * math.sqrt(1 / 3 + 1)
+    assert judged.equal_steps.changes["O"].half == pytest.approx(half)
 
 
 def test_arguments_that_cannot_be_compared(

@@ -3,6 +3,7 @@ r"""Many rows against one of them, with one spread of chance for all.
     python records/tools/against.py records/pocket_narrow/frontier \
         'records/pocket_narrow/*' --without frontier_set,frontier_set_identity
     python records/tools/against.py --png forest.png A 'B*'
+    python records/tools/against.py A 'B*' --lengths longer/A shorter/A
 
 Arguments are folders of rows (with seed*/ below them) or patterns in quotes.
 The first is the baseline. To the scores, in bits per byte, is fitted
@@ -17,6 +18,12 @@ after Holm over the rows. Rows that only round the baseline's weights again
 have no score of their own before rounding and no part in the spread; less
 chance is in their difference than ± says. The picture (--png) has the same
 differences; coloured is p < .05 after Holm.
+
+Rows that share a time make different numbers of steps. With runs of the
+baseline over other numbers of steps (--lengths), each row is also compared
+with what the baseline has at as many: a straight line in the logarithm of
+steps between its neighbours, taken to have the chance of one run. Rows with
+more steps than the longest or fewer than the shortest have no such figure.
 """
 
 from __future__ import annotations
@@ -70,6 +77,15 @@ def read_rows(sides: Iterable[str]) -> dict[str, dict[int, Result]]:
             raise tg.InputError(f"{seeds[run.seed].folder} and {folder} are one row and one seed")
         seeds[run.seed] = run
     return rows
+
+
+def read_lengths(sides: Iterable[str], baseline: str) -> list[Result]:
+    """Finished runs of the baseline over other numbers of steps; InputError for other rows."""
+    runs = [run for side in sides for row in read_rows([side]).values() for run in row.values()]
+    for run in runs:
+        if run.row != baseline:
+            raise tg.InputError(f"--lengths {run.folder} is of {run.row}, not of {baseline}")
+    return runs
 
 
 def only_rounds(row: Mapping[int, Result], baseline: Mapping[int, Result]) -> bool:
@@ -134,21 +150,48 @@ def rounded_again(row: Mapping[int, Result], baseline: Mapping[int, Result], mad
 
 
 class Judged(NamedTuple):
-    """Both scores of all rows against the baseline's."""
+    """All rows against the baseline: both scores, and the second at equal steps if asked."""
 
     before: Fit
     after: Fit
+    equal_steps: Fit | None = None
+
+    def fits(self) -> list[Fit]:
+        return [made for made in self if made]
 
 
-def judge(rows: Rows, baseline: str) -> Judged:
-    """Differences before and after rounding, p by Holm over the rows."""
+def by_length(runs: Iterable[Result]) -> dict[int, float]:
+    """Mean score after rounding by number of steps, ascending."""
+    scores: dict[int, list[float]] = {}
+    for run in runs:
+        scores.setdefault(run.steps, []).append(run.post)
+    return {steps: fmean(scores[steps]) for steps in sorted(scores)}
+
+
+def at_equal_steps(rows: Rows, after: Fit, lengths: Mapping[int, float]) -> Fit:
+    """Differences of `after`'s rows from the score that `lengths` have at their steps."""
+    changes = {}
+    for name in after.changes:
+        runs = rows[name].values()
+        if min(lengths) <= min(run.steps for run in runs) <= max(lengths):
+            known = np.log(list(lengths)), list(lengths.values())
+            change = fmean(run.post - np.interp(math.log(run.steps), *known) for run in runs)
+            error = after.spread * math.sqrt(1 / len(runs) + 1)
+            changes[name] = tested(float(change), error, after.freedom)
+    return after._replace(changes=by_holm(changes))
+
+
+def judge(rows: Rows, baseline: str, lengths: Sequence[Result] = ()) -> Judged:
+    """Differences before and after rounding, and at equal steps, p by Holm over the rows."""
     own = rows[baseline]
     again = [name for name, row in rows.items() if name != baseline and only_rounds(row, own)]
     trained = [(name, seed) for name in rows if name not in again for seed in rows[name]]
     before = fit({(row, seed): rows[row][seed].pre for row, seed in trained}, baseline)
     after = fit({(row, seed): rows[row][seed].post for row, seed in trained}, baseline)
     after.changes.update({name: rounded_again(rows[name], own, after) for name in again})
-    return Judged(*(made._replace(changes=by_holm(made.changes)) for made in (before, after)))
+    before, after = (made._replace(changes=by_holm(made.changes)) for made in (before, after))
+    known = by_length([*own.values(), *lengths])
+    return Judged(before, after, at_equal_steps(rows, after, known) if lengths else None)
 
 
 def by_holm(changes: Mapping[str, Delta]) -> dict[str, Delta]:
@@ -174,7 +217,7 @@ def line(name: str, runs: Mapping[int, Result], judged: Judged, what: str) -> li
     after = f"{fmean(run.post for run in runs.values()):.4f}"
     sizes = sorted(run.model_bytes for run in runs.values())
     spread = f"{sizes[0]:,}" + (f" to {sizes[-1]:,}" if len(sizes) > 1 else "")
-    changes = [told(made.changes.get(name)) for made in judged]
+    changes = [told(made.changes.get(name)) for made in judged.fits()]
     return [f"`{name}`", what, str(len(runs)), before, after, *changes, spread]
 
 
@@ -195,13 +238,15 @@ def table(rows: Rows, baseline: str, judged: Judged) -> list[str]:
     order = [baseline, *ordered(judged)]
     lines = [line(name, rows[name], judged, what.get(name, "")) for name in order]
     head = ["row", "what", "seeds", "bpb before rounding", "after"]
-    head += [f"against `{baseline}`, before", "after", "artifact, bytes"]
+    head += [f"against `{baseline}`, before", "after"]
+    head += ["at equal steps"] if judged.equal_steps else []
+    head += ["artifact, bytes"]
     return [*markdown_table(head, lines), "", footnote(judged)]
 
 
 def footnote(judged: Judged) -> str:
     """What the intervals rest on."""
-    before, after = judged
+    before, after = judged.before, judged.after
     rows = len(after.changes)
     if not after.freedom:
         return "No two rows share two seeds, so there are no intervals."
@@ -217,7 +262,7 @@ def forest_lines(judged: Judged) -> list[figures.Line]:
     what, lines = words(), []
     for name in ordered(judged):
         label = f"{name}: {what[name]}" if name in what else name
-        measures = [Measure("", [], [], made.changes.get(name)) for made in judged]
+        measures = [Measure("", [], [], made.changes.get(name)) for made in judged.fits()]
         lines.append(figures.Line("\n".join(textwrap.wrap(label, 44)), measures))
     return lines
 
@@ -225,6 +270,7 @@ def forest_lines(judged: Judged) -> list[figures.Line]:
 def picture(baseline: str, judged: Judged) -> bytes:
     """The forest plot as PNG."""
     titles = [f"against {baseline}, {when} rounding" for when in ("before", "after")]
+    titles += ["the second at equal steps"] if judged.equal_steps else []
     return figures.png(figures.forest(forest_lines(judged), titles, figures.XLABEL))
 
 
@@ -237,6 +283,13 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("rows", nargs="+", help=f"What is compared: {side}.")
     top.add_argument(
         "--without", default="", help="Rows to leave out, with commas between (default: none)."
+    )
+    top.add_argument(
+        "--lengths",
+        nargs="+",
+        default=[],
+        metavar="ROW",
+        help=f"Runs of the baseline over other numbers of steps: {side}.",
     )
     top.add_argument("--png", type=Path, metavar="FILE", help="Write a forest plot, too.")
     return top
@@ -255,7 +308,7 @@ def work(asked: argparse.Namespace) -> int:
         del rows[name]
     if len(rows) < 2:
         raise tg.InputError("there is no row besides the baseline")
-    judged = judge(rows, baseline)
+    judged = judge(rows, baseline, read_lengths(asked.lengths, baseline))
     say("\n".join(table(rows, baseline, judged)))
     if asked.png:
         tg.write_atomically(asked.png, picture(baseline, judged))
