@@ -2214,9 +2214,9 @@ def pack(model: GPT, config: Config, hessians: Mapping[str, Tensor] | None = Non
         tokenizer_sha256=file_hash(find_file(config.tokenizer_path)),
         tensors=[(name, stored.kind) for name, stored in held.items()],
     )
-    values = (t.cpu().numpy().tobytes() for stored in held.values() for t in stored.tensors)
+    values = [t.cpu().numpy().tobytes() for stored in held.values() for t in stored.tensors]
     codec = config.codec + SHUFFLED if config.byte_shuffle else config.codec
-    return seal("artifact", codec, header, values)
+    return b"".join(seal("artifact", codec, header, *values))
 
 
 LANDING = 0.003  # share of SIZE_LIMIT_BYTES that MATRIX_CLIP_SIGMAS=0 leaves unused, at most
@@ -3479,7 +3479,7 @@ class Reporter:
             figures = score._asdict() | facts()
             self.log.metric(step=step, train_seconds=seconds, **figures)
 
-        trainer.world.on_main(write)  # the others wait here: a tracker may take minutes to begin
+        trainer.world.on_main(write)  # the others wait here: a tracker may be slow
 
 
 def duration(seconds: float) -> str:
@@ -3591,7 +3591,7 @@ class Checkpoints:
     def write(self, step: int, header: dict[str, Any], values: Callable[[], np.ndarray]) -> None:
         path = self.log.folder / f"step_{step:08d}.ckpt"
         try:
-            write_atomically(path, seal("checkpoint", "none", header, [values().tobytes()]))
+            write_atomically(path, *seal("checkpoint", "none", header, values().data))
             for old in sorted(self.log.folder.glob("step_*.ckpt"))[:-2]:
                 old.unlink()
         except OSError as error:
@@ -4076,7 +4076,9 @@ class Watchdog:
         self.trusting = False  # the main thread is about to end this rank by itself
         self.beats = [Beat()] * world.size  # as last read
         self.quiet = [0] * world.size  # rounds of `judge` since they changed
-        self.stuck = 0  # rounds in one collective
+        self.known = self.beats  # in the last round
+        self.begun: tuple[int, bool] | None = None  # collectives, and whether it trained, likewise
+        self.stuck = 0  # rounds since a collective began, or since a signal
         self.asked = 0  # rounds since a signal came; 0: none has
         # C writes a signal's number there at once; its Python handler waits for the main thread.
         self.signals, writer = socket.socketpair()
@@ -4108,25 +4110,34 @@ class Watchdog:
 
         It counts its own rounds: a job that was suspended as a whole finds nothing late.
         """
-        known, begun = self.beats, (-1, False)
         while not self.leaving.is_set():
             if select.select([self.signals], [], [], 1)[0]:
                 self.signals.recv(64)
-                self.asked = max(self.asked, 1)
+                self.heard()
                 time.sleep(1)
-            beats = self.beats
-            for rank, beat in enumerate(beats):
-                self.quiet[rank] = self.quiet[rank] + 1 if beat == known[rank] else 0
-            # Of a wait before training nothing counts in it: the first step has all its time.
-            now = (self.world.collectives, self.world.training)
-            self.stuck = self.stuck + 1 if now == begun else 0
-            self.asked = self.asked + 1 if self.asked else 0
-            known, begun = beats, now
+            self.count()
             reason = self.verdict()
             if reason and not self.trusting and not self.leaving.is_set():
                 say(sys.stderr, f"[rank {self.world.rank}] {self.world.place}: {reason}")
                 self.end_stopped()
                 os._exit(EXIT_LOST)
+
+    def heard(self) -> None:
+        """A signal."""
+        if not self.asked:
+            self.asked, self.begun = 1, None
+
+    def count(self) -> None:
+        """A round: what has not moved since the last one."""
+        beats = self.beats
+        for rank, beat in enumerate(beats):
+            self.quiet[rank] = self.quiet[rank] + 1 if beat == self.known[rank] else 0
+        # Of a wait before training nothing counts in it: the first step has all its time. After a
+        # signal nothing counts of what was before: work of one rank's own begins no collective.
+        now = (self.world.collectives, self.world.training)
+        self.stuck = self.stuck + 1 if now == self.begun else 0
+        self.asked = self.asked + 1 if self.asked else 0
+        self.known, self.begun = beats, now
 
     def verdict(self) -> str:
         """Why this rank must end, and "" if it need not."""
@@ -4240,15 +4251,19 @@ def append_line(path: Path, line: str) -> None:
 class Tracker:
     """Weights & Biases, or TensorBoard's files in the run's folder."""
 
+    send: Callable[[dict[str, Any]], Any]  # the metrics of a step
+    finish: Callable[[], Any]
+
     def __init__(self, kind: str, folder: Path) -> None:
         self.kind, self.folder = kind, folder
 
-    @functools.cached_property
-    def send(self) -> Callable[[dict[str, Any]], Any]:
-        """What takes the metrics of a step."""
+    def begin(self) -> None:
+        """Imports the package and opens the run, which may take minutes."""
         if self.kind == "wandb":
             wandb = importlib.import_module("wandb")
-            return wandb.init(name=self.folder.name, dir=str(self.folder)).log
+            run = wandb.init(name=self.folder.name, dir=str(self.folder))
+            self.send, self.finish = run.log, run.finish
+            return
         board = importlib.import_module("torch.utils.tensorboard")
         writer = board.SummaryWriter(str(self.folder), flush_secs=5)
 
@@ -4257,7 +4272,7 @@ class Tracker:
                 if isinstance(value, (int, float)):
                     writer.add_scalar(name, value, values["step"])
 
-        return add
+        self.send, self.finish = add, writer.close
 
 
 class Log:
@@ -4299,10 +4314,14 @@ class Log:
 
     def metric(self, **values: Any) -> None:
         self.to_file(json.dumps(values), "metrics.jsonl")
+        self.tracked(lambda tracker: tracker.send(values))
+
+    def tracked(self, act: Callable[[Tracker], Any]) -> None:
+        """Has the tracker act; one that fails, in whatever way, is switched off."""
         if self.tracker is None:
             return
-        try:  # a tracker that fails, in whatever way, is switched off and the run goes on
-            self.tracker.send(values)
+        try:
+            act(self.tracker)
         except Exception as error:
             self.tracker = None
             self(f"warning: TRACKER is off: {type(error).__name__}: {error}")
@@ -4312,11 +4331,12 @@ class Log:
             say(sys.stderr, f"\r\033[K{text}", end="")
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, *pieces: bytes | memoryview) -> None:
     """Writes a file that has its name only once it is whole on the disk."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
-        file.write(data)
+        for piece in pieces:
+            file.write(piece)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -4376,12 +4396,24 @@ def decompress(codec: str, data: bytes, limit: int) -> bytes:
         raise InputError("brotli is too old: pip install -U brotli") from None
 
 
-def seal(kind: str, codec: str, header: dict[str, Any], values: Iterable[bytes]) -> bytes:
-    """A sealed file as bytes."""
+def seal(
+    kind: str, codec: str, header: dict[str, Any], *values: bytes | memoryview
+) -> list[bytes | memoryview]:
+    """A sealed file in pieces.
+
+    Without a codec the values are among them as they are. Copies of a checkpoint's would hold up
+    all threads, and with them training; hashing and writing do not.
+    """
     text = json.dumps(header).encode()
-    raw = struct.pack("<I", len(text)) + text + b"".join(values)
-    body = struct.pack("<8sQ", codec.encode(), len(raw)) + compress(codec, raw)
-    return MAGIC[kind] + hashlib.sha256(body).digest() + body
+    raw = [struct.pack("<I", len(text)), text, *values]
+    size = sum(memoryview(piece).nbytes for piece in raw)
+    if codec != "none":
+        raw = [compress(codec, b"".join(raw))]
+    body = [struct.pack("<8sQ", codec.encode(), size), *raw]
+    digest = hashlib.sha256()
+    for piece in body:
+        digest.update(piece)
+    return [MAGIC[kind], digest.digest(), *body]
 
 
 def unseal(kind: str, data: bytes, origin: str, limit: int, read: Callable[..., Any]) -> Any:
@@ -5023,6 +5055,7 @@ def open_log(config: Config, world: World) -> Log:
     span = 0 if config.eval_only or config.warmdown_fraction else config.warmdown_iters
     if span >= config.iterations:
         log(f"warning: WARMDOWN_ITERS={span}: the learning rate falls from step 0 on")
+    world.on_main(lambda: log.tracked(Tracker.begin))  # before the clock runs
     return log
 
 
@@ -5122,6 +5155,9 @@ def round_trip(scorer: Scorer, artifact: Artifact, compiler: Compiler, log: Log)
             log(f"RESUME={log.folder} with another RUN_ID and fewer MATRIX_BITS packs it again")
     sizes = dict(bytes_code=script, bytes_model=len(data), bytes_total=total, fits=over <= 0)
     return {name: score._asdict() for name, score in scores.items()} | hashes | sizes
+
+
+SCORES = ("roundtrip", "sliding", "ttt")  # of an artifact
 
 
 def score_artifact(
@@ -5327,23 +5363,54 @@ def measure_reserve(trainer: Trainer, log: Log) -> float:
     return trainer.config.gptq_seconds
 
 
+def in_thread(work: Callable[[], Any]) -> Any:
+    """What `work` returns, while this thread can be interrupted.
+
+    A signal's handler waits until a codec returns, with brotli for half a minute, and its sender
+    does not. The thread is left to itself then; it holds up no exit.
+    """
+    done: Future = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except Exception as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return done.result()
+
+
+@contextlib.contextmanager
+def put_back(params: Iterable[nn.Parameter]) -> Iterator[None]:
+    """The parameters have their values again afterwards."""
+    params = [*params]
+    exact = [p.detach().clone() for p in params]
+    try:
+        yield
+    finally:
+        torch._foreach_copy_([p.data for p in params], exact)
+
+
 @contextlib.contextmanager
 def as_stored(
     params: Mapping[str, nn.Parameter], config: Config, hessians: Mapping[str, Tensor]
 ) -> Iterator[None]:
     """The values that an artifact gives back in place of those of the parameters it rounds."""
     rounded = {name: p for name, p in params.items() if role_of(p).bits}
-    exact = [p.detach().clone() for p in rounded.values()]
-    for name, p in rounded.items():
-        p.data.copy_(dequantize_rows(*store(p, config, hessians.get(name)).tensors))
-    try:
+    with put_back(rounded.values()):
+        for name, p in rounded.items():
+            p.data.copy_(dequantize_rows(*store(p, config, hessians.get(name)).tensors))
         yield
-    finally:
-        torch._foreach_copy_([p.data for p in rounded.values()], exact)
+
+
+def not_rounded(trainer: Trainer) -> list[nn.Parameter]:
+    """What an artifact has in float16."""
+    return [p for p in trainer.params if not role_of(p).bits]
 
 
 def refit(trainer: Trainer, hessians: Mapping[str, Tensor], log: Log) -> float:
-    """Tunes what stays float16 to the rounded matrices, on training data that comes next.
+    """Tunes `not_rounded` parameters to the rounded matrices, on training data that comes next.
 
     The matrices themselves are as before afterwards, and so are rounded to the same integers
     again. The seconds it took.
@@ -5353,8 +5420,8 @@ def refit(trainer: Trainer, hessians: Mapping[str, Tensor], log: Log) -> float:
         return 0.0
     world.enter("refit")
     began = time.perf_counter()
-    vectors = [p for p in trainer.params if not role_of(p).bits]
-    adam = torch.optim.Adam(vectors, betas=(config.beta1, config.beta2), eps=config.adam_eps)
+    betas = config.beta1, config.beta2
+    adam = torch.optim.Adam(not_rounded(trainer), betas=betas, eps=config.adam_eps)
     calibrated = math.ceil(config.gptq_batches / trainer.batches.accumulation)
     first = trainer.step + calibrated  # rounding has not seen these batches either
     with as_stored(dict(trainer.model.named_parameters()), config, hessians):
@@ -5372,7 +5439,8 @@ def refit(trainer: Trainer, hessians: Mapping[str, Tensor], log: Log) -> float:
 def export(trainer: Trainer, trained: Trained, validation: Validation, log: Log) -> dict[str, Any]:
     """Writes the artifact of the weights that AVERAGE chooses; figures of the training."""
     config, world, average = trainer.config, trainer.world, trainer.average
-    with average.swapped_in(trainer.params):
+    # A checkpoint of an export that is broken off is of the weights as they were trained.
+    with average.swapped_in(trainer.params), put_back(not_rounded(trainer)):
         hessians, calibration = calibrate(trainer, log)
         seconds, score = trained.seconds + calibration, trained.score
         if config.average != "none":
@@ -5383,12 +5451,8 @@ def export(trainer: Trainer, trained: Trained, validation: Validation, log: Log)
         if 0 < config.max_wallclock_seconds < seconds:
             log.object(f"training, calibration and refit took {seconds:.1f} s")
         world.enter("export")
-        # By a thread: signals wait until a codec returns, with brotli for half a minute.
-        with ThreadPoolExecutor(1) as thread:
-            packing = functools.partial(pack_to_fit, trainer.model, config, hessians, log)
-            world.on_main(
-                lambda: write_atomically(log.folder / ARTIFACT, thread.submit(packing).result())
-            )
+        packing = functools.partial(pack_to_fit, trainer.model, config, hessians, log)
+        world.on_main(lambda: write_atomically(log.folder / ARTIFACT, in_thread(packing)))
     return dict(
         model_params=sum(p.numel() for p in trainer.params),
         steps=trainer.step,
@@ -5438,7 +5502,7 @@ def train_and_export(
         log(speed(trainer))
         peak = torch.cuda.max_memory_allocated() >> 20 if world.on_cuda else 0
         log(f"peak memory allocated: {peak} MiB")
-        last = training_mode(config, trainer.step, trained.seconds)
+        last = training_mode(trainer.config, trainer.step, trained.seconds)
         if last.passes != config.schedule()[-1][1]:
             log(f"warning: PASSES_SCHEDULE={config.passes_schedule} did not come to its last entry")
         result = export(trainer, trained, validation, log)
@@ -5475,6 +5539,9 @@ def do_run(config: Config, world: World) -> int:
     world.enter("scoring of the artifact")
     result |= round_trip(scorer, artifact, compiler, log)
     result |= dict(config=asdict(artifact.config), versions=versions(world), world_size=world.size)
+    final = {f"final_{name}": result[name]["val_bpb"] for name in SCORES if name in result}
+    log.tracked(lambda tracker: tracker.send(dict(step=result.get("steps", 0), **final)))
+    log.tracked(lambda tracker: tracker.finish())
     result["not_a_submission"] = log.objections
     text = json.dumps(result, indent=1).encode()
     world.on_main(lambda: write_atomically(log.folder / "result.json", text))

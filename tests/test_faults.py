@@ -9,6 +9,8 @@ import shutil
 import signal
 import threading
 import time
+import tracemalloc
+import types
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -108,11 +110,12 @@ def die_inside_a_save() -> None:
     """Killed when half of the checkpoint of step 6 is written."""
     write = tg.write_atomically
 
-    def cut(path: Path, data: bytes) -> None:
+    def cut(path: Path, *pieces: bytes) -> None:
         if path.suffix == ".ckpt" and str(FAULT_STEP + 1) in path.stem:
+            data = b"".join(pieces)
             path.with_name(path.name + ".tmp").write_bytes(data[: len(data) // 2])
             os.kill(os.getpid(), signal.SIGKILL)
-        write(path, data)
+        write(path, *pieces)
 
     PATCH.setattr(tg, "write_atomically", cut)
 
@@ -129,15 +132,15 @@ def get_sigterm_in_export() -> None:
 
 
 def linger_on_rank_0(seconds: float) -> None:
-    """With the first word to a tracker, and with packing: both of them rank 0 does alone.
+    """With the beginning of a tracker, and with packing: both of them rank 0 does alone.
 
     Then a step takes its time, in which nothing that was before may count.
     """
     pack, sum_gradients = tg.pack_to_fit, tg.Trainer.sum_gradients
 
-    def send(_: tg.Tracker, values: dict[str, Any]) -> None:
-        if values["step"] == 0:
-            time.sleep(seconds)
+    def begin(tracker: tg.Tracker) -> None:
+        time.sleep(seconds)
+        tracker.send, tracker.finish = lambda values: None, lambda: None
 
     def slow_pack(*args: Any) -> bytes:
         time.sleep(seconds)
@@ -149,7 +152,7 @@ def linger_on_rank_0(seconds: float) -> None:
         sum_gradients(self, *args)
 
     PATCH.setattr(tg.Trainer, "sum_gradients", slow_step)
-    PATCH.setattr(tg.Tracker, "send", send)
+    PATCH.setattr(tg.Tracker, "begin", begin)
     PATCH.setattr(tg, "pack_to_fit", slow_pack)
 
 
@@ -452,12 +455,8 @@ def test_a_killed_rank_ends_the_other_one_which_saves(env: Env, case: str) -> No
 
 
 def test_what_rank_0_does_alone_ends_no_run(env: Env) -> None:
-    """Though it takes longer than a rank is waited for in a step.
-
-    The first word to the tracker is that of a validation before step 1: the next thing that the
-    other rank does is a step.
-    """
-    names = env | {"RUN_ID": "slow rank 0", "TRACKER": "wandb", "VAL_LOSS_EVERY": "8"}
+    """Though it takes longer than a rank is waited for in a step."""
+    names = env | {"RUN_ID": "slow rank 0", "TRACKER": "wandb"}
     codes, texts = suffer(names | {"RANK_TIMEOUT_SECONDS": "8"}, 2, partial(linger_on_rank_0, 9))
     assert codes == [0, 0], texts
 
@@ -550,6 +549,67 @@ def test_files_are_on_the_disk_before_they_get_their_names(
         monkeypatch.setattr(os, name, partial(noted, name, getattr(os, name)))
     tg.write_atomically(tmp_path / "file", b"data")
     assert calls == ["fsync", "replace"] and (tmp_path / "file").read_bytes() == b"data"
+
+
+def test_a_checkpoint_is_written_without_a_copy_of_it(tmp_path: Path) -> None:
+    """A copy, of 448 MB for `frontier`, holds up the thread that trains."""
+    values = np.arange(1 << 20, dtype=np.float32)
+    tracemalloc.start()
+    try:
+        pieces = tg.seal("checkpoint", "none", {"step": 1}, values.data)
+        tg.write_atomically(tmp_path / "file", *pieces)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < values.nbytes // 8
+    data = (tmp_path / "file").read_bytes()
+    raw = tg.unseal("checkpoint", data, "file", len(data), lambda header, raw, codec: raw)
+    assert raw == values.tobytes()
+
+
+def test_a_signal_does_not_wait_for_a_codec() -> None:
+    release, finished = threading.Event(), []
+
+    def work() -> None:
+        release.wait(60)
+        finished.append(True)
+
+    def stop(*_: Any) -> None:
+        raise tg.Ended(tg.EXIT_STOPPED, "export: stopped")
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    with pytest.raises(tg.Ended):
+        tg.in_thread(work)
+    assert not finished
+    release.set()
+    assert tg.in_thread(lambda: 7) == 7
+    with pytest.raises(OSError, match="disk"):
+        tg.in_thread(partial(unreadable, "the disk is gone"))
+
+
+def unreadable(why: str) -> None:
+    raise OSError(why)
+
+
+def test_a_rank_that_gets_a_signal_in_long_work_of_its_own_is_not_lost() -> None:
+    """It begins no collective, and neither does the checkpoint that it then writes."""
+    dog: Any = tg.Watchdog.__new__(tg.Watchdog)
+    dog.world = types.SimpleNamespace(collectives=5, training=False, rank=0)
+    dog.timeout, dog.store_error, dog.quiet, dog.stuck, dog.asked = 60, "", [0], 0, 0
+    dog.known, dog.begun = [tg.Beat()], None
+    numbers = itertools.count(1)
+
+    def rounds(count: int) -> str:
+        for _ in range(count):
+            dog.beats = [tg.Beat(next(numbers))]
+            dog.count()
+        return dog.verdict()
+
+    assert rounds(30) == "" and dog.stuck == 29
+    dog.heard()
+    assert rounds(2 * tg.HURRY) == ""
+    assert "a collective does not end" in rounds(5)
 
 
 # ---- Errors

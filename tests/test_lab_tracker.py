@@ -43,7 +43,7 @@ def fake_wandb(fails: str, sent: list[dict[str, Any]]) -> types.ModuleType:
     def init(**_: Any) -> types.SimpleNamespace:
         if fails == "init":
             raise OSError("no network")
-        return types.SimpleNamespace(log=log)
+        return types.SimpleNamespace(log=log, finish=lambda: sent.append({"finished": True}))
 
     def log(values: dict[str, Any]) -> None:
         if fails == "log" and len(sent) == 2:
@@ -58,7 +58,7 @@ def fake_wandb(fails: str, sent: list[dict[str, Any]]) -> types.ModuleType:
 @pytest.mark.parametrize(
     ("fails", "count", "warning"),
     [
-        ("", 4, None),
+        ("", 6, None),
         ("init", 0, "TRACKER is off: OSError: no network"),
         ("log", 2, "TRACKER is off: RuntimeError: quota"),
     ],
@@ -75,8 +75,28 @@ def test_a_tracker_that_fails_is_switched_off_and_named(
     monkeypatch.setitem(sys.modules, "wandb", fake_wandb(fails, sent))
     log = run(corpus, tmp_path, "wandb")
     assert len(sent) == count
+    if not fails:
+        assert sent[-2]["step"] == 3 and sent[-2]["final_roundtrip"] > 0
+        assert sent[-1] == {"finished": True}
     assert (warning is None) == ("warning: TRACKER" not in log)
     assert warning is None or log.count(f"warning: {warning}\n") == 1
+
+
+def test_a_tracker_begins_before_the_clock(
+    corpus: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where no validation comes before the first step: it may take minutes."""
+    calls = []
+    monkeypatch.setattr(tg.Tracker, "begin", lambda tracker: calls.append("begin"))
+    start = tg.Clock.start
+
+    def noted(clock: tg.Clock) -> None:
+        calls.append("clock")
+        start(clock)
+
+    monkeypatch.setattr(tg.Clock, "start", noted)
+    run(corpus | dict(VAL_LOSS_EVERY="0"), tmp_path, "wandb")
+    assert "begin" in calls and calls[-1] == "clock"
 
 
 def test_a_package_that_is_missing_is_a_warning(

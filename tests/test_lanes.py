@@ -301,7 +301,7 @@ def test_an_artifact_from_before_is_read(env: dict[str, str]) -> None:
     data = tg.pack(model, config)
     header, raw, codec = tg.unseal("artifact", data, "here", 1 << 28, lambda *parts: parts)
     assert header["architecture"].pop("loop_lanes") == 1
-    read, found, _ = tg.load_model(tg.seal("artifact", codec, header, [raw]), "here")
+    read, found, _ = tg.load_model(b"".join(tg.seal("artifact", codec, header, raw)), "here")
     assert (found, read.core.lanes) == (config.architecture(), None)
 
 

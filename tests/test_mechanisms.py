@@ -3,10 +3,12 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
+from helpers import flat, no_score
 from test_lanes import BETWEEN, SMALL, Written, make_steps, norm, tokens, trainer_of
 from test_lanes import env as env  # a fixture
 from torch import Tensor
@@ -384,6 +386,28 @@ def test_a_refit_sees_what_calibration_has_not_seen(
     assert seen == [4, 5]
     tg.refit(trainer, hessians, log)
     assert seen == [4, 5, 6, 7]
+
+
+def test_an_export_that_breaks_off_leaves_the_weights_as_trained(
+    env: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A checkpoint that is made of them then is refitted once, not twice, by what goes on."""
+    trainer = trainer_of(tg.Config.from_env(env | refit_of(3) | dict(AVERAGE="none")))
+    make_steps(trainer, 4)
+    trained = flat(trainer.params)
+    seen = []
+
+    def no_room(model: tg.GPT, *_: Any) -> bytes:
+        seen.append(flat(model.parameters()))
+        raise OSError("no room")
+
+    monkeypatch.setattr(tg, "pack_to_fit", no_room)
+    (tmp_path / "run").mkdir()
+    with pytest.raises(Exception, match="no room"):
+        done, validation = tg.Trained(1.0, no_score(), "steps"), SimpleNamespace()
+        tg.export(trainer, done, cast(tg.Validation, validation), tg.Log(tmp_path / "run", True))
+    assert not seen[0].equal(trained)
+    assert flat(trainer.params).equal(trained)
 
 
 def test_the_time_of_a_refit_counts_as_training(tmp_path: Path) -> None:
