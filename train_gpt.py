@@ -3037,9 +3037,10 @@ class Clock:
             seconds = seen[0][0]
             self.per_step = max(seconds - self.seconds, 1e-9) / (step - self.step)
             self.step, self.seconds = step, seconds
-            # The next reading comes in half of what is left, or after 5 s or ten steps.
+            # The next reading comes in half of what is left, or after 5 s or 50 steps: a device
+            # whose queue it empties waits until the next step is fetched and launched.
             ahead = min(self.cap - seconds, 10.0) / 2 / self.per_step
-            self.due = step + int(min(max(ahead, 1), 10))
+            self.due = step + int(min(max(ahead, 1), 50))
             signals = max(name for _, name in seen)
             if signals:
                 self.signal = self.world.signal = signals

@@ -722,6 +722,28 @@ def test_the_clock_goes_on_and_validation_is_not_on_it(
     assert clocks[0][0] == pytest.approx(0.3)
 
 
+@pytest.mark.parametrize("step_ms", [40, 134, 2000, 9000])
+def test_the_clock_is_read_rarely_and_not_too_late(
+    step_ms: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """600 s whose steps take half as long again from .35 on, as those of a loop do."""
+    time, cap = ManualTime(), 600.0
+    monkeypatch.setattr(tg, "time", time)
+    clock, began = tg.Clock(tg.World({}), cap), time.now
+    readings, taken, step = [0], 0.0, 0
+    # The rule by which training ends.
+    while clock.read(step) + (2 * clock.per_step if step > 1 else 0) <= cap:
+        if clock.step != readings[-1]:
+            readings.append(clock.step)
+        taken = step_ms / 1e3 * (1.5 if time.now - began > 0.35 * cap else 1)
+        time.now += taken
+        step += 1
+    assert cap - 3 * taken < time.now - began <= cap
+    gaps = np.diff(readings)
+    assert gaps.max() <= 50 and gaps.max() * step_ms / 1e3 <= max(5, step_ms / 1e3)
+    assert len(readings) < 15 + step / min(50, max(1, 5000 // (1.5 * step_ms)))
+
+
 def test_training_draws_no_random_numbers(env: Env, monkeypatch: pytest.MonkeyPatch) -> None:
     """Why a checkpoint holds no random state."""
     states: list[tuple[Any, ...]] = []
