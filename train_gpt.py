@@ -4620,7 +4620,10 @@ SYSTEMS: dict[str, Preset] = {
     "L": Preset(
         OWN_MLPS | layers(1, 4, 2, 1), "series 3: I, an MLP of its own for every pass", 1.2406, 42.6
     ),
-    "M": Preset(OWN_MLPS | layers(1, 4, 3, 1), "series 3: K, an MLP of its own for every pass"),
+    "M": Preset(
+        OWN_MLPS | layers(1, 4, 3, 1),
+        "series 3: K, an MLP of its own for every pass; too large at 8 bits",
+    ),
     "N": Preset(FILM | layers(1, 4, 2, 1), "series 3: I + FiLM bias", 1.2641, 42.48),
     "O": Preset(FILM | layers(1, 4, 3, 1), "series 3: K + FiLM bias", 1.2625, 58.18),
     "P": Preset(
@@ -5275,6 +5278,22 @@ def speed(trainer: Trainer) -> str:
     return text
 
 
+BASELINE_BYTES = 0.927  # a parameter, of int8 with zlib: 15.82 MB of the contest's baseline
+
+
+def warning_of_size(config: Config, parameters: int) -> str:
+    """Why a run at a fixed rounding is likely to end above the limit; "" if it is not."""
+    script = len(script_file())
+    total = int(BASELINE_BYTES * parameters) + script
+    if (config.matrix_bits, config.codec) != (8, "zlib") or total <= config.size_limit_bytes:
+        return ""
+    return (
+        f"warning: int8 with zlib takes some {total} bytes here, {script} of them this script; "
+        f"SIZE_LIMIT_BYTES={config.size_limit_bytes}. CODEC=lzma or brotli takes fewer, and so "
+        "does a packed script (records/tools/submit.py --pack)"
+    )
+
+
 def log_setup(trainer: Trainer, log: Log) -> None:
     config, world, model = trainer.config, trainer.world, trainer.model
     batches = trainer.batches
@@ -5290,6 +5309,8 @@ def log_setup(trainer: Trainer, log: Log) -> None:
         log("warning: a step of this size takes minutes on a CPU, and gigabytes; try PRESET=tiny")
     elif config.dtype == "bfloat16" and not multiplies_bfloat16():
         log("warning: bfloat16 is slow on this processor, many times slower than DTYPE=float32")
+    if warning := warning_of_size(config, parameters):
+        log(warning)
     log(f"train_loader:shards:{len(batches.tokens.paths)} tokens:{batches.tokens.total}")
     train = check_tokenizer(find_file(config.tokenizer_path), batches.tokens)
     log(f"tokenizer of the train shards: {train}")

@@ -352,3 +352,20 @@ def test_a_codec_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch)
         tg.compress("brotli", b"")
     with pytest.raises(tg.InputError, match="brotli is not installed"):
         tg.load_model(artifact(b"brotli", 64, b"x"), "memory")
+
+
+@pytest.mark.parametrize(
+    ("given", "parameters", "over"),
+    [
+        (dict(PRESET="naive"), 17_059_912, True),  # 15,815,889 bytes published, without the script
+        (dict(PRESET="naive", CODEC="lzma"), 17_059_912, False),
+        (dict(PRESET="naive", SIZE_LIMIT_BYTES="17000000"), 17_059_912, False),
+        (dict(PRESET="T"), 11_572_272, False),
+        (dict(PRESET="M"), 19_950_640, True),
+    ],
+)
+def test_a_run_that_is_likely_to_end_above_the_limit_says_so_before_it_starts(
+    given: dict[str, str], parameters: int, over: bool
+) -> None:
+    told = tg.warning_of_size(tg.Config.from_env(given), parameters)
+    assert bool(told) == over and (not over or "SIZE_LIMIT_BYTES=" in told)

@@ -571,7 +571,7 @@ def test_a_signal_does_not_wait_for_a_codec() -> None:
     release, finished = threading.Event(), []
 
     def work() -> None:
-        release.wait(60)
+        release.wait(HANG)
         finished.append(True)
 
     def stop(*_: Any) -> None:
