@@ -4569,9 +4569,6 @@ FRONTIER = (
         eval_stride=64,
     )
 )
-# The loop's mechanism on that stack, until runs at scale pocket have chosen among the rows
-# frontier_loop, _loop_half, _set, _set_identity, _lanes, _truncated, _branch_scale and _lr_core.
-LOOP = dict(use_birkhoff_mix=True, mix_init=3.0, mix_once_a_pass=True)
 
 
 class Preset(NamedTuple):
@@ -4670,10 +4667,6 @@ SYSTEMS: dict[str, Preset] = {
         FRONTIER,
         "PR 1720: 3+3x(1, 3)+5, U-Net over the loop, parallel residual, XSA, 8192 pieces",
         1.0818,
-    ),
-    "frontier_loop": Preset(
-        FRONTIER | LOOP,
-        "the same with a convex mix of x0 once a pass, which starts at .95 of the state",
     ),
 }
 SCALES: dict[str, Preset] = {

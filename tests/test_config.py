@@ -59,7 +59,6 @@ REPORTED_MILLIONS = dict(
     recur_2x6_1024=14.7,
 )
 OF_PULL_REQUESTS = {"growing", "growing_live", "frontier"}
-OWN = {"frontier_loop"}
 
 
 def config(**env: Any) -> tg.Config:
@@ -117,7 +116,7 @@ def test_preset_is_the_published_run(name: str) -> None:
 
 def test_every_published_run_has_a_preset() -> None:
     assert len(RUNS) == 21
-    assert tg.SYSTEMS.keys() == {*RUNS, "naive", *REPORTED_MILLIONS, *OF_PULL_REQUESTS, *OWN}
+    assert tg.SYSTEMS.keys() == {*RUNS, "naive", *REPORTED_MILLIONS, *OF_PULL_REQUESTS}
 
 
 @pytest.mark.parametrize("name", REPORTED_MILLIONS)
