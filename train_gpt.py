@@ -5554,12 +5554,12 @@ def do_run(config: Config, world: World) -> int:
     world.enter("scoring of the artifact")
     result |= round_trip(scorer, artifact, compiler, log)
     result |= dict(config=asdict(artifact.config), versions=versions(world), world_size=world.size)
-    final = {f"final_{name}": result[name]["val_bpb"] for name in SCORES if name in result}
-    log.tracked(lambda tracker: tracker.send(dict(step=result.get("steps", 0), **final)))
-    log.tracked(lambda tracker: tracker.finish())
     result["not_a_submission"] = log.objections
     text = json.dumps(result, indent=1).encode()
     world.on_main(lambda: write_atomically(log.folder / "result.json", text))
+    final = {f"final_{name}": result[name]["val_bpb"] for name in SCORES if name in result}
+    log.tracked(lambda tracker: tracker.send(dict(step=result.get("steps", 0), **final)))
+    world.on_main(lambda: log.tracked(lambda tracker: tracker.finish()))
     log(f"finished:{log.folder}")
     return 0 if result["fits"] else EXIT_SIZE
 
