@@ -3595,7 +3595,7 @@ class Checkpoints:
             write_atomically(path, *seal("checkpoint", "none", header, values().data))
             for old in sorted(self.log.folder.glob("step_*.ckpt"))[:-2]:
                 old.unlink()
-        except OSError as error:
+        except Exception as error:  # whatever it is, the run is worth more than its checkpoint
             # The artifact may need the room.
             path.with_name(path.name + ".tmp").unlink(missing_ok=True)
             self.log(f"warning: no checkpoint of step {step}: {error}")

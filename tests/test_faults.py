@@ -501,10 +501,10 @@ def test_a_slow_disk_ends_no_run(env: Env, whole: Path, monkeypatch: pytest.Monk
     """
     write, say, said = tg.write_atomically, tg.Log.__call__, threading.Event()
 
-    def slow(path: Path, data: bytes) -> None:
+    def slow(path: Path, *pieces: bytes) -> None:
         if path.suffix == ".ckpt":
             assert said.wait(HANG)
-        write(path, data)
+        write(path, *pieces)
 
     def listened(log: tg.Log, text: str) -> None:
         say(log, text)
@@ -518,18 +518,21 @@ def test_a_slow_disk_ends_no_run(env: Env, whole: Path, monkeypatch: pytest.Monk
     check_same(folder, whole)
 
 
-def test_a_full_disk_ends_no_run(env: Env, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [OSError, MemoryError])
+def test_a_full_disk_ends_no_run(
+    error: type[Exception], env: Env, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And leaves no room taken by checkpoints that were not written to their end."""
     write = tg.write_atomically
 
-    def full(path: Path, data: bytes) -> None:
+    def full(path: Path, *pieces: bytes) -> None:
         if path.suffix == ".ckpt":
-            path.with_name(path.name + ".tmp").write_bytes(data[:9])
-            raise OSError("No space left on device")
-        write(path, data)
+            path.with_name(path.name + ".tmp").write_bytes(pieces[0])
+            raise error("No space left on device")
+        write(path, *pieces)
 
     monkeypatch.setattr(tg, "write_atomically", full)
-    folder = run_to_its_end(env | {"RUN_ID": "full"})
+    folder = run_to_its_end(env | {"RUN_ID": f"full_{error.__name__}"})
     said = r"^warning: no checkpoint of step (\d+): No space"
     warned = re.findall(said, log_of(folder), re.MULTILINE)
     assert warned == ["2", "4", "6", "8", "10"] and not [*folder.glob("*.tmp")]
