@@ -1,6 +1,8 @@
 """records/tools/worth.py: runs of a known phi give it back; runs that cannot tell are refused."""
 
 import json
+import re
+import shlex
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -133,3 +135,22 @@ def test_runs_that_cannot_tell_are_refused(tmp_path: Path) -> None:
     edit_result(folder, config=result["config"] | dict(passes_schedule="0:1"))
     with pytest.raises(tg.InputError, match="seed1: PASSES_SCHEDULE=0:1: the formula has one"):
         data_of(group[0])
+
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMAND = re.compile(r"^ +python records/tools/worth\.py (.*)$", re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", ["research_notes.md", "records/README.md"])
+def test_commands_on_finished_runs_print_what_the_notes_say(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / name).read_text().replace("\\\n", "")
+    commands = [shlex.split(words) for words in COMMAND.findall(text)]
+    assert commands
+    notes = (ROOT / "research_notes.md").read_text()
+    for words in commands:
+        out = say(*words, "--resamples", "5", capsys=capsys, monkeypatch=monkeypatch)
+        found = re.findall(r"^(\w+: phi -?[0-9.]+) \(", out, re.MULTILINE)
+        assert found and all(f" {line} (" in notes for line in found)

@@ -157,7 +157,7 @@ class Judged(NamedTuple):
     equal_steps: Fit | None = None
 
     def fits(self) -> list[Fit]:
-        return [made for made in self if made]
+        return [made for made in self if made is not None]
 
 
 def by_length(runs: Iterable[Result]) -> dict[int, float]:
