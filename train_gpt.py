@@ -707,11 +707,13 @@ class Config(Architecture):
         "inside the training time; 0: none.",
     )
     refit_lr: float = option(
-        0.002, "Adam's learning rate of the refit; it falls to 0.", needs="refit_steps"
+        0.002,
+        "Adam's learning rate of the refit; it falls to 0 with its steps or its seconds.",
+        needs="refit_steps",
     )
     refit_seconds: float = option(
         5.0,
-        "Seconds of MAX_WALLCLOCK_SECONDS reserved for the refit.",
+        "Seconds of MAX_WALLCLOCK_SECONDS reserved for the refit, which ends with them.",
         needs="refit_steps max_wallclock_seconds",
     )
     codec: Literal["zlib", "lzma", "brotli"] = option(
@@ -5427,27 +5429,39 @@ def refit(trainer: Trainer, hessians: Mapping[str, Tensor], log: Log) -> float:
     """Tunes `not_rounded` parameters to the rounded matrices, on training data that comes next.
 
     The matrices themselves are as before afterwards, and so are rounded to the same integers
-    again. The seconds it took.
+    again. It ends a step before REFIT_SECONDS are over. The seconds it took.
     """
     config, world = trainer.config, trainer.world
     if not config.refit_steps:
         return 0.0
     world.enter("refit")
     began = time.perf_counter()
+
+    def seconds() -> float:
+        world.synchronize()
+        return world.on_main(lambda: time.perf_counter() - began)
+
+    limit = config.refit_seconds if config.max_wallclock_seconds else math.inf
     betas = config.beta1, config.beta2
     adam = torch.optim.Adam(not_rounded(trainer), betas=betas, eps=config.adam_eps)
     calibrated = math.ceil(config.gptq_batches / trainer.batches.accumulation)
     first = trainer.step + calibrated  # rounding has not seen these batches either
+    step, loss = 0, math.nan
     with as_stored(dict(trainer.model.named_parameters()), config, hessians):
-        for i in range(config.refit_steps):
-            trainer.sum_gradients(trainer.batches.micro(first + i), Mode(config.num_loops))
-            adam.param_groups[0]["lr"] = config.refit_lr * (1 - i / config.refit_steps)
+        spent, per_step = seconds(), 0.0
+        while step < config.refit_steps and spent + per_step < limit:
+            trainer.sum_gradients(trainer.batches.micro(first + step), Mode(config.num_loops))
+            done = max(step / config.refit_steps, spent / limit)
+            adam.param_groups[0]["lr"] = config.refit_lr * (1 - done)
             adam.step()
-    world.synchronize()
-    seconds = world.on_main(lambda: time.perf_counter() - began)
-    loss = trainer.gradients.loss.item()
-    log(f"refit steps:{config.refit_steps} train_loss:{loss:.4f} time:{1e3 * seconds:.0f}ms")
-    return seconds
+            loss = trainer.gradients.loss.item()
+            step += 1
+            now = seconds()
+            spent, per_step = now, now - spent
+    if step < config.refit_steps:
+        log(f"REFIT_SECONDS={limit} were over before REFIT_STEPS={config.refit_steps}")
+    log(f"refit steps:{step} train_loss:{loss:.4f} time:{1e3 * spent:.0f}ms")
+    return spent
 
 
 def export(trainer: Trainer, trained: Trained, validation: Validation, log: Log) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from helpers import flat, no_score
 from test_lanes import BETWEEN, SMALL, Written, make_steps, norm, tokens, trainer_of
 from test_lanes import env as env  # a fixture
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import train_gpt as tg
 from records.tools import checks, logs
@@ -408,6 +409,41 @@ def test_an_export_that_breaks_off_leaves_the_weights_as_trained(
         tg.export(trainer, done, cast(tg.Validation, validation), tg.Log(tmp_path / "run", True))
     assert not seen[0].equal(trained)
     assert flat(trainer.params).equal(trained)
+
+
+def test_a_refit_ends_a_step_before_its_seconds_are_over(
+    env: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A step takes 2 s here, rounding 1: after 7 s, the next one would end after 8.5."""
+    given = env | refit_of(100) | dict(MAX_WALLCLOCK_SECONDS="600", REFIT_SECONDS="8.5")
+    trainer = trainer_of(tg.Config.from_env(given))
+    make_steps(trainer, 1)
+    now, rates = [0.0], []
+    sum_gradients, rounded = trainer.sum_gradients, tg.as_stored
+
+    def slow_step(*given: Any) -> None:
+        sum_gradients(*given)
+        now[0] += 2
+
+    def slow_rounding(*given: Any) -> Any:
+        now[0] += 1
+        return rounded(*given)
+
+    def noted(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        rates.append(optimizer.param_groups[0]["lr"] / trainer.config.refit_lr)
+
+    monkeypatch.setattr(tg.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(trainer, "sum_gradients", slow_step)
+    monkeypatch.setattr(tg, "as_stored", slow_rounding)
+    (tmp_path / "run").mkdir()
+    log = tg.Log(tmp_path / "run", True)
+    with register_optimizer_step_post_hook(noted):
+        seconds = tg.refit(trainer, {}, log)
+    assert seconds == 7.0
+    # The rate falls with the time, which ends before the steps do.
+    assert rates == pytest.approx([1 - spent / 8.5 for spent in (1, 3, 5)])
+    told = (tmp_path / "run" / "train.log").read_text()
+    assert "REFIT_SECONDS=8.5 were over before REFIT_STEPS=100\nrefit steps:3 " in told
 
 
 def test_the_time_of_a_refit_counts_as_training(tmp_path: Path) -> None:
