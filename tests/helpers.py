@@ -145,6 +145,15 @@ def default_signals() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def nobody_reads(full: bool) -> int:
+    """A descriptor that takes nothing: of a full disk, or of a pipe that its reader has left."""
+    if full:
+        return os.open("/dev/full", os.O_WRONLY)
+    read, write = os.pipe()
+    os.close(read)
+    return write
+
+
 def wait_for(condition: Callable[[], Any], what: str) -> None:
     """Waits until something is so; `what` is said if that takes too long on any machine."""
     end = time.monotonic() + HANG

@@ -1,8 +1,7 @@
 """records/tools/generate.py: what a model says, and that a mistake is one line."""
 
-import os
+import io
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 import sentencepiece as spm
 import torch
 import torch.nn.functional as F
-from helpers import HANG
+from helpers import nobody_reads
 
 import train_gpt as tg
 from records.tools import common, generate
@@ -206,26 +205,29 @@ def test_the_tokenizer_is_that_of_the_result(
 
 
 @pytest.mark.parametrize(
-    ("place", "told"),
-    [("/dev/full", "No space left on device"), ("", "Broken pipe")],
+    ("full", "told"),
+    [(True, "No space left on device"), (False, "Broken pipe")],
     ids=["full disk", "closed pipe"],
 )
-def test_output_that_cannot_be_written_is_one_line(place: str, told: str, artifact: Path) -> None:
-    if place:
-        out = os.open(place, os.O_WRONLY)
-    else:
-        read, out = os.pipe()
-        os.close(read)
-    script = str(common.ROOT / "records" / "tools" / "generate.py")
-    command = [sys.executable, script, str(artifact), "x", "--tokens", "4"]
-    done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True, timeout=HANG)
-    os.close(out)
-    assert (done.returncode, done.stderr) == (2, f"the output cannot be written: {told}\n")
+def test_output_that_cannot_be_written_is_one_line(
+    full: bool,
+    told: str,
+    artifact: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["generate.py", str(artifact), "x", "--tokens", "4"])
+    with open(nobody_reads(full), "w") as out:  # whose end says whether anything is left unwritten
+        monkeypatch.setattr(sys, "stdout", out)
+        assert generate.main() == 2
+    assert capsys.readouterr().err == f"the output cannot be written: {told}\n"
 
 
-def test_a_terminal_that_knows_no_such_character_gets_another(artifact: Path) -> None:
-    script = str(common.ROOT / "records" / "tools" / "generate.py")
-    command = [sys.executable, script, str(artifact), "\N{SNOWMAN}", "--tokens", "0"]
-    env = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-    done = subprocess.run(command, env=env, capture_output=True, timeout=HANG)
-    assert (done.returncode, done.stdout) == (0, b"?\n"), done.stderr
+def test_a_terminal_that_knows_no_such_character_gets_another(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "argv", ["generate.py", str(artifact), "\N{SNOWMAN}", "--tokens", "0"])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "ascii"))
+    assert generate.main() == 0
+    assert shown.getvalue() == b"?\n"

@@ -1,10 +1,12 @@
 """records/tools/ablate.py: the table, what a run is given, a matrix that is stopped and goes on."""
 
 import fcntl
+import functools
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,11 +14,11 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import MappingProxyType, SimpleNamespace
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
-from helpers import HANG, wait_for
+from helpers import fork_ranks, nobody_reads, wait_for
 
 import train_gpt as tg
 from records.tools import ablate, common, logs
@@ -36,8 +38,8 @@ SMALL = dict(
     MAX_WALLCLOCK_SECONDS="0",
     VAL_LOSS_EVERY="1",
     DEVICE="cpu",
+    DTYPE="float32",  # with which a processor is faster
 )
-CLEAN = {name: value for name, value in os.environ.items() if name not in common.OPTIONS}
 PUBLISHED = json.loads((common.ROOT / "records" / "reference_runs.json").read_text())["runs"]
 # Stands for train_gpt.py where only the matrix is tested: writes a result, or fails for preset D.
 FAKE = """
@@ -56,26 +58,6 @@ REFUSE = 'print("[rank 0] no such data", file=sys.stderr), sys.exit(2)'
 
 def words_of(given: Mapping[str, str]) -> list[str]:
     return ["--set", *(f"{name}={value}" for name, value in given.items())]
-
-
-def command(out: Path, *words: str, given: Mapping[str, str] = MappingProxyType({})) -> list[str]:
-    return [
-        sys.executable,
-        str(common.ROOT / "records" / "tools" / "ablate.py"),
-        "run",
-        *words,
-        "--out",
-        str(out),
-        *(words_of(given) if given else []),
-    ]
-
-
-def ablate_run(
-    out: Path, *words: str, given: Mapping[str, str] = MappingProxyType({})
-) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(out, *words, given=given), env=CLEAN, capture_output=True, text=True, timeout=HANG
-    )
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
@@ -102,6 +84,15 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- The table
 
 
+@functools.cache
+def config_at(name: str, scale_name: str) -> tg.Config | None:
+    """A row at a scale, as the script takes it; None where the scale does not suit it."""
+    row, scale = TABLE.rows[name], TABLE.scales.get(scale_name)
+    if scale is not None and not ablate.suits(row, scale, TABLE):
+        return None
+    return tg.Config.from_env(ablate.variables(row, scale, scale_name, {}))
+
+
 def test_every_published_run_has_a_row_that_the_script_takes() -> None:
     series = {name: f"series{run['series']}" for name, run in PUBLISHED.items()}
     for name, of in series.items():
@@ -112,9 +103,7 @@ def test_every_published_run_has_a_row_that_the_script_takes() -> None:
         assert row.what and row.hypothesis, row.name
         if row.set.keys() <= common.OPTIONS:
             for name in ("", "tiny", *TABLE.scales):
-                scale = TABLE.scales.get(name)
-                if scale is None or ablate.suits(row, scale, TABLE):
-                    tg.Config.from_env(ablate.variables(row, scale, name, {}))
+                config_at(row.name, name)
     assert TABLE.rows["recur_3x3_768_qat"].set["QAT_FRACTION"] == "0.15"
 
 
@@ -211,15 +200,16 @@ def test_a_shorter_or_longer_pocket_shares_its_time_out_alike(scale: str, factor
 def test_rows_at_pocket_are_scored_alike() -> None:
     """On the same pieces, without overlap and without training, whatever their presets do."""
     for row in TABLE.rows.values():
-        for name, scale in TABLE.scales.items():
-            if not ablate.suits(row, scale, TABLE):
+        full = config_at(row.name, "")
+        assert full is not None
+        share = full.rope_dims * full.num_heads / full.model_dim
+        for name in TABLE.scales:
+            config = config_at(row.name, name)
+            if config is None:
                 continue
-            config = tg.Config.from_env(ablate.variables(row, scale, name, {}))
             told = (config.vocab_size, config.eval_stride, config.ttt_lr, config.train_seq_len)
             assert told == (1024, 0, 0, 256), (row.name, name)
             width = config.model_dim / config.num_heads
-            full = tg.Config.from_env(row.set)
-            share = full.rope_dims * full.num_heads / full.model_dim
             # Pairs of channels rotate: where a share is no even number, it is the next one.
             assert abs(config.rope_dims - share * width) < 1, row.name
 
@@ -733,58 +723,43 @@ def test_a_live_run_started_by_hand_is_left_alone(
     assert folder.is_dir() and not folder.with_name("seed1337.unfinished1").exists()
 
 
-STARTED = """
-import sys
-from records.tools import ablate
-from tests_fake import command
-ablate.Run.command = command
-sys.exit(ablate.main())
-"""
-FAKE_COMMAND = """
-import json, sys
-from dataclasses import asdict
-FAKE = {fake!r}
-def command(run):
-    return [sys.executable, "-c", FAKE, json.dumps(asdict(run.config()))]
-"""
-
-
 @pytest.mark.parametrize("full", [True, False], ids=["full disk", "closed pipe"])
-def test_runs_go_on_when_nobody_reads_the_output(full: bool, tmp_path: Path) -> None:
-    (tmp_path / "tests_fake.py").write_text(FAKE_COMMAND.format(fake=FAKE))
-    if full:
-        out = os.open("/dev/full", os.O_WRONLY)
-    else:
-        read, out = os.pipe()
-        os.close(read)
-    words = ["run", "D", "C", "E", "--out", str(tmp_path)]
-    path = f"{tmp_path}:{common.ROOT}"
-    done = subprocess.run(
-        [sys.executable, "-c", STARTED, *words],
-        env=CLEAN | {"PYTHONPATH": path},
-        stdout=out,
-        stderr=subprocess.PIPE,
-        text=True,
-        timeout=HANG,
-    )
-    os.close(out)
-    assert (done.returncode, done.stderr) == (1, ""), "D fails, the others are made"
+def test_runs_go_on_when_nobody_reads_the_output(
+    full: bool,
+    fake: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with open(nobody_reads(full), "w") as out:  # whose end says whether anything is left unwritten
+        monkeypatch.setattr(sys, "stdout", out)
+        code = call(monkeypatch, "run", "D", "C", "E", "--out", str(tmp_path))
+    assert (code, capsys.readouterr().err) == (1, ""), "D fails, the others are made"
     made = sorted(path.parent.parent.name for path in tmp_path.glob("full/*/*/run.json"))
     assert made == ["C", "E"]
 
 
+def struck(name: str, out: Path) -> int:
+    """A command that gets a signal when its run, which would take 100 seconds, has begun."""
+    slow = FAKE.replace("if env", "import time\ntime.sleep(100)\nif env")
+    begun = out / "full" / "C" / "seed1337" / "metrics.jsonl"
+
+    def strike(*_: object) -> None:
+        if begun.exists():
+            os.kill(os.getpid(), signal.Signals[name])
+
+    with pytest.MonkeyPatch.context() as patch:
+        fake_script(patch, slow)
+        patch.setattr(ablate.Board, "tick", strike)
+        return ablate.main(["run", "C", "--out", str(out)])
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_signal_ends_the_run_with_its_launcher(name: str, tmp_path: Path) -> None:
-    slow = FAKE.replace("if env", "import time\ntime.sleep(100)\nif env")
-    (tmp_path / "tests_fake.py").write_text(FAKE_COMMAND.format(fake=slow))
-    process = subprocess.Popen(
-        [sys.executable, "-c", STARTED, "run", "C", "--out", str(tmp_path)],
-        env=CLEAN | {"PYTHONPATH": f"{tmp_path}:{common.ROOT}"},
-    )
-    begun = tmp_path / "full" / "C" / "seed1337" / "metrics.jsonl"
-    wait_for(begun.exists, "the run did not begin")
-    process.send_signal(signal.Signals[name])
-    assert process.wait(HANG) == 128 + signal.Signals[name]
+    ended = fork_ranks({"LOG_DIR": str(tmp_path)}, 1, functools.partial(struck, name, tmp_path))
+    assert ended.codes == [128 + signal.Signals[name]], ended.texts
+    assert "stopping after this step" in ended.texts[0]
+    assert (tmp_path / "full" / "C" / "seed1337" / "metrics.jsonl").exists()
     with ablate.locked(tmp_path / "full" / "C" / "seed1337.lock"):
         pass  # which the run would still hold
 
@@ -926,33 +901,57 @@ def outcome(out: Path) -> dict[str, tuple]:
     return found
 
 
-def test_a_matrix_killed_in_the_middle_goes_on_where_it_was(corpus: dict, tmp_path: Path) -> None:
-    given = corpus | SMALL | {"ITERATIONS": "8", "VAL_LOSS_EVERY": "4"}
+def test_a_matrix_killed_in_the_middle_goes_on_where_it_was(
+    corpus: dict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The runs are processes; what their launcher does at a signal happens in this one."""
+    given = corpus | SMALL | {"ITERATIONS": "16", "VAL_LOSS_EVERY": "8"}
     out, whole = tmp_path / "cut", tmp_path / "whole"
     first, second = (out / "full" / row / "seed1337" for row in ("Bp", "C"))
-    process = subprocess.Popen(
-        command(out, "Bp", "C", given=given), env=CLEAN, stdout=subprocess.DEVNULL
-    )
-    begun = second / "metrics.jsonl"
-    wait_for(lambda: (first / "run.json").exists() and begun.exists(), "the second did not begin")
-    process.terminate()
-    process.wait()
-    assert not (second / "result.json").exists(), "the run was to be cut off in its middle"
-    made = (first / "result.json").stat().st_mtime_ns
-    again = ablate_run(out, "Bp", "C", given=given)
-    assert again.returncode == 0 and "1 made, 1 there already" in again.stdout, again.stdout
-    assert (first / "result.json").stat().st_mtime_ns == made, "a finished run was repeated"
-    step = common.read_result(second / "run.json")["resumed_from_step"]
-    assert f"C seed 1337: goes on from step {step}\n" in again.stdout
-    log = logs.read(second / "train.log")
-    assert f"resumed from step:{step} of step_{step:08d}.ckpt" in log.run.lines
-    assert log.words["finished"] and log.values["steps"] == 8
+    words = ["run", "Bp", "C", "--out", str(out), *words_of(given)]
     for row in ("Bp", "C"):  # without the matrix, and without a break
         env = given | dict(
             PRESET=row, SEED="1337", LOG_DIR=str(whole / "full" / row), RUN_ID="seed1337"
         )
         assert tg.run(tg.Config.from_env(env), tg.World({})) == 0
+    shutil.copytree(whole / "full" / "Bp", out / "full" / "Bp")
+    made = (first / "result.json").stat().st_mtime_ns
+
+    def strike(*_: object) -> None:
+        wait_for((second / "metrics.jsonl").exists, "the second did not begin")
+        ablate.end(signal.SIGTERM, None)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(ablate.Board, "tick", strike)
+        call(patch, *words)
+    assert not (second / "result.json").exists(), "the run was to be cut off in its middle"
+    capsys.readouterr()
+    assert call(monkeypatch, *words) == 0
+    told = capsys.readouterr().out
+    assert "1 made, 1 there already" in told, told
+    assert (first / "result.json").stat().st_mtime_ns == made, "a finished run was repeated"
+    step = common.read_result(second / "run.json")["resumed_from_step"]
+    assert f"C seed 1337: goes on from step {step}\n" in told
+    log = logs.read(second / "train.log")
+    assert f"resumed from step:{step} of step_{step:08d}.ckpt" in log.run.lines
+    assert log.words["finished"] and log.values["steps"] == 16
     assert outcome(out) == outcome(whole) and len(outcome(out)) == 2
+
+
+# Stands for train_gpt.py: every rank of a run leaves a file, the first one a result, too.
+RANKED = """
+import json, os, pathlib
+folder = pathlib.Path(os.environ["LOG_DIR"], os.environ["RUN_ID"])
+folder.mkdir(parents=True, exist_ok=True)
+(folder / f"rank{{os.environ['RANK']}}").touch()
+if os.environ["RANK"] == "0":
+    (folder / "metrics.jsonl").touch()
+    (folder / "result.json").write_text(json.dumps(
+        dict(config={config}, roundtrip=dict(val_bpb=1), fits=True)))
+"""
 
 
 def test_torchrun_starts_two_ranks_and_their_failure_is_named(
@@ -961,12 +960,17 @@ def test_torchrun_starts_two_ranks_and_their_failure_is_named(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    given = corpus | SMALL
-    out = ["--nproc", "2", "--out", str(tmp_path)]
-    assert call(monkeypatch, "run", "C", *out, *words_of(given)) == 0, capsys.readouterr()
-    result = common.read_result(tmp_path / "full" / "C" / "seed1337" / "result.json")
-    assert result["world_size"] == 2
-    nowhere = words_of(given | {"DATA_PATH": "nowhere"})
+    """The script itself fails, on both ranks; where they succeed, another stands for it."""
+    out = ["--nproc", "2", "--out", str(tmp_path / "out")]
+    config = asdict(tg.Config.from_env({"PRESET": "C", "SEED": "1337"}))
+    (tmp_path / "train_gpt.py").write_text(RANKED.format(config=config))
+    with monkeypatch.context() as patch:
+        patch.setattr(ablate, "ROOT", tmp_path)
+        assert call(patch, "run", "C", *out) == 0, capsys.readouterr()
+    made = tmp_path / "out" / "full" / "C" / "seed1337"
+    assert len(list(made.glob("rank[01]"))) == 2
+    assert common.read_result(made / "run.json")["ranks"] == 2
+    nowhere = words_of(corpus | SMALL | {"DATA_PATH": "nowhere"})
     assert call(monkeypatch, "run", "D", "E", *out, *nowhere) == 1
     told = capsys.readouterr().out
     assert "DATA_PATH=nowhere holds no fineweb_val" in told
@@ -982,9 +986,11 @@ def test_submitit_runs_the_same_command(
 ) -> None:
     pytest.importorskip("submitit")
     words = ["run", "Bp", "--cluster", "local", "--job", "timeout_min=10", "--out", str(tmp_path)]
-    nowhere = words_of(corpus | SMALL | {"DATA_PATH": "nowhere"})
-    assert call(monkeypatch, *words, *nowhere) == 1
+    words += words_of(corpus | SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr(ablate, "job_words", lambda *_: ["false"])  # a command that fails
+        assert call(patch, *words) == 1
     assert "ended without a result" in capsys.readouterr().out
     for told in ("1 made, 0 there already", "0 made, 1 there already"):
-        assert call(monkeypatch, *words, *words_of(corpus | SMALL)) == 0, capsys.readouterr()
+        assert call(monkeypatch, *words) == 0, capsys.readouterr()
         assert told in capsys.readouterr().out

@@ -10,9 +10,11 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 from helpers import HANG
@@ -23,6 +25,7 @@ from records.tools import (
     audit,
     bench,
     common,
+    fault_job,
     gpu_check,
     landing,
     packages,
@@ -127,26 +130,24 @@ def test_help_is_readable_at_80_columns(tool: str, monkeypatch: pytest.MonkeyPat
             assert not re.search(r"\S {4,}[^ #]", line), f"{tool}: {line}"
 
 
-START_ALL = """
-import runpy, sys
-for path in sys.argv[1:]:
-    sys.argv = [path, "--help"]
-    try:
-        runpy.run_path(path, run_name="__main__")
-    except SystemExit as end:
-        print("ended", path.rpartition("/")[2], end.code)
-"""
-
-
-def test_every_tool_starts_by_its_path(tmp_path: Path) -> None:
-    """From another folder, and its help names its own command."""
-    paths = [str(SCRIPTS / f"{tool}.py") for tool in TOOLS]
-    command = [sys.executable, "-c", START_ALL, *paths]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANG)
-    helps = re.split(r"ended (\w+)\.py 0\n", done.stdout)
-    assert helps[1::2] == TOOLS, done.stderr
-    for tool, text in zip(TOOLS, helps[::2]):
-        assert f"python records/tools/{tool}.py" in text
+@pytest.mark.parametrize("tool", TOOLS)
+def test_every_tool_starts_by_its_path(
+    tool: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """From another folder, where it finds our modules itself; its help names its own command."""
+    monkeypatch.chdir(tmp_path)
+    elsewhere = [path for path in sys.path if not Path(common.ROOT, "tests").is_relative_to(path)]
+    monkeypatch.setattr(sys, "path", elsewhere)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPTS / f"{tool}.py"), "--help"])
+    with mock.patch.dict(sys.modules), pytest.raises(SystemExit) as end:
+        for name in [name for name in sys.modules if name.partition(".")[0] in packages.OURS]:
+            del sys.modules[name]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    assert end.value.code == 0
+    assert f"python records/tools/{tool}.py" in capsys.readouterr().out
 
 
 def test_a_report_is_also_made_by_its_own_name(
@@ -159,18 +160,37 @@ def test_a_report_is_also_made_by_its_own_name(
     assert capsys.readouterr().out.startswith("usage: ablate.py report ")
 
 
-@pytest.mark.parametrize("tool", [*TOOLS, *sorted(APART)])
-def test_a_missing_package_is_one_line(tool: str, tmp_path: Path) -> None:
+# Starts one tool after the other by its path, each as if no other had been.
+START_ALL = """
+import os, runpy, sys
+path, modules = sys.path[1:], {*sys.modules}
+for script in sys.argv[1:]:
+    sys.argv, sys.path[:] = [script, "--help"], [os.path.dirname(script), *path]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        print(end.code)
+    for name in sys.modules.keys() - modules:
+        del sys.modules[name]
+"""
+
+
+def test_a_missing_package_is_one_line(tmp_path: Path) -> None:
     """-S: Python does without what is installed. The line is a command that mends it."""
-    command = [sys.executable, "-S", str(SCRIPTS / f"{tool}.py"), "--help"]
+    tools = [*TOOLS, *sorted(APART)]
+    paths = [str(SCRIPTS / f"{tool}.py") for tool in tools]
+    command = [sys.executable, "-S", "-c", START_ALL, *paths]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANG)
-    assert done.returncode == 2
+    assert done.stdout == len(tools) * "2\n", done.stderr
     python, root = shlex.quote(sys.executable), re.escape(shlex.quote(str(common.ROOT)))
-    assert re.fullmatch(
-        rf"{tool}.py: the package (numpy|torch|sentencepiece) is missing: {python} "
-        rf"-m pip install -r {root}/(records/tools/)?requirements.txt\n",
-        done.stderr,
-    ), done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(tools), done.stderr
+    for tool, line in zip(tools, lines):
+        assert re.fullmatch(
+            rf"{tool}.py: the package (numpy|torch|sentencepiece) is missing: {python} "
+            rf"-m pip install -r {root}/(records/tools/)?requirements.txt",
+            line,
+        ), line
 
 
 def test_a_module_of_ours_that_is_missing_is_no_package() -> None:
@@ -227,12 +247,29 @@ def test_step_times_are_of_every_row_and_pass(
 
 
 @pytest.mark.bits
-def test_faults_makes_a_fault_and_reports_it(corpus: dict, tmp_path: Path) -> None:
+def test_faults_makes_a_fault_and_reports_it(
+    corpus: dict,
+    main_here: Callable[[Mapping[str, str]], int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The run that is hit and the one that goes on are processes; one that nothing hits is not."""
+    faults = importlib.import_module("records.tools.faults")
     words = ["table", "--only", "^SIGHUP in training", "--out", "out"]
     words += ["--data", corpus["DATA_PATH"], "--tokenizer", corpus["TOKENIZER_PATH"]]
-    command = [sys.executable, str(SCRIPTS / "faults.py"), *words]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANG)
-    assert done.returncode == 0, done.stderr
+
+    def finish(name: str, *rest: Any) -> Any:
+        if name != "whole1":
+            return fault_job.finish(name, *rest)
+        given = fault_job.BASE | dict(RUN_ID=name)
+        assert main_here({key: str(value) for key, value in given.items()}) == 0
+        return SimpleNamespace(folder=fault_job.WORK / name)
+
+    monkeypatch.setitem(fault_job.BASE, "TOKENIZER_PATH", "")  # set by the tool
+    monkeypatch.setattr(faults, "finish", finish)
+    monkeypatch.setattr(sys, "argv", ["faults.py", *words])
+    monkeypatch.chdir(tmp_path)
+    assert faults.main() == 0
     report = (tmp_path / "out" / "report.md").read_text()
     (row,) = [line for line in report.splitlines() if line.startswith("| SIGHUP in training")]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
