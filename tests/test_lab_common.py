@@ -126,8 +126,10 @@ def test_what_is_no_pair_is_refused(words: list[str]) -> None:
 # A program that goes on as two, which end as every program does: writing what is left unwritten.
 # Their output goes to a full disk and to a pipe that its reader has left.
 UNREAD = """
+import os, sys
 from records.tools import common
-from tests.helpers import nobody_reads
+sys.path.append("tests")
+from helpers import nobody_reads
 for full in (True, False):
     if os.fork():
         print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)

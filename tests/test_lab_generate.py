@@ -72,7 +72,7 @@ def test_command_streams_the_same_text_for_the_same_seed(
                 str(path),
                 "def main",
                 "--tokens",
-                "80",
+                "20",
                 *words,
             ],
         )
