@@ -1,5 +1,6 @@
 """records/tools/report.py and results.py: statistics, what is compared where, and the page."""
 
+import functools
 import json
 import math
 import re
@@ -37,18 +38,35 @@ def load(folder: Path) -> list:
     return results.load_seeds(results.seed_folders(folder)).runs
 
 
+@functools.cache
+def intended() -> Any:
+    """What is asked of all rows at the scale of these runs."""
+    return ablate.intended(TABLE, "tiny")
+
+
 def written(runs: Path) -> tuple[str, str]:
     """The report of some runs, as Markdown and as HTML."""
     to = runs.parent / "to"
-    report.write(runs, TABLE, ablate.intended(TABLE, "tiny"), to)
+    report.write(runs, TABLE, intended(), to)
     return (to / "report.md").read_text(), (to / "report.html").read_text()
 
 
 @pytest.fixture
 def words_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reports of this test have no pictures, which take most of the time."""
+    """Reports of this test have empty pictures: real ones take most of the time."""
     monkeypatch.setattr(page_tools, "svg", lambda figure, name: "<svg></svg>")
     monkeypatch.setattr(figures, "png", lambda figure: b"")
+    for name in (
+        "along_training",
+        "bytes_and_bpb",
+        "forest",
+        "heat_maps",
+        "narrow_forest",
+        "training_curves",
+        "training_differences",
+        "validation_curves",
+    ):
+        monkeypatch.setattr(figures, name, lambda *_: figures.Figure())
 
 
 # ---- Statistics
@@ -273,21 +291,29 @@ def test_a_validation_that_ends_above_an_earlier_one_is_told_first(runs: Path) -
 # ---- Runs as they come
 
 
-def test_the_report_holds_every_figure_and_warns_of_mixed_origins(runs: Path) -> None:
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs with a report, with all its pictures; one is by another script, on another machine."""
+    runs = write_rows(tmp_path_factory.mktemp("mixed") / "tiny")
     versions = dict(script_sha256="1" * 64, device="cpu, 1 threads a rank", torch="2")
     edit_result(runs / "O" / "seed3", versions=versions)
-    text, page = written(runs)
+    written(runs)
+    return runs
+
+
+def test_the_report_holds_every_figure_and_warns_of_mixed_origins(mixed: Path) -> None:
+    text, page = ((mixed.parent / "to" / f"report.{kind}").read_text() for kind in ("md", "html"))
     assert "script: 000000000000 / 111111111111 (they differ: compare with care)" in text
     assert "device: cpu / cpu, 1 thread a rank (they differ" in text
     row = next(line for line in text.splitlines() if line.startswith("| O | K |"))
     assert "paired" in row and "-0.0200" in row and "+0.0331" in row and "-0.0033" in row
-    post = mean(run.post for run in load(runs / "O"))
+    post = mean(run.post for run in load(mixed / "O"))
     assert f"O is the best of 3 systems: {post:.4f} ± " in text
     assert "Against its baseline K, after rounding: \u22120.0200" in text
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", page), "needs no other file"
     assert "Q-gap 0.0078" in page and "\u22120.0033" in page, "O as published"
     assert "//" not in re.sub(r"base64,[^\"]*|\n// .*", "", page), "needs no network"
-    assert {path.name for path in (runs.parent / "to").iterdir()} == {
+    assert {path.name for path in (mixed.parent / "to").iterdir()} == {
         "report.md",
         "report.html",
         "bytes.png",
@@ -571,8 +597,8 @@ def test_a_picture_takes_its_colours_from_the_theme(runs: Path) -> None:
 STYLE = "templates/page.css"
 
 
-def test_no_two_pictures_of_a_page_share_an_id(runs: Path) -> None:
-    _, page = written(runs)
+def test_no_two_pictures_of_a_page_share_an_id(mixed: Path) -> None:
+    page = (mixed.parent / "to" / "report.html").read_text()
     for picture in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL):
         ids = re.findall(r' id="([^"]*)"', picture)
         assert all(page.count(f'id="{name}"') == 1 for name in ids)
