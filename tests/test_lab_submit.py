@@ -26,6 +26,7 @@ SMALL = dict(
     WARMUP_STEPS="0",
     TRAIN_LOG_EVERY="2",
     MAX_WALLCLOCK_SECONDS="0",
+    DTYPE="float32",  # with which a processor is faster
 )
 SEEDS = 1337, 1338, 1339
 LIMIT = 16_000_000
@@ -54,9 +55,15 @@ def made(finished: Path, to: Path, *words: str) -> Path:
     return submit.make(submit.parser().parse_args([*runs, *ABOUT, *options]))
 
 
+@pytest.fixture(scope="session")
+def first_made(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made(finished, tmp_path_factory.mktemp("made"))
+
+
 @pytest.fixture
-def folder(finished: Path, tmp_path: Path) -> Path:
-    return made(finished, tmp_path)
+def folder(first_made: Path, tmp_path: Path) -> Path:
+    """A copy of the submission folder that a test may change."""
+    return shutil.copytree(first_made, tmp_path / first_made.parent.name / first_made.name)
 
 
 def edit(path: Path, pattern: str, new: str | Callable[[re.Match], str], count: int = 1) -> None:

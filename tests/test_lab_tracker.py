@@ -19,6 +19,7 @@ SMALL = dict(
     WARMDOWN_ITERS="0",
     WARMUP_STEPS="0",
     TRAIN_LOG_EVERY="1",
+    DTYPE="float32",  # with which a processor is faster
 )
 
 

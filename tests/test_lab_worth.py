@@ -81,11 +81,11 @@ def test_exact_scores_give_phi_back(phi: float, steps: tuple[int, ...], tmp_path
 
 def test_noisy_scores_have_an_interval_that_holds_phi(tmp_path: Path) -> None:
     data = data_of(write(tmp_path, TRUTH, (100,), 0.002))
-    phis = worth.resample(data, worth.fit(data), 100, 0)
+    phis = worth.resample(data, worth.fit(data), 40, 0)
     low, high = np.quantile(phis, [0.025, 0.975])
     assert low < TRUTH.phi < high and 0.01 < high - low < 1
     louder = data_of(write(tmp_path / "louder", TRUTH, (100,), 0.008))
-    wide = worth.resample(louder, worth.fit(louder), 100, 0)
+    wide = worth.resample(louder, worth.fit(louder), 40, 0)
     assert np.ptp(np.quantile(wide, [0.025, 0.975])) > high - low
 
 
