@@ -46,6 +46,10 @@ TINY = dict(
     MODEL_DIM="16",
     NUM_HEADS="2",
     NUM_KV_HEADS="1",
+    NUM_PRELUDE="1",
+    NUM_SHARED="1",
+    NUM_CODA="1",
+    NUM_LOOPS="2",
     TRAIN_SEQ_LEN="32",
     TRAIN_BATCH_TOKENS="128",
     VAL_BATCH_SIZE="4096",
@@ -53,6 +57,7 @@ TINY = dict(
     WARMDOWN_ITERS="1",
     WARMUP_STEPS="0",
     MAX_WALLCLOCK_SECONDS="0",
+    DTYPE="float32",  # with which a processor is faster
 )
 
 
