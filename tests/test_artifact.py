@@ -1,5 +1,6 @@
 """The artifact: what is stored comes back; codecs, widths that fit, bombs."""
 
+import functools
 import importlib
 import struct
 import sys
@@ -295,13 +296,19 @@ def artifact(codec: bytes, length: int, body: bytes) -> bytes:
     return sealed(struct.pack("<8sQ", codec, length) + body)
 
 
+@functools.cache
+def bomb(codec: str) -> bytes:
+    """A small stream that unpacks to 96 MiB."""
+    fast: dict[str, Any] = dict(zlib=dict(level=1), lzma=dict(preset=0), brotli=dict(quality=1))
+    return importlib.import_module(codec).compress(bytes(96 << 20), **fast[codec])
+
+
 @pytest.mark.parametrize("order", ["", "-2"])
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("announced", [64, 1 << 20])
 def test_a_bomb_is_refused_before_it_goes_off(codec: str, announced: int, order: str) -> None:
-    """A small artifact that unpacks to 96 MiB where its header announces few bytes."""
-    fast: dict[str, Any] = dict(zlib=dict(level=1), lzma=dict(preset=0), brotli=dict(quality=1))
-    body = importlib.import_module(codec).compress(bytes(96 << 20), **fast[codec])
+    """Its header announces few bytes."""
+    body = bomb(codec)
     data = artifact((codec + order).encode(), announced, body)
     assert len(data) < 1 << 20
     tracemalloc.start()
