@@ -15,7 +15,15 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from helpers import HANG, ROOT, clean_environment, log_of, result_of, start
+from helpers import (
+    HANG,
+    ROOT,
+    clean_environment,
+    fork_ranks,
+    log_of,
+    result_of,
+    script_on_a_rank,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -145,9 +153,10 @@ print(json.dumps(facts))
 def test_a_packed_script_runs_as_its_text_would(tmp_path: Path) -> None:
     script = packed_in(tmp_path / "a", PROBE)
     (tmp_path / "a" / packing.READABLE).unlink()  # for people: it runs without
-    command = [sys.executable, str(script), "--word"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=True)
-    facts = json.loads(done.stdout)
+    env = dict(SCRIPT=str(script), WORDS="--word", LOG_DIR=str(tmp_path))
+    ended = fork_ranks(env, 1, script_on_a_rank)
+    assert ended.codes == [0], ended.texts
+    facts = json.loads(ended.texts[0])
     text = PROBE.decode()
     assert facts["file"] == str(script) and facts["name"] == "__main__"
     assert facts["doc"] == "A probe." and facts["arguments"] == ["--word"]
@@ -159,17 +168,24 @@ def test_a_packed_script_runs_as_its_text_would(tmp_path: Path) -> None:
     assert 'raise ValueError("no")  # here\n' in facts["traceback"]
 
 
-def test_the_packed_script_has_the_help_of_the_script(tmp_path: Path) -> None:
+def test_the_packed_script_has_the_help_of_the_script(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Started as a user starts it."""
     assert submit.run(submit.parser().parse_args(["--pack", str(tmp_path)])) == 0
-    told = []
-    for script in (ROOT / "train_gpt.py", tmp_path / "train_gpt.py"):
-        command = [sys.executable, str(script), "--help"]
-        environment = clean_environment()
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=HANG, env=environment, check=True
-        )
-        told.append(done.stdout)
-    assert told[0] == told[1] and "SIZE_LIMIT_BYTES" in told[0]
+    capsys.readouterr()
+    assert tg.main(["--help"]) == 0
+    told = capsys.readouterr().out
+    command = [sys.executable, str(tmp_path / "train_gpt.py"), "--help"]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+        env=clean_environment(),
+        check=True,
+    )
+    assert done.stdout == told and "SIZE_LIMIT_BYTES" in told
     assert (tmp_path / packing.READABLE).read_bytes() == (ROOT / "train_gpt.py").read_bytes()
 
 
@@ -244,10 +260,11 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(corpus: dict, packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that torchrun started on two ranks."""
+    """The folder of a run of the packed file on two ranks."""
     logs = tmp_path_factory.mktemp("runs")
-    done = start(corpus | SMALL | dict(LOG_DIR=str(logs)), ranks=2, script=packed)
-    assert done.returncode == 0, done.stderr
+    env = corpus | SMALL | dict(LOG_DIR=str(logs), SCRIPT=str(packed), WORDS="")
+    ended = fork_ranks(env, 2, script_on_a_rank)
+    assert ended.codes == [0, 0], ended.texts
     return logs / "seed1337"
 
 
