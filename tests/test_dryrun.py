@@ -245,11 +245,12 @@ def test_estimates_are_of_what_gpu_check_measures() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_the_check_says_so(tmp_path: Path) -> None:
-    command = [sys.executable, gpu_check.__file__, "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr == "PyTorch sees no GPU here\n"
+def test_without_a_gpu_the_check_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(tmp_path)])
+    assert gpu_check.main() == 2
+    assert capsys.readouterr().err == "PyTorch sees no GPU here\n"
 
 
 @pytest.mark.parametrize("tool", [dryrun_tool, gpu_check], ids=["dryrun", "gpu_check"])

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -277,7 +278,9 @@ def test_manifest_is_true(corpus: Corpus, documents: Documents) -> None:
 
 def test_second_build_is_identical(corpus: Corpus, tmp_path: Path) -> None:
     """Over existing files, with another seed of Python's hashes, without docstrings."""
-    sample.build(tmp_path, corpus.source, 1024)
+    shutil.copytree(corpus.root, tmp_path, dirs_exist_ok=True)
+    for path in tmp_path.rglob("*.*"):
+        path.write_bytes(b"old")
     options = ["--root", str(tmp_path), "--source", str(corpus.source)]
     result = subprocess.run(
         [sys.executable, "-OO", str(SCRIPT), *options],
@@ -342,12 +345,20 @@ def refused(capsys: pytest.CaptureFixture[str], *options: str) -> str:
     return message
 
 
+@pytest.fixture
+def learned(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds have the tokenizer that was learned before: learning it takes seconds."""
+    model = (corpus.root / TOKENIZER).read_bytes()
+    monkeypatch.setattr(sample, "train_tokenizer", lambda texts, vocab_size: model)
+
+
+@pytest.mark.usefixtures("learned")
 def test_failed_write_keeps_old_files_and_no_manifest_of_them(
     corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is there while files are replaced must not vouch for them."""
-    sample.build(tmp_path, corpus.source, 400)
-    folder = tmp_path / "datasets/sample_sp400"
+    shutil.copytree(corpus.root, tmp_path, dirs_exist_ok=True)
+    folder = tmp_path / "datasets/sample_sp1024"
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
     replace = os.replace
 
@@ -358,7 +369,7 @@ def test_failed_write_keeps_old_files_and_no_manifest_of_them(
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(InputError, match="disk full.*--root"):
-        sample.build(tmp_path, corpus.source, 400)
+        sample.build(tmp_path, corpus.source, 1024)
     after = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
     assert before.keys() - after.keys() == {folder / "manifest.json"}
     assert after.items() <= before.items()
@@ -378,6 +389,7 @@ def test_missing_sources_are_named(tmp_path: Path, capsys: pytest.CaptureFixture
     assert not root.exists()
 
 
+@pytest.mark.usefixtures("learned")
 def test_root_that_is_no_folder_is_named(
     corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
