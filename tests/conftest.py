@@ -133,3 +133,13 @@ def more_validation(source_code: Path, corpus: dict[str, str]) -> dict[str, str]
     """The same with 5,001 validation tokens: the first 2,000 are little like those of training."""
     folder = shortened(source_code, dict(train=60_000, val=5_001))
     return corpus | {"DATA_PATH": str(folder)}
+
+
+@pytest.fixture(scope="session")
+def few_tokens(source_code: Path, corpus: dict[str, str]) -> dict[str, str]:
+    """The same with 177 validation tokens, for tests that ask only whether they are scored.
+
+    In windows of 32 or 64 they end in part of a batch, and in part of a window.
+    """
+    folder = shortened(source_code, dict(train=60_000, val=177))
+    return corpus | {"DATA_PATH": str(folder)}
