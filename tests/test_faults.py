@@ -22,6 +22,7 @@ import torch
 from helpers import HANG, THREADS, ManualTime, fork_ranks, log_of, metrics, one_rank, result_of
 
 import train_gpt as tg
+from records.tools import common
 
 pytestmark = pytest.mark.bits
 STEPS, FAULT_STEP = 10, 5  # steps of a run; where the fault is, from 0
@@ -30,12 +31,13 @@ SMALL = dict(
     MODEL_DIM="32",
     NUM_HEADS="2",
     NUM_KV_HEADS="1",
+    NUM_SHARED="1",
     NUM_LOOPS="2",
     PASSES_SCHEDULE="0:1,4:2",
     AVERAGE="ema",
     DTYPE="float32",
     TRAIN_SEQ_LEN="64",
-    TRAIN_BATCH_TOKENS="512",
+    TRAIN_BATCH_TOKENS="256",
     VAL_BATCH_SIZE="4096",
     ITERATIONS=str(STEPS),
     WARMDOWN_ITERS="4",
@@ -233,8 +235,8 @@ def run_to_its_end(env: Env) -> Path:
 
 
 @pytest.fixture(scope="module")
-def env(corpus: Env, tmp_path_factory: pytest.TempPathFactory) -> Env:
-    return corpus | SMALL | {"LOG_DIR": str(tmp_path_factory.mktemp("faults"))}
+def env(few_tokens: Env, tmp_path_factory: pytest.TempPathFactory) -> Env:
+    return few_tokens | SMALL | {"LOG_DIR": str(tmp_path_factory.mktemp("faults"))}
 
 
 def uninterrupted(env: Env, ranks: int) -> Path:
@@ -441,17 +443,27 @@ LOST: dict[str, tuple[Callable[[], None], int, str]] = {
 }
 
 
-@pytest.mark.parametrize("case", LOST)
-def test_a_killed_rank_ends_the_other_one_which_saves(env: Env, case: str) -> None:
+def lose_a_rank(ports: list[int]) -> int:
+    """The ranks of all runs of LOST, two of each, begin at once: they spend their time waiting."""
+    number, rank = divmod(int(os.environ["RANK"]), 2)
+    case = list(LOST)[number]
+    os.environ.update(RUN_ID=f"lost {case}", MASTER_PORT=str(ports[number]))
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2")
+    die, lost, _ = LOST[case]
+    return main_with(die, lost, share_every_reading_of_the_clock)
+
+
+def test_a_killed_rank_ends_the_other_one_which_saves(env: Env) -> None:
     """Because it is gone: the time to wait for a rank is longer than a test may take."""
-    die, lost, saved = LOST[case]
-    names = env | {"RUN_ID": f"lost {case}", "SAVE_EVERY": "0"}
-    codes, texts = suffer(names, 2, die, lost, share_every_reading_of_the_clock)
-    left = 1 - lost
-    assert (codes[lost], codes[left]) == (-signal.SIGKILL, tg.EXIT_LOST), texts
-    told = rf"^\[rank {left}\] step 6: lost ranks: \[{lost}\]"
-    assert re.search(told, texts[left], re.MULTILINE)
-    assert checkpoints(folder_of(names)) == [saved]
+    names, ports = env | {"SAVE_EVERY": "0"}, [common.free_port() for _ in LOST]
+    ended = fork_ranks(names, 2 * len(LOST), partial(lose_a_rank, ports))
+    for number, (case, (_, lost, saved)) in enumerate(LOST.items()):
+        pair, left = slice(2 * number, 2 * number + 2), 1 - lost
+        codes, texts = ended.codes[pair], ended.texts[pair]
+        assert (codes[lost], codes[left]) == (-signal.SIGKILL, tg.EXIT_LOST), (case, texts)
+        told = rf"^\[rank {left}\] step 6: lost ranks: \[{lost}\]"
+        assert re.search(told, texts[left], re.MULTILINE), case
+        assert checkpoints(folder_of(names | {"RUN_ID": f"lost {case}"})) == [saved], case
 
 
 def test_what_rank_0_does_alone_ends_no_run(env: Env) -> None:
