@@ -44,7 +44,7 @@ SMALL = dict(
 
 
 NARROW = dict(MODEL_DIM="32", NUM_HEADS="2", NUM_KV_HEADS="1")
-SHALLOW = dict(NUM_SHARED="1", NUM_LOOPS="2")  # a layer before the core, one in it, one behind it
+SHALLOW = dict(NUM_SHARED="1", NUM_LOOPS="2")  # a core of one layer, twice
 CALM = dict(MATRIX_LR="0.01", SCALAR_LR="0.01", TIED_EMBED_LR="0.02")  # for batches this small
 
 
