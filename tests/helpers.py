@@ -82,6 +82,13 @@ class Ranks(NamedTuple):
     texts: list[str]
 
 
+def set_up_forkserver() -> multiprocessing.context.ForkServerContext:
+    """The server that processes are forked from: it has imported what takes long to import."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["torch._dynamo", "hypothesis", "pytest", "helpers"])
+    return server
+
+
 def fork_ranks(env: Mapping[str, str], ranks: int, job: Callable[[], int] = tg.main) -> Ranks:
     """Runs `job`, a function that can be pickled, on every rank, with variables `env`.
 
@@ -92,8 +99,7 @@ def fork_ranks(env: Mapping[str, str], ranks: int, job: Callable[[], int] = tg.m
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["torch._dynamo", "hypothesis", "pytest", "helpers"])
+    server = set_up_forkserver()
     outs = [Path(env["LOG_DIR"]) / f"{port}.{rank}.out" for rank in range(ranks)]
     variables = [ON_CPU | dict(env) | world | {"RANK": str(rank)} for rank in range(ranks)]
     processes = [

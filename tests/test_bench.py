@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import set_up_forkserver
 
 import train_gpt as tg
 from records.tools import bench, race
@@ -26,6 +27,7 @@ SMALL = dict(
     TRAIN_BATCH_TOKENS="640",
     MICRO_BATCH_TOKENS="320",
 )
+SHALLOW = dict(NUM_SHARED="1", NUM_LOOPS="2")  # a core of one layer, twice
 TINY = dict(
     MODEL_DIM="8",
     NUM_HEADS="2",
@@ -38,6 +40,8 @@ TINY = dict(
     NUM_LOOPS="2",
     NUM_CODA="0",
 )
+# All matrices of one shape: one graph of Newton-Schulz.
+FEW_GRAPHS = dict(NUM_KV_HEADS="2", MLP_MULT="1")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +61,7 @@ def pair(preset: str, tokens: dict[str, str], **variables: str) -> dict[str, rac
 def test_gate_passes_for_what_the_plain_model_implements(
     preset: str, tokens: dict[str, str]
 ) -> None:
-    race.gate(pair(preset, tokens))
+    race.gate(pair(preset, tokens, **SHALLOW))
 
 
 def other_softcap(plain: race.PlainTrainer) -> None:
@@ -104,7 +108,7 @@ def test_gate_fails_for_another_model_or_optimizer(
     build = race.build
     monkeypatch.setattr(race, "build", spoiled)
     with pytest.raises(race.Mismatch):
-        race.gate(pair("T", tokens))
+        race.gate(pair("T", tokens, **SHALLOW))
 
 
 @pytest.mark.parametrize("preset", ["Ap", "L", "P", "S"])
@@ -126,11 +130,12 @@ def test_command_prints_and_writes_the_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "new" / "x.json"
-    assert run(monkeypatch, "--out", str(path), "--peak-tflops", "0.5", "--curve", "2") == 0
+    words, size = ["--out", str(path), "--peak-tflops", "0.5", "--curve", "2"], SMALL | SHALLOW
+    assert run(monkeypatch, *words, size=size) == 0
     result = json.loads(path.read_text())
     for figures in result["contestants"].values():
         speed = 640e3 / figures["step_ms"]["median"]
-        assert figures["tokens_per_second"] == pytest.approx(speed, rel=1e-3)
+        assert figures["tokens_per_second"] == pytest.approx(speed, rel=1e-3, abs=0.5)  # rounded
         assert figures["mfu"] == pytest.approx(speed * figures["mflop_per_token"] / 0.5e6, rel=0.01)
         assert figures["config"]["model_dim"] == 32
         assert len(figures["every_step_ms"]) == 2
@@ -176,7 +181,7 @@ def test_settings_of_the_same_mathematics_are_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, words = tmp_path / "x.json", ["--a", "DTYPE=float32", "--b", "MICRO_BATCH_TOKENS=640"]
-    assert run(monkeypatch, "ab", *words, "--out", str(path)) == 0
+    assert run(monkeypatch, "ab", *words, "--out", str(path), size=SMALL | SHALLOW) == 0
     result = json.loads(path.read_text())
     assert result["contestants"]["a"]["config"]["dtype"] == "float32"
     assert result["contestants"]["b"]["config"]["micro_batch_tokens"] == 640
@@ -201,13 +206,13 @@ def test_commits_are_compared(
         git(
             ["git", "-c", "user.name=n", "-c", "user.email=e", "commit", "--allow-empty", "-m", "m"]
         )
-    assert run(monkeypatch, "revisions", "HEAD~3", "HEAD~2") == 0
+    assert run(monkeypatch, "revisions", "HEAD~3", "HEAD~2", size=TINY) == 0
     assert "HEAD~2 / HEAD~3" in capsys.readouterr().out
-    assert run(monkeypatch, "revisions", "HEAD~3", "HEAD") == 1
+    assert run(monkeypatch, "revisions", "HEAD~3", "HEAD", size=TINY) == 1
     assert "update" in capsys.readouterr().err
-    assert run(monkeypatch, "revisions", "HEAD~3", "HEAD~1") == 2
+    assert run(monkeypatch, "revisions", "HEAD~3", "HEAD~1", size=TINY) == 2
     assert "another interface" in capsys.readouterr().err
-    assert run(monkeypatch, "revisions", "HEAD~3", "no-such") == 2
+    assert run(monkeypatch, "revisions", "HEAD~3", "no-such", size=TINY) == 2
     assert "interface" not in capsys.readouterr().err
     assert (tmp_path / "train_gpt.py").read_text() == other  # what is checked out is left alone
 
@@ -272,13 +277,14 @@ def test_what_is_compiled_after_the_warm_up_fails_the_run(
 
     monkeypatch.setattr(race.Contestant, "step", step)
     path, words = tmp_path / "x.json", ["--plain", "compile", "--set", "COMPILE=model", "--out"]
-    assert run(monkeypatch, *words, str(path), size=TINY) == 1
+    words += [str(path), "--preset", "Bp,tiny"]
+    assert run(monkeypatch, *words, size=TINY | FEW_GRAPHS | {"NUM_LOOPS": "1"}) == 1
     assert "compiled after the warm-up: {'ours': 1}" in capsys.readouterr().err
     ours, plain = (json.loads(path.read_text())["contestants"][name] for name in ("ours", "plain"))
     assert (ours["graph_breaks"], ours["recompiles_after_warmup"]) == (0, 1)
     assert ours["graphs"] >= 1
     assert (plain["graph_breaks"], plain["recompiles_after_warmup"]) == (0, 0)
-    assert plain["graphs"] > 1  # the model, and Newton-Schulz for every shape
+    assert plain["graphs"] > 1  # the model, and Newton-Schulz
 
 
 @pytest.mark.parametrize("preset", ["T", "Ap", "L", "growing", "recur_3x3_768"])
@@ -354,6 +360,9 @@ def test_idle_time_is_what_no_stream_fills() -> None:
 def test_bytes_between_ranks_are_those_of_the_parameters(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    spawn = functools.partial(torch.multiprocessing.start_processes, start_method="forkserver")
+    set_up_forkserver()  # it has imported PyTorch, as no process has that is spawned
+    monkeypatch.setattr(torch.multiprocessing, "spawn", spawn)
     path = tmp_path / "x.json"
     assert run(monkeypatch, "ranks", "2", "--out", str(path), size=TINY) == 0
     result, model = (
@@ -418,7 +427,7 @@ def test_compile_times_count_graphs(
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         monkeypatch.setenv(name, "restored")
     graphs, found = race.graphs, []
-    env = dict(PRESET="F,tiny", VOCAB_SIZE="64", COMPILE="model") | TINY | tokens
+    env = dict(PRESET="Bp,tiny", VOCAB_SIZE="64", COMPILE="model") | TINY | FEW_GRAPHS | tokens
     for schedule in ("0:2", "0:1,0.5:2"):
         before = graphs()
         monkeypatch.setattr(race, "graphs", lambda before=before: graphs() - before)
