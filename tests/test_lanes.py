@@ -190,7 +190,7 @@ def test_gradients_reach_every_parameter() -> None:
 
 def test_it_is_one_graph() -> None:
     torch._dynamo.reset()
-    model = shaken_model(architecture())
+    model = shaken_model(architecture(**tg.layers(0, 1, 2, 0)))
     compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
     pair = tokens(), tokens().roll(-1, 1)
     with torch.no_grad():
