@@ -14,6 +14,7 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import fcntl
 import gc
 import shutil
 import signal
@@ -94,52 +95,71 @@ def main_here(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mapping[str, str]], 
     return run
 
 
-def shortened(source: Path, counts: Mapping[str, int]) -> Path:
-    """A folder beside `source` with so many tokens of its splits, and its tokenizer's manifest."""
-    folder = source.with_name(f"{source.name}_{counts['val']}")
-    folder.mkdir()
+def shortened(source: Path, folder: Path, counts: Mapping[str, int]) -> None:
+    """Fills a folder with so many tokens of the splits of `source`, and a manifest."""
     for split, count in counts.items():
         path = source / f"fineweb_{split}_000000.bin"
         header, tokens = np.fromfile(path, "<i4", 256), np.fromfile(path, "<u2", count, offset=1024)
         header[2] = count
         (folder / path.name).write_bytes(header.tobytes() + tokens.tobytes())
     write_manifest(folder, source.parents[1] / "tokenizers" / "sample_1024_bpe.model")
+
+
+@pytest.fixture(scope="session")
+def source_code(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of a third of Python's standard library, which no test writes to.
+
+    The first process of xdist's that needs them builds them for all: it takes seconds.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    if hasattr(pytestconfig, "workerinput"):  # one of xdist's, whose folder is in the session's
+        shared = shared.parent
+    root, source = shared / "source_code", shared / "standard_library"
+    folder = root / "datasets" / "sample_sp1024"
+    with open(shared / "source_code.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "manifest.json").exists():  # which is written last
+            copy_standard_library(source)
+            sample.build(root, source, 1024)
     return folder
 
 
-@pytest.fixture(scope="session")
-def source_code(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of a third of Python's standard library."""
-    root, source = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("source")
+def copy_standard_library(source: Path) -> None:
+    """A third of its files, also where one begun before did not come to its end."""
     stdlib = Path(sysconfig.get_path("stdlib"))
     for path in [*stdlib.glob("*.py"), *stdlib.glob("[a-e]*/*.py")]:
         copy = source / path.relative_to(stdlib)
-        copy.parent.mkdir(exist_ok=True)
+        copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, copy)
-    sample.build(root, source, 1024)
-    return root / "datasets" / "sample_sp1024"
 
 
 @pytest.fixture(scope="session")
-def corpus(source_code: Path) -> dict[str, str]:
+def corpus(source_code: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Variables that point a run at 60,000 training and 2,001 validation tokens of source code."""
-    folder = shortened(source_code, dict(train=60_000, val=2_001))
+    folder = tmp_path_factory.mktemp("corpus")
+    shortened(source_code, folder, dict(train=60_000, val=2_001))
     tokenizer = source_code.parents[1] / "tokenizers" / "sample_1024_bpe.model"
     return {"DATA_PATH": str(folder), "TOKENIZER_PATH": str(tokenizer)}
 
 
 @pytest.fixture(scope="session")
-def more_validation(source_code: Path, corpus: dict[str, str]) -> dict[str, str]:
+def more_validation(
+    source_code: Path, corpus: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
     """The same with 5,001 validation tokens: the first 2,000 are little like those of training."""
-    folder = shortened(source_code, dict(train=60_000, val=5_001))
+    folder = tmp_path_factory.mktemp("more_validation")
+    shortened(source_code, folder, dict(train=60_000, val=5_001))
     return corpus | {"DATA_PATH": str(folder)}
 
 
 @pytest.fixture(scope="session")
-def few_tokens(source_code: Path, corpus: dict[str, str]) -> dict[str, str]:
+def few_tokens(
+    source_code: Path, corpus: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
     """The same with 177 validation tokens, for tests that ask only whether they are scored.
 
     In windows of 32 or 64 they end in part of a batch, and in part of a window.
     """
-    folder = shortened(source_code, dict(train=60_000, val=177))
+    folder = tmp_path_factory.mktemp("few_tokens")
+    shortened(source_code, folder, dict(train=60_000, val=177))
     return corpus | {"DATA_PATH": str(folder)}

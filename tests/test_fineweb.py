@@ -38,7 +38,7 @@ from huggingface_hub.errors import XetDownloadError
 Capture = pytest.CaptureFixture[str]
 Files = dict[str, bytes]  # content by path
 SCRIPT = Path(fineweb.__file__)
-FULL, VOCAB = 50_000, 320  # tokens of a full shard, pieces
+FULL, VOCAB = 10_000, 320  # tokens of a full shard, pieces
 TEXTS = [
     "A first line.\nA second.",
     " spaces   inside ",
@@ -378,7 +378,7 @@ STALE = {
     "train files": (lambda m: m["datasets"][0]["stats"].update(files_train=3), "3 train shards"),
     "shard size": (
         lambda m: m.update(shard_size=FULL + 1),
-        "50,000 tokens, a shard by manifest.json 50,001",
+        f"{FULL:,} tokens, a shard by manifest.json {FULL + 1:,}",
     ),
 }
 
@@ -432,7 +432,10 @@ BAD = {
         "header says",
     ),
     "empty": (b"", "0 bytes"),
-    "cut": (shards.encode_shard(np.full(FULL, 5))[:-2], "49,999 tokens, a shard by manifest"),
+    "cut": (
+        shards.encode_shard(np.full(FULL, 5))[:-2],
+        f"{FULL - 1:,} tokens, a shard by manifest",
+    ),
 }
 
 

@@ -609,28 +609,54 @@ def script(
     return subprocess.run(command, env=env, text=True, capture_output=True)
 
 
-@pytest.mark.parametrize("count", [60, 4], ids=["ordinary", "short validation"])
+def closing_command(folder: Path, held_out: list[str], folding: Path, capsys: Capture) -> str:
+    """The command in the closing line of a run with these documents for validation."""
+    train = [text for text in SHORT if ms.split_of(text, 0.1) == "train"]
+    write_jsonl(folder / "a.jsonl", train[:40] + held_out)
+    assert run(folder / "a.jsonl", folder / "out", "--tokenizer", str(folding)) == 0
+    command = re.search(r"^next    (PRESET=tiny .*)$", capsys.readouterr().out, re.MULTILINE)
+    assert command
+    return command[1]
+
+
+TINY_RUN = dict(
+    ITERATIONS="1",
+    WARMUP_STEPS="0",
+    MODEL_DIM="32",
+    NUM_HEADS="2",
+    NUM_KV_HEADS="1",
+    TRAIN_BATCH_TOKENS="512",
+)
+
+
 def test_the_closing_line_is_a_command_that_works(
-    tmp_path: Path, folding: Path, count: int
+    tmp_path: Path, folding: Path, capsys: Capture
 ) -> None:
-    """From a folder with a space in its name; a short split needs shorter sequences."""
+    """From a folder with a space in its name."""
     folder = tmp_path / "my corpus"
     folder.mkdir()
     held_out = [text for text in SHORT if ms.split_of(text, 0.1) == "val"]
-    short = next(text for i in range(99) if ms.split_of(text := f"few words {i}", 0.1) == "val")
-    rest = [text for text in SHORT if text not in held_out]
-    write_jsonl(folder / "a.jsonl", rest[:40] + (held_out if count > 4 else [short]))
-    result = script(folder / "a.jsonl", folder / "out", "--tokenizer", str(folding))
-    assert result.returncode == 0, result.stderr
-    command = re.search(r"^next    (PRESET=tiny .*)$", result.stdout, re.MULTILINE)
-    assert command
-    assert ("TRAIN_SEQ_LEN=" in command[1]) == (count == 4)
-    env = os.environ | dict(ITERATIONS="1", WARMUP_STEPS="0", LOG_DIR=str(tmp_path / "logs"))
-    env |= dict(MODEL_DIM="32", NUM_HEADS="2", NUM_KV_HEADS="1", TRAIN_BATCH_TOKENS="512")
+    command = closing_command(folder, held_out[:3], folding, capsys)
+    assert "TRAIN_SEQ_LEN=" not in command
+    env = os.environ | TINY_RUN | dict(LOG_DIR=str(tmp_path / "logs"))
     env |= dict(PATH=os.defpath)  # where no virtual environment is activated
-    trained = subprocess.run(command[1], shell=True, env=env, capture_output=True, text=True)
+    trained = subprocess.run(command, shell=True, env=env, capture_output=True, text=True)
     assert trained.returncode == 0, trained.stderr
     assert "final_int8_zlib_roundtrip_exact" in trained.stdout
+
+
+def test_a_short_split_is_trained_on_in_shorter_sequences(
+    tmp_path: Path,
+    folding: Path,
+    capsys: Capture,
+    main_here: Callable[[dict[str, str]], int],
+) -> None:
+    short = next(text for i in range(99) if ms.split_of(text := f"few words {i}", 0.1) == "val")
+    words = shlex.split(closing_command(tmp_path, [short], folding, capsys))
+    given = dict(word.split("=", 1) for word in words if "=" in word)
+    assert "TRAIN_SEQ_LEN" in given
+    assert main_here(given | TINY_RUN | dict(LOG_DIR=str(tmp_path / "logs"))) == 0
+    assert "final_int8_zlib_roundtrip_exact" in capsys.readouterr().out
 
 
 STREAMS = {
