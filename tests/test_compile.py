@@ -51,9 +51,9 @@ def loss_and_gradients(forward: Any, model: tg.GPT, ids: Tensor) -> tuple[float,
 
 
 SHALLOW = {
-    "T": dict(NUM_SHARED="1", NUM_LOOPS="2"),
-    "M": dict(NUM_SHARED="2", NUM_LOOPS="3"),
-    "naive": dict(NUM_LAYERS="4"),
+    "T": dict(NUM_SHARED="1", NUM_LOOPS="2", NUM_CODA="0"),
+    "M": dict(NUM_SHARED="1", NUM_LOOPS="2", NUM_PRELUDE="0", NUM_CODA="0"),
+    "naive": dict(NUM_LAYERS="2"),
 }
 
 
@@ -118,12 +118,12 @@ def test_rates_and_momentum_make_no_new_graph(monkeypatch: pytest.MonkeyPatch) -
 def test_a_compiled_step_rounds_as_its_mode_says() -> None:
     """A graph that forgot the mode would give the weights of the plain step."""
     torch._dynamo.reset()
-    config = small_config({}, **tg.layers(0, 1, 2, 1), matrix_bits=4, core_bits=3)
-    both, core = tg.Mode(2, tg.Rounding(4), tg.Rounding(3)), tg.Mode(2, core=tg.Rounding(3))
+    config = small_config({}, **tg.layers(0, 1, 1, 1), matrix_bits=4, core_bits=3)
+    both, core = tg.Mode(1, tg.Rounding(4), tg.Rounding(3)), tg.Mode(1, core=tg.Rounding(3))
     eager, compiled = stub_trainer(config), stub_trainer(config)
     build = functools.partial(torch.compile, backend="eager", fullgraph=True, dynamic=False)
     compiled.forward = build(compiled.model)
-    for step, mode in enumerate((tg.Mode(2), both, core, tg.Mode(2), both, core)):
+    for step, mode in enumerate((tg.Mode(1), both, core, tg.Mode(1), both, core)):
         for trainer in (eager, compiled):
             trainer.train_step(step, 0.0, [(documents(0), documents(1))], mode)
         for p, other in zip(compiled.params, eager.params):
@@ -150,15 +150,27 @@ def test_a_compiled_graph_of_another_attention_is_not_taken_from_the_cache(
     monkeypatch.setattr(torch._inductor.config.cpp, "vec_isa_ok", False)  # nor trials of ten ISAs
     counts = torch._dynamo.utils.counters["aot_autograd"]
     counts.clear()
-    env = NARROW | {"PRESET": "naive,tiny", "NUM_LAYERS": "1", "COMPILE": "model"}
+    x = torch.randn(1, 2, 4, 8)
     for backend, hits in (("math", 0), ("flash", 0), ("math", 1)):
         torch._dynamo.reset()
-        config = tg.Config.from_env(env | {"ATTN_BACKEND": backend})
-        model, ids = tg.GPT(config.architecture(), 0.02), torch.zeros(1, 32, dtype=torch.int64)
-        kernels = torch.nn.attention.sdpa_kernel(tg.KERNELS[backend], set_priority=True)
-        with kernels, torch.no_grad():
-            tg.Compiler(config, one_rank()).forward(model)(ids, ids.clone(), model.scoring)
+        compiler = tg.Compiler(tg.Config.from_env({"ATTN_BACKEND": backend}), one_rank())
+        with torch.nn.attention.sdpa_kernel(tg.KERNELS[backend], set_priority=True):
+            found = compiler.build(tg.torch_attention)(x, x, x)
+            torch.testing.assert_close(found, tg.torch_attention(x, x, x))
         assert counts["autograd_cache_hit"] == hits
+
+
+@pytest.mark.parametrize("level", ["model", "block"])
+def test_whatever_is_compiled_has_the_key_that_knows(
+    level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By `build`, of which the test above tells."""
+    given: list[Any] = []
+    monkeypatch.setattr(tg.Compiler, "build", lambda compiler, f: given.append(f) or f)
+    config = tg.Config.from_env(NARROW | {"PRESET": "Bp,tiny", "COMPILE": level})
+    model = drawn(config, 0)
+    tg.Compiler(config, one_rank()).forward(model)
+    assert given == {"model": [model], "block": [tg.block, tg.head_loss]}[level]
 
 
 # ---- A compiler that fails
@@ -167,9 +179,10 @@ def test_a_compiled_graph_of_another_attention_is_not_taken_from_the_cache(
 def main_with_a_compiler_that_fails(whole: str, blocks: str) -> int:
     """A run whose compiler fails for whole models, and for blocks, on these ranks ("0 1").
 
-    COMPILE=auto means a graph of the model, as it does on CUDA.
+    Elsewhere it compiles nothing, for no test here is about graphs; what ran by way of it is
+    printed. COMPILE=auto means a graph of the model, as it does on CUDA.
     """
-    patch, build, rank = pytest.MonkeyPatch(), torch.compile, os.environ["RANK"]
+    patch, rank = pytest.MonkeyPatch(), os.environ["RANK"]
     begin = tg.Compiler.__init__
 
     def on_cuda(compiler: tg.Compiler, config: tg.Config, world: tg.World) -> None:
@@ -181,13 +194,21 @@ def main_with_a_compiler_that_fails(whole: str, blocks: str) -> int:
         def fail(*_: Any, **__: Any) -> None:
             raise RuntimeError("no compiler here")
 
-        is_whole = isinstance(function, torch.nn.Module)
-        fails = rank in whole if is_whole else function is tg.block and rank in blocks
-        return fail if fails else build(function, backend="eager")
+        def compiled(*args: Any, **kwargs: Any) -> Any:
+            ran.add(name)
+            return function(*args, **kwargs)
 
+        is_whole = isinstance(function, torch.nn.Module)
+        name = "model" if is_whole else function.__name__
+        fails = rank in whole if is_whole else function is tg.block and rank in blocks
+        return fail if fails else compiled
+
+    ran: set[str] = set()
     patch.setattr(tg.Compiler, "__init__", on_cuda)
     patch.setattr(torch, "compile", broken)
-    return tg.main()
+    code = tg.main()
+    print("compiled:", *sorted(ran), flush=True)
+    return code
 
 
 @pytest.mark.parametrize(
@@ -211,6 +232,7 @@ def test_a_compiler_that_fails(
 ) -> None:
     """Never silently eager: auto falls from model to block, then the traceback ends the run."""
     env = SMALL | NARROW | corpus | dict(PRESET="Bp,tiny", COMPILE=level, LOG_DIR=str(tmp_path))
+    env |= {"NUM_SHARED": "1"}
     job = functools.partial(main_with_a_compiler_that_fails, whole, blocks)
     ended = fork_ranks(env | {"RUN_ID": "run"}, ranks, job)
     assert ended.codes == [code] * ranks, ended.texts
@@ -222,13 +244,17 @@ def test_a_compiler_that_fails(
         for text in ended.texts:
             assert f"COMPILE={last} failed (COMPILE=off trains without it): Traceback" in text
             assert "RuntimeError: no compiler here" in text
+    else:
+        for text in ended.texts:
+            assert "compiled: block head_loss " in text
 
 
 # ---- Nothing is compiled on the clock
 
 
 def test_warm_up_compiles_what_training_runs(corpus: dict[str, str]) -> None:
-    trainer = real_trainer(corpus | SMALL | NARROW | {"PRESET": "Bp,tiny", "WARMUP_STEPS": "1"})
+    env = corpus | SMALL | NARROW | {"PRESET": "Bp,tiny", "NUM_SHARED": "1", "WARMUP_STEPS": "1"}
+    trainer = real_trainer(env)
     counter = torch._dynamo.testing.CompileCounter()
     build = functools.partial(torch.compile, backend=counter, fullgraph=True, dynamic=False)
     trainer.forward = build(trainer.model)
@@ -239,9 +265,10 @@ def test_warm_up_compiles_what_training_runs(corpus: dict[str, str]) -> None:
     assert counter.frame_count == 1
 
 
-MODES = [
-    f"passes:{passes} bits:0 core_bits:{bits}" for passes, bits in ((1, 0), (2, 0), (3, 0), (3, 6))
-]
+# Tracing takes as long as the graphs are deep: two passes show as much as three.
+TWO_PASSES = GROWTH | {"PASSES_SCHEDULE": "0:1,0.5:2", "NUM_LOOPS": "2"}
+UNROUNDED = {"QAT_FRACTION": "0", "QAT_CORE_ONLY": "0"}
+UNCOMPILED = {"COMPILE": "off", "WARMUP_STEPS": "0"}
 
 
 def grow(env: Mapping[str, str], folder: Path) -> list[float]:
@@ -253,39 +280,48 @@ def grow(env: Mapping[str, str], folder: Path) -> list[float]:
     return losses(folder)
 
 
-@pytest.mark.parametrize(("rung", "graphs"), [("model", 6), ("block", 4)])
-def test_growth_compiles_nothing_on_the_clock(
-    corpus: dict[str, str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    rung: str,
-    graphs: int,
-) -> None:
+def grow_compiled(env: Mapping[str, str], folder: Path, graphs: int) -> list[float]:
+    """The losses of a run whose graphs, so many, are made in its warm-up, none later."""
+    made: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        counter, warm_up = counting(patch), tg.Trainer.warm_up
+
+        def counted(trainer: tg.Trainer, log: Any = print) -> None:
+            warm_up(trainer, log)
+            made.append(counter.frame_count)
+
+        patch.setattr(tg.Trainer, "warm_up", counted)
+        found = grow(env, folder)
+    assert made == [graphs] == [counter.frame_count]
+    return found
+
+
+def test_growth_compiles_a_model_for_each_mode(corpus: dict[str, str], tmp_path: Path) -> None:
+    """Graphs of 1 and 2 passes, and one for each of three shapes of matrices, in the warm-up."""
+    env = corpus | TWO_PASSES | UNROUNDED
+    compiled = grow_compiled(env | {"COMPILE": "model"}, tmp_path / "compiled", 2 + 3)
+    cold = grow(env | UNCOMPILED, tmp_path / "cold")
+    assert len(compiled) == 8 and compiled == pytest.approx(cold, abs=2e-4)
+
+
+def test_growth_compiles_nothing_on_the_clock(corpus: dict[str, str], tmp_path: Path) -> None:
     """All graphs are made in the warm-up, and losses are those of a run without it.
 
-    One graph for 1, 2 and 3 passes with and without rounding; or for a layer, one with rounding,
-    one with a value embedding, and the loss. Besides, one for each of three shapes of matrices.
+    One for a layer, one with rounding, one with a value embedding, and one for the loss. Besides,
+    one for each of three shapes of matrices.
     """
-    counter = counting(monkeypatch)
-    made: list[int] = []
-    warm_up = tg.Trainer.warm_up
-
-    def counted(trainer: tg.Trainer, log: Any = print) -> None:
-        warm_up(trainer, log)
-        made.append(counter.frame_count)
-
-    monkeypatch.setattr(tg.Trainer, "warm_up", counted)
-    env = corpus | GROWTH
-    compiled = grow(env | {"COMPILE": rung}, tmp_path / "compiled")
-    assert made == [graphs + 3] == [counter.frame_count]
-    eager = grow(env | {"COMPILE": "off", "WARMUP_STEPS": "1"}, tmp_path / "eager")
-    cold = grow(env | {"COMPILE": "off", "WARMUP_STEPS": "0"}, tmp_path / "cold")
-    assert eager == cold and counter.frame_count == made[0]
+    env = corpus | TWO_PASSES
+    compiled = grow_compiled(env | {"COMPILE": "block"}, tmp_path / "compiled", 4 + 3)
+    eager = grow_compiled(env | UNCOMPILED | {"WARMUP_STEPS": "1"}, tmp_path / "eager", 0)
+    cold = grow(env | UNCOMPILED, tmp_path / "cold")
+    assert eager == cold
     assert len(compiled) == 8 and compiled == pytest.approx(cold, abs=2e-4)
     log = (tmp_path / "compiled" / "train.log").read_text()
     seen = [line for line in log.splitlines() if " passes:" in line]
-    assert [line.split(" ", 1)[1] for line in seen] == MODES
-    assert [int(line.split("/")[0].removeprefix("step:")) for line in seen] == [0, 2, 4, 6]
+    modes = ((1, 0), (2, 0), (2, 6))
+    told = [f"passes:{passes} bits:0 core_bits:{bits}" for passes, bits in modes]
+    assert [line.split(" ", 1)[1] for line in seen] == told
+    assert [int(line.split("/")[0].removeprefix("step:")) for line in seen] == [0, 4, 6]
 
 
 def grow_on_a_rank() -> int:
@@ -309,14 +345,18 @@ def grow_on_a_rank() -> int:
 def test_two_ranks_grow_alike_without_compiling_on_the_clock(
     corpus: dict[str, str], tmp_path: Path
 ) -> None:
-    """1, 2 and 3 passes on both ranks; the losses are those of one rank that compiled nothing."""
-    env = corpus | GROWTH | {"QAT_FRACTION": "0", "QAT_CORE_ONLY": "0"}
-    ended = fork_ranks(env | {"COMPILE": "model", "LOG_DIR": str(tmp_path)}, 2, grow_on_a_rank)
+    """1 and 2 passes on both ranks; the losses are those of one rank that compiled nothing."""
+    # One plain layer: what the ranks share is no matter of what the layers hold.
+    env = corpus | SMALL | NARROW | dict(PRESET="Bp,tiny", NUM_SHARED="1", ITERATIONS="8")
+    env |= dict(PASSES_SCHEDULE="0:1,0.5:2", WARMUP_STEPS="1", TIED_EMBED_LR="0.01")
+    env |= dict(MATRIX_LR="0.01", SCALAR_LR="0.01")
+    compiled = {"COMPILE": "model", "LOG_DIR": str(tmp_path)}
+    ended = fork_ranks(env | compiled, 2, grow_on_a_rank)
     assert ended.codes == [0, 0], ended.texts
-    one = grow(env | {"COMPILE": "off", "WARMUP_STEPS": "0"}, tmp_path / "one")
+    one = grow(env | UNCOMPILED, tmp_path / "one")
     for rank in ("0", "1"):
         graphs = (tmp_path / rank / "graphs").read_text()
-        assert graphs == "6 6", "three modes, three shapes of matrices"
+        assert graphs == "5 5", "two modes, three shapes of matrices"
         two = losses(tmp_path / rank)
         assert len(two) == 8 and two == pytest.approx(one, abs=2e-4)
 

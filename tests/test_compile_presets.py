@@ -17,20 +17,27 @@ SMALL = dict(
     TRAIN_BATCH_TOKENS="128",
     MICRO_BATCH_TOKENS="128",
     VAL_BATCH_SIZE="1024",
-    ITERATIONS="8",
+    ITERATIONS="2",
     WARMUP_STEPS="0",
     MAX_WALLCLOCK_SECONDS="0",
     COMPILE="block",
 )
-GROWTH = dict(PASSES_SCHEDULE="0:1,2:2,4:3", EVAL_STRIDE="16")
+# What a system that has the option is given besides.
+BESIDES = {
+    "passes_schedule": dict(ITERATIONS="5", PASSES_SCHEDULE="0:1,1:2,2:3", EVAL_STRIDE="16"),
+    "qat_lr_factor": dict(WARMDOWN_ITERS="2", QAT_LR_FACTOR="0.6"),  # the last step rounds
+    "ttt_lr": dict(TTT_CHUNK_TOKENS="128"),
+    "gptq_batches": dict(GPTQ_BATCHES="1"),
+}
 
 
 def graph_kind(system: str) -> tuple[Any, ...]:
-    """What tells the graphs of a system from those of another, its size and layers left out."""
+    """What tells the graphs of a system from those of another: not its size, layers, constants."""
     a = tg.Architecture(**tg.PLAIN | architecture_values(system))
-    sizes = ("model_dim", "num_heads", "num_kv_heads", "mlp_mult", "rope_base")
+    sizes = ("model_dim", "num_heads", "num_kv_heads", "mlp_mult")
+    constants = ("rope_base", "timestep_gamma_max", "leaky_relu_slope")  # one operation, any value
     layers = ("num_layers", "num_prelude", "num_shared", "num_loops", "num_coda")
-    kept = [f for f in tg.fields(a) if f.name not in sizes + layers]
+    kept = [f for f in tg.fields(a) if f.name not in sizes + constants + layers]
     return tuple(getattr(a, f.name) for f in kept) + (a.num_shared > 0,)
 
 
@@ -44,7 +51,7 @@ KINDS = list({graph_kind(system): system for system in tg.SYSTEMS}.values())
 
 @pytest.mark.parametrize("system", KINDS)
 def test_nothing_is_compiled_on_the_clocks(
-    system: str, corpus: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    system: str, few_tokens: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps in every mode; the scores of the artifact, plain, sliding, with test-time training."""
     counter = counting(monkeypatch)
@@ -64,14 +71,12 @@ def test_nothing_is_compiled_on_the_clocks(
     watch(tg.Trainer, "next_step")
     watch(tg.Scorer, "score")
     values = tg.SYSTEMS[system].values
-    growth = GROWTH if values.get("passes_schedule") else {}
-    if values.get("ttt_lr"):
-        growth = growth | {"TTT_CHUNK_TOKENS": "128"}
-    if not values.get("warmdown_fraction"):
-        growth = growth | {"WARMDOWN_ITERS": "4"}
-    result = run_here(corpus | SMALL | growth | {"PRESET": f"{system},tiny"}, tmp_path)
+    env = few_tokens | SMALL | {"PRESET": f"{system},tiny"}
+    for option, variables in BESIDES.items():
+        env = env | (variables if values.get(option) else {})
+    result = run_here(env, tmp_path)
     assert counter.frame_count > 0
-    assert graphs["next_step"] == [0] * 8
+    assert graphs["next_step"] == [0] * int(env["ITERATIONS"])
     scores = [name for name in ("roundtrip", "sliding", "ttt") if name in result]
-    assert len(scores) == (2 if "EVAL_STRIDE" in growth else 1)
+    assert len(scores) == (2 if "EVAL_STRIDE" in env else 1)
     assert graphs["score"][-len(scores) :] == [0] * len(scores)
