@@ -271,6 +271,7 @@ def test_faults_makes_a_fault_and_reports_it(
         return SimpleNamespace(folder=fault_job.WORK / name)
 
     monkeypatch.setitem(fault_job.BASE, "TOKENIZER_PATH", "")  # set by the tool
+    monkeypatch.setitem(fault_job.BASE, "DTYPE", "float32")  # with which a processor is faster
     monkeypatch.setattr(faults, "finish", finish)
     monkeypatch.setattr(sys, "argv", ["faults.py", *words])
     monkeypatch.chdir(tmp_path)
