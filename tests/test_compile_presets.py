@@ -26,7 +26,7 @@ SMALL = dict(
 BESIDES = {
     "passes_schedule": dict(ITERATIONS="5", PASSES_SCHEDULE="0:1,1:2,2:3", EVAL_STRIDE="16"),
     "qat_lr_factor": dict(WARMDOWN_ITERS="2", QAT_LR_FACTOR="0.6"),  # the last step rounds
-    "ttt_lr": dict(TTT_CHUNK_TOKENS="128"),
+    "ttt_lr": dict(TTT_CHUNK_TOKENS="64"),  # not as many as a step of training takes
     "gptq_batches": dict(GPTQ_BATCHES="1"),
 }
 
