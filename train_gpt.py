@@ -5459,7 +5459,7 @@ def refit(trainer: Trainer, hessians: Mapping[str, Tensor], log: Log) -> float:
             now = seconds()
             spent, per_step = now, now - spent
     if step < config.refit_steps:
-        log(f"REFIT_SECONDS={limit} were over before REFIT_STEPS={config.refit_steps}")
+        log(f"REFIT_SECONDS={limit} have no time for more of REFIT_STEPS={config.refit_steps}")
     log(f"refit steps:{step} train_loss:{loss:.4f} time:{1e3 * spent:.0f}ms")
     return spent
 

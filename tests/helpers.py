@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import re
-import runpy
 import signal
 import socket
 import struct
@@ -143,18 +142,6 @@ def become_rank(job: Callable[[], int], env: dict[str, str], out: Path) -> None:
     torch.set_num_threads(THREADS)
     default_signals()
     os._exit(job())
-
-
-def script_on_a_rank() -> int:
-    """Runs the script that SCRIPT names as Python would that was started with it and WORDS."""
-    sys.argv = [os.environ["SCRIPT"], *os.environ["WORDS"].split()]
-    try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    except SystemExit as end:
-        return int(end.code or 0)
-    finally:
-        sys.stdout.flush()
-    return 0
 
 
 def default_signals() -> None:

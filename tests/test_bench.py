@@ -135,7 +135,7 @@ def test_command_prints_and_writes_the_figures(
     result = json.loads(path.read_text())
     for figures in result["contestants"].values():
         speed = 640e3 / figures["step_ms"]["median"]
-        assert figures["tokens_per_second"] == pytest.approx(speed, rel=1e-3, abs=0.5)  # rounded
+        assert figures["tokens_per_second"] == pytest.approx(speed, rel=0, abs=0.51)  # rounded
         assert figures["mfu"] == pytest.approx(speed * figures["mflop_per_token"] / 0.5e6, rel=0.01)
         assert figures["config"]["model_dim"] == 32
         assert len(figures["every_step_ms"]) == 2

@@ -150,13 +150,14 @@ def test_a_compiled_graph_of_another_attention_is_not_taken_from_the_cache(
     monkeypatch.setattr(torch._inductor.config.cpp, "vec_isa_ok", False)  # nor trials of ten ISAs
     counts = torch._dynamo.utils.counters["aot_autograd"]
     counts.clear()
-    x = torch.randn(1, 2, 4, 8)
+    env = NARROW | {"PRESET": "naive,tiny", "NUM_LAYERS": "1", "COMPILE": "model"}
     for backend, hits in (("math", 0), ("flash", 0), ("math", 1)):
         torch._dynamo.reset()
-        compiler = tg.Compiler(tg.Config.from_env({"ATTN_BACKEND": backend}), one_rank())
-        with torch.nn.attention.sdpa_kernel(tg.KERNELS[backend], set_priority=True):
-            found = compiler.build(tg.torch_attention)(x, x, x)
-            torch.testing.assert_close(found, tg.torch_attention(x, x, x))
+        config = tg.Config.from_env(env | {"ATTN_BACKEND": backend})
+        model, ids = tg.GPT(config.architecture(), 0.02), torch.zeros(1, 32, dtype=torch.int64)
+        kernels = torch.nn.attention.sdpa_kernel(tg.KERNELS[backend], set_priority=True)
+        with kernels, torch.no_grad():
+            tg.Compiler(config, one_rank()).forward(model)(ids, ids.clone(), model.scoring)
         assert counts["autograd_cache_hit"] == hits
 
 
@@ -164,7 +165,7 @@ def test_a_compiled_graph_of_another_attention_is_not_taken_from_the_cache(
 def test_whatever_is_compiled_has_the_key_that_knows(
     level: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By `build`, of which the test above tells."""
+    """Models and blocks alike: by `build`, which the test above shows for a model."""
     given: list[Any] = []
 
     def build(_: tg.Compiler, function: Any) -> Any:
@@ -270,10 +271,9 @@ def test_warm_up_compiles_what_training_runs(corpus: dict[str, str]) -> None:
     assert counter.frame_count == 1
 
 
-# Tracing takes as long as the graphs are deep: two passes show as much as three.
-TWO_PASSES = GROWTH | {"PASSES_SCHEDULE": "0:1,0.5:2", "NUM_LOOPS": "2"}
-UNROUNDED = {"QAT_FRACTION": "0", "QAT_CORE_ONLY": "0"}
-UNCOMPILED = {"COMPILE": "off", "WARMUP_STEPS": "0"}
+MODES = [
+    f"passes:{passes} bits:0 core_bits:{bits}" for passes, bits in ((1, 0), (2, 0), (3, 0), (3, 6))
+]
 
 
 def grow(env: Mapping[str, str], folder: Path) -> list[float]:
@@ -285,48 +285,39 @@ def grow(env: Mapping[str, str], folder: Path) -> list[float]:
     return losses(folder)
 
 
-def grow_compiled(env: Mapping[str, str], folder: Path, graphs: int) -> list[float]:
-    """The losses of a run whose graphs, so many, are made in its warm-up, none later."""
-    made: list[int] = []
-    with pytest.MonkeyPatch.context() as patch:
-        counter, warm_up = counting(patch), tg.Trainer.warm_up
-
-        def counted(trainer: tg.Trainer, log: Any = print) -> None:
-            warm_up(trainer, log)
-            made.append(counter.frame_count)
-
-        patch.setattr(tg.Trainer, "warm_up", counted)
-        found = grow(env, folder)
-    assert made == [graphs] == [counter.frame_count]
-    return found
-
-
-def test_growth_compiles_a_model_for_each_mode(corpus: dict[str, str], tmp_path: Path) -> None:
-    """Graphs of 1 and 2 passes, and one for each of three shapes of matrices, in the warm-up."""
-    env = corpus | TWO_PASSES | UNROUNDED
-    compiled = grow_compiled(env | {"COMPILE": "model"}, tmp_path / "compiled", 2 + 3)
-    cold = grow(env | UNCOMPILED, tmp_path / "cold")
-    assert len(compiled) == 8 and compiled == pytest.approx(cold, abs=2e-4)
-
-
-def test_growth_compiles_nothing_on_the_clock(corpus: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("rung", "graphs"), [("model", 6), ("block", 4)])
+def test_growth_compiles_nothing_on_the_clock(
+    corpus: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rung: str,
+    graphs: int,
+) -> None:
     """All graphs are made in the warm-up, and losses are those of a run without it.
 
-    One for a layer, one with rounding, one with a value embedding, and one for the loss. Besides,
-    one for each of three shapes of matrices.
+    One graph for 1, 2 and 3 passes with and without rounding; or for a layer, one with rounding,
+    one with a value embedding, and the loss. Besides, one for each of three shapes of matrices.
     """
-    env = corpus | TWO_PASSES
-    compiled = grow_compiled(env | {"COMPILE": "block"}, tmp_path / "compiled", 4 + 3)
-    eager = grow_compiled(env | UNCOMPILED | {"WARMUP_STEPS": "1"}, tmp_path / "eager", 0)
-    cold = grow(env | UNCOMPILED, tmp_path / "cold")
-    assert eager == cold
+    counter = counting(monkeypatch)
+    made: list[int] = []
+    warm_up = tg.Trainer.warm_up
+
+    def counted(trainer: tg.Trainer, log: Any = print) -> None:
+        warm_up(trainer, log)
+        made.append(counter.frame_count)
+
+    monkeypatch.setattr(tg.Trainer, "warm_up", counted)
+    env = corpus | GROWTH
+    compiled = grow(env | {"COMPILE": rung}, tmp_path / "compiled")
+    assert made == [graphs + 3] == [counter.frame_count]
+    eager = grow(env | {"COMPILE": "off", "WARMUP_STEPS": "1"}, tmp_path / "eager")
+    cold = grow(env | {"COMPILE": "off", "WARMUP_STEPS": "0"}, tmp_path / "cold")
+    assert eager == cold and counter.frame_count == made[0]
     assert len(compiled) == 8 and compiled == pytest.approx(cold, abs=2e-4)
     log = (tmp_path / "compiled" / "train.log").read_text()
     seen = [line for line in log.splitlines() if " passes:" in line]
-    modes = ((1, 0), (2, 0), (2, 6))
-    told = [f"passes:{passes} bits:0 core_bits:{bits}" for passes, bits in modes]
-    assert [line.split(" ", 1)[1] for line in seen] == told
-    assert [int(line.split("/")[0].removeprefix("step:")) for line in seen] == [0, 4, 6]
+    assert [line.split(" ", 1)[1] for line in seen] == MODES
+    assert [int(line.split("/")[0].removeprefix("step:")) for line in seen] == [0, 2, 4, 6]
 
 
 def grow_on_a_rank() -> int:
@@ -350,18 +341,14 @@ def grow_on_a_rank() -> int:
 def test_two_ranks_grow_alike_without_compiling_on_the_clock(
     corpus: dict[str, str], tmp_path: Path
 ) -> None:
-    """1 and 2 passes on both ranks; the losses are those of one rank that compiled nothing."""
-    # One plain layer: what the ranks share is no matter of what the layers hold.
-    env = corpus | SMALL | NARROW | dict(PRESET="Bp,tiny", NUM_SHARED="1", ITERATIONS="8")
-    env |= dict(PASSES_SCHEDULE="0:1,0.5:2", WARMUP_STEPS="1", TIED_EMBED_LR="0.01")
-    env |= dict(MATRIX_LR="0.01", SCALAR_LR="0.01")
-    compiled = {"COMPILE": "model", "LOG_DIR": str(tmp_path)}
-    ended = fork_ranks(env | compiled, 2, grow_on_a_rank)
+    """1, 2 and 3 passes on both ranks; the losses are those of one rank that compiled nothing."""
+    env = corpus | GROWTH | {"QAT_FRACTION": "0", "QAT_CORE_ONLY": "0"}
+    ended = fork_ranks(env | {"COMPILE": "model", "LOG_DIR": str(tmp_path)}, 2, grow_on_a_rank)
     assert ended.codes == [0, 0], ended.texts
-    one = grow(env | UNCOMPILED, tmp_path / "one")
+    one = grow(env | {"COMPILE": "off", "WARMUP_STEPS": "0"}, tmp_path / "one")
     for rank in ("0", "1"):
         graphs = (tmp_path / rank / "graphs").read_text()
-        assert graphs == "5 5", "two modes, three shapes of matrices"
+        assert graphs == "6 6", "three modes, three shapes of matrices"
         two = losses(tmp_path / rank)
         assert len(two) == 8 and two == pytest.approx(one, abs=2e-4)
 

@@ -444,7 +444,7 @@ def test_a_refit_ends_a_step_before_its_seconds_are_over(
     # The rate falls with the time, which ends before the steps do.
     assert rates == pytest.approx([1 - spent / 8.5 for spent in (1, 3, 5)])
     told = (tmp_path / "run" / "train.log").read_text()
-    assert "REFIT_SECONDS=8.5 were over before REFIT_STEPS=100\nrefit steps:3 " in told
+    assert "REFIT_SECONDS=8.5 have no time for more of REFIT_STEPS=100\nrefit steps:3 " in told
 
 
 def test_the_time_of_a_refit_counts_as_training(tmp_path: Path) -> None:

@@ -15,15 +15,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from helpers import (
-    HANG,
-    ROOT,
-    clean_environment,
-    fork_ranks,
-    log_of,
-    result_of,
-    script_on_a_rank,
-)
+from helpers import HANG, ROOT, clean_environment, log_of, result_of, start
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -153,10 +145,9 @@ print(json.dumps(facts))
 def test_a_packed_script_runs_as_its_text_would(tmp_path: Path) -> None:
     script = packed_in(tmp_path / "a", PROBE)
     (tmp_path / "a" / packing.READABLE).unlink()  # for people: it runs without
-    env = dict(SCRIPT=str(script), WORDS="--word", LOG_DIR=str(tmp_path))
-    ended = fork_ranks(env, 1, script_on_a_rank)
-    assert ended.codes == [0], ended.texts
-    facts = json.loads(ended.texts[0])
+    command = [sys.executable, str(script), "--word"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=True)
+    facts = json.loads(done.stdout)
     text = PROBE.decode()
     assert facts["file"] == str(script) and facts["name"] == "__main__"
     assert facts["doc"] == "A probe." and facts["arguments"] == ["--word"]
@@ -260,11 +251,10 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(corpus: dict, packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of the packed file on two ranks."""
+    """The folder of a run that torchrun started on two ranks."""
     logs = tmp_path_factory.mktemp("runs")
-    env = corpus | SMALL | dict(LOG_DIR=str(logs), SCRIPT=str(packed), WORDS="")
-    ended = fork_ranks(env, 2, script_on_a_rank)
-    assert ended.codes == [0, 0], ended.texts
+    done = start(corpus | SMALL | dict(LOG_DIR=str(logs)), ranks=2, script=packed)
+    assert done.returncode == 0, done.stderr
     return logs / "seed1337"
 
 

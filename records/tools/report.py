@@ -599,7 +599,7 @@ def spots(found: Found) -> list[figures.Spot]:
     return made
 
 
-def draw_bytes(found: Found) -> figures.Figure:
+def bytes_figure(found: Found) -> figures.Figure:
     xlabel = "script + artifact, MB (10^6 bytes)"
     return figures.bytes_and_bpb(spots(found), "Bytes and score", xlabel)
 
@@ -632,14 +632,12 @@ def gaps_picture(found: Found) -> Picture:
     return drawn(broad, "gaps", caption, narrow)
 
 
-def runs_section(
-    found: Found, rows: dict[str, Any], reference: Published, bytes_figure: figures.Figure
-) -> Section:
+def runs_section(found: Found, rows: dict[str, Any], reference: Published) -> Section:
     caption = "Bytes against the score after rounding, mean and standard deviation of the seeds."
     if len(found) >= figures.FEWEST:
         caption += " The line joins the systems that no other beats in both."
     pictures = [
-        drawn(bytes_figure, "bytes", caption),
+        drawn(bytes_figure(found), "bytes", caption),
         *published_picture(found, reference),
         gaps_picture(found),
     ]
@@ -738,18 +736,14 @@ def series_section(
 
 
 def sections(
-    found: Found,
-    table: Any,
-    made: Sequence[Comparison],
-    left: list[str],
-    bytes_figure: figures.Figure,
+    found: Found, table: Any, made: Sequence[Comparison], left: list[str]
 ) -> list[Section]:
     """All that follows the headline; `left` says what was left out."""
     reference, rows, claims = published(), table.rows, list(table.claims.values())
     listed = [
         comparisons_section(made, reference),
         claims_section(judge(found, claims), claims),
-        runs_section(found, rows, reference, bytes_figure),
+        runs_section(found, rows, reference),
     ]
     for series in dict.fromkeys(rows[name].series for name in found):
         listed.append(series_section(found, rows, made, series))
@@ -760,9 +754,9 @@ def sections(
     return listed
 
 
-def readme_pictures(made: Sequence[Comparison], bytes_figure: figures.Figure) -> dict[str, bytes]:
+def readme_pictures(found: Found, made: Sequence[Comparison]) -> dict[str, bytes]:
     """The pictures that a README shows, by file name."""
-    pictures = {"bytes.png": figures.png(bytes_figure)}
+    pictures = {"bytes.png": figures.png(bytes_figure(found))}
     tested = [c for c in made if c.test]
     if tested:
         kinds = forest_columns(tested)
@@ -778,19 +772,18 @@ def write(folder: Path, table: Any, intended: Intended, to: Path) -> list[Path]:
     for message in left:
         warn(message)
     made = compare_all(found, table.rows)
-    bytes_figure = draw_bytes(found)  # once for page and README: placing the labels takes long
     values = dict(
         title=f"Runs at {folder.name} scale",
         scale=scale_of(found, intended),
         facts=origins(found),
         headline=headline(found, made),
-        sections=sections(found, table, made, left, bytes_figure),
+        sections=sections(found, table, made, left),
     )
     files = {
         name: templates().get_template(f"{name}.j2").render(values).encode()
         for name in ("report.md", "report.html")
     }
-    files |= readme_pictures(made, bytes_figure)
+    files |= readme_pictures(found, made)
     to.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         tg.write_atomically(to / name, data)
