@@ -98,6 +98,7 @@ def option(
     *,
     needs: str = "",
     neutral: Any = None,
+    zero_acts: bool = False,
     group: str = "",
 ) -> Any:
     """A field of `Config`: its default, what it means, its bounds.
@@ -105,11 +106,20 @@ def option(
     Numbers are at least 0 unless `low` says otherwise. `needs` lists what must hold for the option
     to act, as in "num_shared !tie_embeddings num_loops>1 average=ema !core_skips=none"; of "a|b",
     one is enough. `neutral` is the value that switches a technique off, given where that is not the
-    default, or none of 0, "" and none, which always count as off. `group` opens a group of --help.
+    default, or none of 0, "" and none, which count as off, 0 not with `zero_acts`. `group` opens a
+    group of --help.
     """
     return field(
         default=default,
-        metadata=dict(help=help, low=low, high=high, needs=needs, neutral=neutral, group=group),
+        metadata=dict(
+            help=help,
+            low=low,
+            high=high,
+            needs=needs,
+            neutral=neutral,
+            zero_acts=zero_acts,
+            group=group,
+        ),
     )
 
 
@@ -175,13 +185,13 @@ class Architecture:
         "U-Net skips: all from the prelude to the coda, or half of them, as PR 1230 published; or "
         "looped, from the first half of all effective layers to the second, with weights for each "
         "pair of layers and visits; by_position has them for places in the second half (PR 1394).",
-        needs="num_prelude num_coda",
+        needs="num_shared num_prelude num_coda",
     )
     skip_gates: bool = option(
         False,
         "Mix a skip in as s x + (1 - s) w skip, s a learned sigmoid per channel, instead of adding "
         "it.",
-        needs="num_prelude num_coda !core_skips=none",
+        needs="!num_shared|!core_skips=none",
     )
     parallel_layers: str = option(
         "",
@@ -203,7 +213,7 @@ class Architecture:
         "Start of alpha in x + alpha (core(x) - x), learned per further pass; 1 leaves it out.",
         low=-4,
         high=4,
-        needs="num_loops>1",
+        needs="num_shared num_loops>1",
         neutral=1.0,
     )
     feedback_rank: int = option(
@@ -211,17 +221,19 @@ class Architecture:
         "Rank r of the error feedback x + d * (x V) U^T before a further pass; 0 leaves it out.",
         low=0,
         high=4096,
-        needs="num_loops>1",
+        needs="num_shared num_loops>1",
     )
     interpass_norm: bool = option(
-        False, "Normalise the state (RMSNorm) before a further pass.", needs="num_loops>1"
+        False,
+        "Normalise the state (RMSNorm) before a further pass.",
+        needs="num_shared num_loops>1",
     )
     loop_lanes: int = option(
         1,
         "Residual streams that meet only between passes over the core, by learned weights; 1: one.",
         low=1,
         high=2,
-        needs="num_loops>1",
+        needs="num_shared num_loops>1",
         neutral=1,
     )
     core_branch_scale: float = option(
@@ -462,7 +474,9 @@ class Config(Architecture):
         False, "Compute MLPs by a Triton kernel that has the activation inside; CUDA only."
     )
     deterministic: bool = option(
-        False, "Make CUDA repeat a run to the last bit, or name what cannot; slower."
+        False,
+        "Make CUDA repeat a run to the last bit, or name what cannot; slower. Under a time cap the "
+        "number of steps and their learning rates still follow the clock.",
     )
     save_every: int = option(
         -1,
@@ -491,7 +505,7 @@ class Config(Architecture):
         "",
         "When to run how many passes, as 0:1,0.6:2; a `when` below 1 is a fraction of the run "
         "(steps or time, whichever is further), any other a step. Empty: NUM_LOOPS at once.",
-        needs="num_loops>1",
+        needs="num_shared num_loops>1",
     )
     truncate_fraction: float = option(
         0.0,
@@ -548,7 +562,7 @@ class Config(Architecture):
     tied_embed_lr: float = option(
         0.05,
         "Adam's learning rate of tied, bigram and value embeddings.",
-        needs="tie_embeddings",
+        needs="tie_embeddings|bigram_vocab_size|ve_layers",
     )
     tied_embed_init_std: float = option(
         0.005, "Standard deviation of the tied embedding's initial weights.", needs="tie_embeddings"
@@ -663,6 +677,7 @@ class Config(Architecture):
         "artifact fits.",
         high=1e4,
         needs="quant_clip=sdclip",
+        zero_acts=True,
     )
     embed_clip_sigmas: float = option(
         20.0,
@@ -761,10 +776,12 @@ class Config(Architecture):
         config = cls(**preset_values(explicit.get("preset", "")) | explicit)
         for name, value in explicit.items():
             metadata = cls.__dataclass_fields__[name].metadata
-            unmet = [text for text in map(config.unmet_need, metadata["needs"].split()) if text]
-            switched_off = value in (0, "", "none", metadata["neutral"])
+            # What an artifact is scored with depends on the artifact (`read_artifact`).
+            needs = [] if config.eval_only and name == "eval_passes" else metadata["needs"].split()
+            unmet = [text for text in map(config.unmet_need, needs) if text]
+            off = ["", "none", metadata["neutral"], *([] if metadata["zero_acts"] else [0])]
             require(
-                switched_off or not unmet,
+                value in off or not unmet,
                 f"{name.upper()}={show(value)} cannot act here: {', '.join(unmet)}",
             )
             require(
@@ -825,6 +842,12 @@ class Config(Architecture):
         waits = {"QAT_LR_FACTOR": self.qat_lr_factor}
         if self.average == "swa":
             waits["SWA_LR_FACTOR"] = self.swa_lr_factor
+            require(self.swa_lr_factor, "AVERAGE=swa cannot act: SWA_LR_FACTOR=0")
+            require(
+                self.warmdown_iters or self.warmdown_fraction,
+                "AVERAGE=swa cannot act: the learning rate never falls to SWA_LR_FACTOR of itself "
+                "with WARMDOWN_ITERS=0 and WARMDOWN_FRACTION=0",
+            )
         for name, factor in waits.items():
             require(
                 not factor or self.lr_floor < factor,
@@ -843,6 +866,11 @@ class Config(Architecture):
             f"PASSES_SCHEDULE={self.passes_schedule} does not ascend from 0 with 1 to "
             f"NUM_LOOPS={n} passes, as 0:1,0.6:{n} would",
         )
+        require(
+            not self.truncate_fraction or n == 1 or self.truncated_passes(),
+            f"TRUNCATE_FRACTION={self.truncate_fraction} cannot act: PASSES_SCHEDULE="
+            f"{self.passes_schedule} has one pass until then",
+        )
 
     def schedule(self) -> list[tuple[float, int]]:
         """(beginning, passes): from a step on, or below 1 from a fraction of the run on."""
@@ -854,6 +882,12 @@ class Config(Architecture):
             (parse("PASSES_SCHEDULE", when, float), parse("PASSES_SCHEDULE", passes, int))
             for when, _, passes in entries
         ]
+
+    def truncated_passes(self) -> list[int]:
+        """The numbers of passes, above 1, that begin within TRUNCATE_FRACTION."""
+        span = max(self.iterations, 1)
+        starts = [(when if when < 1 else when / span, n) for when, n in self.schedule()]
+        return [n for start, n in starts if n > 1 and start < self.truncate_fraction]
 
     @property
     def training_seconds(self) -> float:
@@ -936,6 +970,7 @@ EXPORT_OPTIONS = frozenset(
     quant_clip_percentile quant_scale_floor gptq_batches gptq_seconds gptq_embed gptq_damping
     refit_steps refit_lr refit_seconds codec byte_shuffle""".split()
 )
+RESERVING = frozenset("gptq_batches gptq_seconds refit_steps refit_seconds".split())
 
 # ---- 2. Plan -----------------------------------------------------------------------------------
 
@@ -2419,10 +2454,8 @@ class Learner:
         """TTT_EPOCHS steps on a chunk [n T + 1]; the rate falls with the fraction `done`."""
         config, world = self.config, self.world
         self.sgd.param_groups[0]["lr"] = config.ttt_lr * (1 + math.cos(math.pi * done)) / 2
-        mine = slice(world.rank, None, world.size)
-        sequences = tokens[:-1].view(-1, config.train_seq_len)
-        ids, targets = sequences[mine], tokens[1:].view(-1, config.train_seq_len)[mine]
-        share = len(ids) / len(sequences)
+        ids, targets = self.mine(tokens)
+        share = ids.numel() / (len(tokens) - 1)
         for _ in range(config.ttt_epochs):
             self.gradients.zero()
             if share:
@@ -2431,14 +2464,24 @@ class Learner:
             self.gradients.clip(config.ttt_grad_clip or math.inf)
             self.sgd.step()
 
+    def mine(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """This rank's ids and targets [.., T] of a chunk [n T + 1]."""
+        every = slice(self.world.rank, None, self.world.size)
+        ids, targets = (
+            part.view(-1, self.config.train_seq_len) for part in (tokens[:-1], tokens[1:])
+        )
+        return ids[every], targets[every]
+
     def warm_up(self) -> None:
-        """Runs the forward and backward pass of a step, which `learn` forgets again."""
-        length = self.config.train_seq_len
-        sequences = self.config.ttt_chunk_tokens // length
-        mine = len(range(self.world.rank, sequences, self.world.size))
-        ids = torch.zeros((mine, length), dtype=torch.int64, device=self.world.device)
-        if mine:
-            self.forward(ids, ids.clone()).backward()
+        """Runs the forward and backward pass of a step, which `learn` forgets again.
+
+        On a chunk cut up as those of `learn` are: other strides would be a new graph, compiled
+        while the time of evaluation runs.
+        """
+        size = self.config.ttt_chunk_tokens + 1
+        ids, targets = self.mine(torch.zeros(size, dtype=torch.int64, device=self.world.device))
+        if len(ids):
+            self.forward(ids, targets).backward()
 
 
 class Scorer:
@@ -2475,7 +2518,8 @@ class Scorer:
     def chunks(self, stride: int, size: int) -> list[range]:
         """The windows whose first scored target lies in each `size` targets, a multiple of T."""
         ends = [*range(size, self.targets, size), self.targets]
-        bounds = [0, *(1 - (self.length - end) // stride for end in ends)]
+        # The first window scores T targets from the start, each further one the next `stride`.
+        bounds = [0, *(1 + math.ceil((end - self.length) / stride) for end in ends)]
         return [range(a, b) for a, b in itertools.pairwise(bounds)]
 
     def windows(self, windows: range, stride: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -3005,12 +3049,7 @@ def truncated_modes(config: Config, mode: Mode) -> list[Mode]:
     """Those with truncated gradients: of the passes that begin within TRUNCATE_FRACTION."""
     if mode.core.bits:  # rounding from the start
         return []
-    begun = [
-        passes
-        for when, passes in config.schedule()
-        if (when if when < 1 else when / max(config.iterations, 1)) < config.truncate_fraction
-    ]
-    return [mode._replace(passes=passes, truncated=True) for passes in begun if passes > 1]
+    return [mode._replace(passes=n, truncated=True) for n in config.truncated_passes()]
 
 
 class Clock:
@@ -3107,6 +3146,7 @@ class Trainer:
         self.skipped = SkippedSteps(self.world.device)
         self.clock = Clock(self.world, config.training_seconds)
         self.step, self.lr_factor = 0, 0.0  # steps made; the last one's fraction of learning rates
+        self.capped = False  # whether the time is up
         self.grad_norm: Tensor | None = None  # of the last step, before clipping
         self.last_good = "none"
 
@@ -3229,7 +3269,8 @@ class Trainer:
         reserve = 0.0
         if self.step > 1:  # the first step's time is no measure
             reserve = 2 * clock.per_step
-        return "wallclock_cap" if seconds + reserve > clock.cap else ""
+        self.capped = self.capped or seconds + reserve > clock.cap
+        return "wallclock_cap" if self.capped else ""
 
     def train(self, reporter: Reporter, checkpoints: Checkpoints, validate: Validate) -> Trained:
         """Trains until ITERATIONS or the cap; `validate` runs off the clock."""
@@ -3286,13 +3327,15 @@ class Trainer:
 
     def progress(self) -> Progress:
         clock = self.clock
+        seconds = clock.estimate(self.step)
         return Progress(
-            self.step, self.average.count, clock.estimate(self.step), clock.per_step, clock.due
+            self.step, self.average.count, seconds, clock.per_step, clock.due, self.capped
         )
 
     def go_on_from(self, progress: Progress) -> None:
         """Takes over the counters of a checkpoint whose tensors are in `state` already."""
         self.step, self.average.count = progress.step, progress.averaged
+        self.capped = progress.capped
         self.clock = Clock(self.world, self.config.training_seconds, progress)
 
 
@@ -3462,10 +3505,11 @@ class Reporter:
         step, planned = trainer.step, self.config.iterations
         if why == "wallclock_cap":
             self.log(f"stopping_early: {why} train_time:{1e3 * seconds:.0f}ms {self.at(step)}")
-            if step < planned / 2:
+            warmup = self.config.muon_momentum_warmup_steps
+            if step < warmup and not self.config.muon_momentum_warmup_fraction:
                 self.log(
-                    f"WARNING: the time was up after {step:,} of {planned:,} planned steps: raise "
-                    "MAX_WALLCLOCK_SECONDS, or lower ITERATIONS and the options that count steps"
+                    f"warning: the time was up after {step:,} of {planned:,} planned steps, within "
+                    f"MUON_MOMENTUM_WARMUP_STEPS={warmup}: fewer would suit this speed"
                 )
 
     def validation(
@@ -3500,6 +3544,7 @@ class Progress(NamedTuple):
     seconds: float = 0.0  # of training
     per_step: float = 0.0  # seconds
     due: int = 1  # step at which the clock is read next
+    capped: bool = False  # the time was up: no step follows, whatever is reserved for export now
 
     @classmethod
     def from_json(cls, values: dict[str, Any], iterations: int) -> Progress:
@@ -3513,7 +3558,7 @@ class Progress(NamedTuple):
         )
         good = all(0 <= x < 1e9 for x in (seconds, per_step))
         require(good, f"counters seconds {seconds}, per_step {per_step}")
-        return cls(step, averaged, seconds, per_step, due)
+        return cls(step, averaged, seconds, per_step, due, bool(values["capped"]))
 
 
 class Checkpoint(NamedTuple):
@@ -3639,14 +3684,15 @@ def find_checkpoint(config: Config, trainer: Trainer, log_later: list[str]) -> C
     values: list[np.ndarray] = []
 
     def read(origin: str, header: Any, raw: bytes, _: str) -> Checkpoint:
-        texts = what_differs(config, dict(header["config"]), int(header["tokens"]), tokens)
+        progress = Progress.from_json(header["progress"], config.iterations)
+        over = progress.capped or progress.step == config.iterations
+        texts = what_differs(config, dict(header["config"]), int(header["tokens"]), tokens, over)
         if texts:
             raise OtherRun(f"{origin} is of another run: {texts}")
         found = np.frombuffer(raw, np.float32)
         require(len(found) == size, f"{len(found)} numbers where {size} are due")
         require(np.isfinite(found).all(), "it holds numbers that are not finite")
         values.append(found)
-        progress = Progress.from_json(header["progress"], config.iterations)
         return Checkpoint("", progress, int(header["metrics"]), int(header["threads"]))
 
     def find() -> Checkpoint | None:
@@ -3674,13 +3720,20 @@ def find_checkpoint(config: Config, trainer: Trainer, log_later: list[str]) -> C
     return found and found._replace(values=values[-1] if values else None)
 
 
-def what_differs(config: Config, was: dict[str, Any], tokens_were: int, tokens: int) -> str:
-    """Between a checkpoint's run and this one; "" if this one may go on from it."""
+def what_differs(
+    config: Config, was: dict[str, Any], tokens_were: int, tokens: int, over: bool
+) -> str:
+    """Between a checkpoint's run and this one; "" if this one may go on from it.
+
+    `over`: its training is complete.
+    """
     now = asdict(config)
     unknown = sorted(was.keys() - now)
     require(not unknown, f"its run had options that this script lacks: {unknown}")
     was = asdict(Config()) | neutral_values(Config) | was  # an option that was added since was off
     may_differ = MAY_DIFFER if config.qat else MAY_DIFFER | EXPORT_OPTIONS
+    if config.max_wallclock_seconds and not over:
+        may_differ -= RESERVING  # training would end, and its rates fall, at another time
     differ = [name for name in now if name not in may_differ and now[name] != was[name]]
     if now["iterations"] >= was["iterations"]:
         differ = [name for name in differ if name != "iterations"]
@@ -5120,6 +5173,10 @@ def read_artifact(path: Path, config: Config, world: World) -> Artifact:
     data = world.on_main(read)
     check_artifact_tokenizer(data, str(path), config)
     model, architecture, kind = load_model(data, str(path), config.eval_passes)
+    require(
+        not config.eval_passes or architecture.num_shared,
+        f"EVAL_PASSES={config.eval_passes} cannot act here: {path} has no core",
+    )
     return Artifact(replace(config, **asdict(architecture)), data, model.to(world.device), kind)
 
 
@@ -5450,6 +5507,7 @@ def refit(trainer: Trainer, hessians: Mapping[str, Tensor], log: Log) -> float:
         spent, per_step = seconds(), 0.0
         while step < config.refit_steps and spent + per_step < limit:
             trainer.sum_gradients(trainer.batches.micro(first + step), Mode(config.num_loops))
+            trainer.skipped.mask(trainer.gradients, first + step)
             done = max(step / config.refit_steps, spent / limit)
             adam.param_groups[0]["lr"] = config.refit_lr * (1 - done)
             adam.step()
@@ -5492,6 +5550,19 @@ def export(trainer: Trainer, trained: Trained, validation: Validation, log: Log)
     )
 
 
+def schedule_warnings(config: Config) -> list[str]:
+    """Of passes that are scored, and so exported, and will never have been trained."""
+    if config.eval_passes:  # asked for
+        return []
+    given, texts = f"warning: PASSES_SCHEDULE={config.passes_schedule}", []
+    when, passes = config.schedule()[-1]
+    if passes != config.num_loops:
+        texts.append(f"{given} ends with {passes} passes; NUM_LOOPS={config.num_loops} are scored")
+    if when >= max(config.iterations, 1):
+        texts.append(f"{given} never comes to its last entry: ITERATIONS={config.iterations}")
+    return texts
+
+
 @contextlib.contextmanager
 def frozen_garbage() -> Iterator[None]:
     """Python's collector leaves out what exists already: its pauses would count as training."""
@@ -5508,7 +5579,7 @@ def train_and_export(
 ) -> tuple[Trainer, Log, dict[str, Any]]:
     """Trains a model and writes its artifact; log and figures of the run."""
     trainer = make_trainer(config, world)
-    warnings: list[str] = []
+    warnings = schedule_warnings(config)
     checkpoint = find_checkpoint(config, trainer, warnings) if config.resume else None
     log = open_log(config, world)
     for warning in warnings:

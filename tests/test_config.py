@@ -343,7 +343,14 @@ def test_inert_option_is_refused(name: str) -> None:
     assert value_of(config(**need(name, met=True), **{name: truthy(name)}), name)
 
 
-@pytest.mark.parametrize("name", [n for n in CONDITIONAL if FIELDS[n].metadata["low"] == 0])
+CAN_BE_OFF = [
+    name
+    for name in CONDITIONAL
+    if FIELDS[name].metadata["low"] == 0 and not FIELDS[name].metadata["zero_acts"]
+]
+
+
+@pytest.mark.parametrize("name", CAN_BE_OFF)
 def test_off_is_accepted_where_it_cannot_act(name: str) -> None:
     off = "none" if get_args(KINDS[name]) else "" if KINDS[name] is str else "0"
     assert value_of(config(**need(name, met=False), **{name: off}), name) in (0, "none", "")
@@ -391,11 +398,39 @@ def test_one_condition_of_two_is_enough() -> None:
         (dict(CORE_SKIPS="all", NUM_CODA=0), "NUM_CODA=0"),
         (dict(SKIP_GATES=1), "CORE_SKIPS=none"),
         (dict(VE_DIM=8), "VE_LAYERS="),
+        (dict(NUM_SHARED=0, CORE_SKIPS="all"), "NUM_SHARED=0"),
+        (dict(NUM_SHARED=0, PASS_SCALE_INIT=0.5), "NUM_SHARED=0"),
+        (dict(NUM_SHARED=0, FEEDBACK_RANK=2), "NUM_SHARED=0"),
+        (dict(NUM_SHARED=0, LOOP_LANES=2), "NUM_SHARED=0"),
+        (dict(NUM_SHARED=0, INTERPASS_NORM=1), "NUM_SHARED=0"),
+        (dict(NUM_SHARED=0, PASSES_SCHEDULE="0:1,0.5:3"), "NUM_SHARED=0"),
+        (dict(PRESET="frontier", TRUNCATE_FRACTION=0.3), "PASSES_SCHEDULE=0:1,0.35:3"),
+        (dict(AVERAGE="swa", WARMDOWN_ITERS=0), "WARMDOWN_ITERS=0"),
+        (dict(AVERAGE="swa", SWA_LR_FACTOR=0), "SWA_LR_FACTOR=0"),
+        # Not off: it asks for the fewest with which the artifact fits.
+        (dict(MATRIX_CLIP_SIGMAS=0), "QUANT_CLIP=percentile"),
+        (dict(MATRIX_CLIP_SIGMAS=0, QUANT_CLIP="row"), "QUANT_CLIP=row"),
     ],
 )
 def test_known_inert_combinations(env: dict[str, Any], other: str) -> None:
     message = refused(**env)
     assert other in message and any(f"{name}=" in message for name in env)
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        dict(TIE_EMBEDDINGS=0, BIGRAM_VOCAB_SIZE=64, TIED_EMBED_LR=0.1),
+        dict(TIE_EMBEDDINGS=0, VE_LAYERS="4", TIED_EMBED_LR=0.1),
+        dict(PRESET="naive", SKIP_GATES=1),  # a flat U-Net has skips
+        dict(PRESET="frontier", TRUNCATE_FRACTION=0.36),
+        dict(QUANT_CLIP="sdclip", MATRIX_CLIP_SIGMAS=0),
+        dict(PRESET="naive", EVAL_ONLY="model.ptz", EVAL_PASSES=2),  # the artifact may have a core
+    ],
+)
+def test_what_acts_is_accepted(env: dict[str, Any]) -> None:
+    for name in env.keys() - {"PRESET"}:
+        assert value_of(config(**env), name) == tg.parse(name, str(env[name]), KINDS[name])
 
 
 @pytest.mark.parametrize("name", [f.name.upper() for f in fields(tg.Architecture)])

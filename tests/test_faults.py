@@ -375,6 +375,34 @@ def test_a_trained_model_is_rounded_in_another_way(env: Env, whole: Path) -> Non
         run_to_its_end(qat | saved | {"RUN_ID": "qat again", "MATRIX_BITS": "4"})
 
 
+def test_a_run_that_ended_by_its_time_is_packed_again_without_a_further_step(
+    env: Env, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if GPTQ no longer takes a part of it; before its end, that would move the warm-down."""
+    clock, train_step = ManualTime(), tg.Trainer.train_step
+
+    def timed(*args: Any) -> None:
+        train_step(*args)
+        clock.now += 0.25
+
+    monkeypatch.setattr(tg, "time", clock)
+    monkeypatch.setattr(tg.Trainer, "train_step", timed)
+    capped = env | {"MAX_WALLCLOCK_SECONDS": "3"}
+    reserving = {"GPTQ_BATCHES": "1", "GPTQ_SECONDS": "1"}
+    first = run_to_its_end(capped | reserving | {"RUN_ID": "capped"})
+    steps = result_of(first)["steps"]
+    assert 4 < steps < STEPS and result_of(first)["ended_by"] == "wallclock_cap"
+    again = run_to_its_end(capped | {"RESUME": str(first), "RUN_ID": "capped again"})
+    assert f"resumed from step:{steps} of" in log_of(again)
+    before, after = result_of(first), result_of(again)
+    assert after["steps"] == steps and after["ended_by"] == "wallclock_cap"
+    for score in ("last_weights", "pre_quant"):
+        assert after[score]["val_loss"] == before[score]["val_loss"]
+    earlier = min(first.glob("step_*.ckpt"))
+    with pytest.raises(tg.InputError, match="GPTQ_BATCHES was 1, is 0"):
+        run_to_its_end(capped | {"RESUME": str(earlier), "RUN_ID": "cut off"})
+
+
 def test_a_finished_run_is_refused(env: Env, whole: Path) -> None:
     before = artifact(whole)
     with pytest.raises(tg.InputError, match=f"holds a finished run: .*RESUME={whole}"):

@@ -390,6 +390,26 @@ def test_a_refit_sees_what_calibration_has_not_seen(
     assert seen == [4, 5, 6, 7]
 
 
+def test_a_refit_skips_a_step_that_is_not_finite(
+    env: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    trainer = trainer_of(tg.Config.from_env(env | refit_of(3)))
+    make_steps(trainer, 4)
+    sum_gradients = trainer.sum_gradients
+
+    def bad_step(*given: Any) -> None:
+        sum_gradients(*given)
+        if not trainer.skipped.count:
+            trainer.gradients.flat.fill_(math.nan)
+
+    monkeypatch.setattr(trainer, "sum_gradients", bad_step)
+    (tmp_path / "run").mkdir()
+    before = flat(trainer.params)
+    tg.refit(trainer, {}, tg.Log(tmp_path / "run", True))
+    assert trainer.skipped.count == 1
+    assert flat(trainer.params).isfinite().all() and not flat(trainer.params).equal(before)
+
+
 def test_an_export_that_breaks_off_leaves_the_weights_as_trained(
     env: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

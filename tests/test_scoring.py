@@ -304,6 +304,23 @@ def learner_of(model: tg.GPT, config: tg.Config) -> tg.Learner:
     return tg.Learner(model, forward, config, one_rank())
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_chunk_is_laid_out_as_the_warm_up_was(rank: int) -> None:
+    """A graph is of strides, too: another one would be compiled while evaluation's time runs."""
+    config = config_of(**TTT)
+    model = noisy_model(config.architecture(), 0.05)
+    seen: list[tuple[Any, ...]] = []
+
+    def forward(ids: Tensor, targets: Tensor) -> Tensor:
+        seen.append((ids.shape, ids.stride(), targets.shape, targets.stride()))
+        return model(ids, targets, model.scoring)
+
+    learner = tg.Learner(model, forward, config, stub_world(rank, 2))
+    learner.warm_up()
+    learner.learn(text(config.ttt_chunk_tokens + 1).long(), 0.0)
+    assert len(seen) > 1 and len(set(seen)) == 1, seen
+
+
 @functools.cache
 def plain_losses() -> Tensor:
     """Those of `text()` with test-time training."""
@@ -521,6 +538,16 @@ def test_eval_only_scores_an_artifact_again(
         check_modes(deeper, "roundtrip", "ttt" if "TTT_LR" in more else "sliding")
         assert deeper["config"]["eval_passes"] == 4
         assert deeper["roundtrip"]["val_loss"] != plain["roundtrip"]["val_loss"]
+
+
+def test_passes_over_a_core_that_an_artifact_lacks_are_refused(tmp_path: Path) -> None:
+    config = tg.Config.from_env(dict(PRESET="Ap,tiny", MODEL_DIM="64", NUM_LAYERS="2"))
+    path = tmp_path / "flat.ptz"
+    path.write_bytes(tg.pack(tg.GPT(config.architecture()), config))
+    given = replace(config, eval_passes=2)
+    message = refused(tg.read_artifact, path, given, one_rank())
+    assert f"EVAL_PASSES=2 cannot act here: {path} has no core" in message
+    assert tg.read_artifact(path, config, one_rank()).model
 
 
 @pytest.mark.bits

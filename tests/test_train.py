@@ -5,7 +5,8 @@ import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -200,6 +201,38 @@ def test_the_cap_ends_training_before_it_is_passed(
     result = run_here(corpus | SMALL | NARROW | SHALLOW | env, tmp_path)
     assert (result["steps"], result["train_seconds"]) == (15, pytest.approx(15 * 0.25))
     assert "stopping_early: wallclock_cap" in log_of(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("env", "told"),
+    [
+        (dict(PASSES_SCHEDULE="0:1,0.6:2"), ["ends with 2 passes; NUM_LOOPS=3 are scored"]),
+        (dict(PASSES_SCHEDULE="0:1,50:3"), ["never comes to its last entry: ITERATIONS=50"]),
+        (dict(PASSES_SCHEDULE="0:1,49:3"), []),
+        (dict(PASSES_SCHEDULE="0:1,0.6:2", EVAL_PASSES="2"), []),
+        (dict(), []),
+    ],
+)
+def test_passes_that_are_scored_untrained_are_told_before(
+    env: dict[str, str], told: list[str]
+) -> None:
+    config = tg.Config.from_env({"NUM_LOOPS": "3", "ITERATIONS": "50"} | env)
+    found = tg.schedule_warnings(config)
+    assert len(found) == len(told) and all(b in a for a, b in zip(found, told)), found
+
+
+@pytest.mark.parametrize(
+    ("preset", "step", "told"),
+    [("T", 8571, ""), ("S", 499, "MUON_MOMENTUM_WARMUP_STEPS=500"), ("frontier", 1000, "")],
+)
+def test_what_the_end_of_the_time_cut_off_is_told(preset: str, step: int, told: str) -> None:
+    """A run on a slower node, 600 s of 70 ms, lacks nothing: its rates fell with the time."""
+    lines: list[str] = []
+    log = cast(tg.Log, lines.append)
+    reporter = tg.Reporter(tg.Config.from_env({"PRESET": preset}), log)
+    reporter.end(cast(tg.Trainer, SimpleNamespace(step=step)), 600.0, "wallclock_cap")
+    warnings = [line for line in lines if "warning" in line.lower()]
+    assert len(warnings) == bool(told) and told in "".join(warnings)
 
 
 def test_a_warm_down_of_more_steps_than_a_run_has_is_told(
