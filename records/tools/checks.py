@@ -350,7 +350,7 @@ COLUMNS = (  # of our README: title, figure, unit of the title in that of the fi
     ("seed", "seed", 1, ".0f"),
     ("val_loss", "val_loss", 1, ".8f"),
     ("val_bpb", "val_bpb", 1, ".8f"),
-    ("val_bpb before int8", "pre_bpb", 1, ".4f"),
+    ("val_bpb before rounding", "pre_bpb", 1, ".4f"),
     ("steps", "steps", 1, ".0f"),
     ("ms a step", "step_ms", 1, ".2f"),
     ("training, s", "train_and_calibrate_ms", 1e3, ".3f"),
