@@ -109,9 +109,12 @@ def test_the_table_of_folders(
     assert cells(out, "N")[5] == "", "it has the baseline's score before rounding"
     assert cells(out, "N")[6].startswith("+0.0440"), "0.05 in place of 0.002 of 3"
     assert "(2 degrees of freedom)" in out, "three rows with two seeds; N trained nothing"
+    assert out.endswith("Holm over the rows of its column: 2 before rounding, 3 after it.\n")
     picture = tmp_path / "forest.png"
     words = str(tmp_path / "K"), str(tmp_path / "*"), "--without", "E,N", "--png", str(picture)
-    assert re.findall(r"(?m)^\| `(\w+)`", call(monkeypatch, capsys, *words)[1]) == ["K", "O"]
+    out = call(monkeypatch, capsys, *words)[1]
+    assert re.findall(r"(?m)^\| `(\w+)`", out) == ["K", "O"]
+    assert out.endswith("after Holm over 1 row.\n"), "of all columns"
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
@@ -144,6 +147,7 @@ def test_rows_are_compared_at_their_own_number_of_steps(
     assert cells(out, "O")[7].startswith(f"{0.01 * 1.002:+.4f}")
     assert cells(out, "E")[7].startswith(f"{-0.02 * 1.002:+.4f}")
     assert cells(out, "N")[7] == "", "more steps than the baseline has anywhere"
+    assert out.endswith("its column: 3 before rounding, 3 after it, 2 at equal steps.\n")
     assert picture.read_bytes().startswith(b"\x89PNG")
     code, out, err = call(monkeypatch, capsys, *rows, "--lengths", str(tmp_path / "O"))
     assert (code, out) == (2, "") and "is of O, not of K" in err

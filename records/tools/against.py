@@ -14,10 +14,10 @@ where chance has one spread in all rows (randomised blocks, Fisher 1935). So
 two seeds a row are enough for intervals: thirteen rows leave twelve degrees of
 freedom, two seeds of two rows one. Where some rows scatter more than others,
 compare them apart (--without). ± is half of a 95 % interval, * is p < .01
-after Holm over the rows. Rows that only round the baseline's weights again
-have no score of their own before rounding and no part in the spread; less
-chance is in their difference than ± says. The picture (--png) has the same
-differences; coloured is p < .05 after Holm.
+after Holm over the rows of its column. Rows that only round the baseline's
+weights again have no score of their own before rounding and no part in the
+spread; less chance is in their difference than ± says. The picture (--png) has
+the same differences; coloured is p < .05 after Holm.
 
 Rows that share a time make different numbers of steps. With runs of the
 baseline over other numbers of steps (--lengths), each row is also compared
@@ -182,7 +182,7 @@ def at_equal_steps(rows: Rows, after: Fit, lengths: Mapping[int, float]) -> Fit:
 
 
 def judge(rows: Rows, baseline: str, lengths: Sequence[Result] = ()) -> Judged:
-    """Differences before and after rounding, and at equal steps, p by Holm over the rows."""
+    """Differences before and after rounding, and at equal steps, p by Holm over those of a kind."""
     own = rows[baseline]
     again = [name for name, row in rows.items() if name != baseline and only_rounds(row, own)]
     trained = [(name, seed) for name in rows if name not in again for seed in rows[name]]
@@ -247,14 +247,23 @@ def table(rows: Rows, baseline: str, judged: Judged) -> list[str]:
 def footnote(judged: Judged) -> str:
     """What the intervals rest on."""
     before, after = judged.before, judged.after
-    rows = len(after.changes)
     if not after.freedom:
         return "No two rows share two seeds, so there are no intervals."
     return (
         f"Spread of a run's chance: {before.spread:.4f} before rounding, {after.spread:.4f} after "
         f"it ({after.freedom} degrees of freedom). *: p < {COUNTS:g} after Holm over "
-        f"{rows} row{'s' if rows > 1 else ''}."
+        f"{counted(judged)}."
     )
+
+
+def counted(judged: Judged) -> str:
+    """How many rows p is adjusted for, column by column where they are not as many in all."""
+    rows = [len(made.changes) for made in judged.fits()]
+    if len({*rows}) == 1:
+        return f"{rows[0]} row{'s' if rows[0] > 1 else ''}"
+    columns = "before rounding", "after it", "at equal steps"
+    parts = [f"{count} {column}" for count, column in zip(rows, columns)]
+    return f"the rows of its column: {', '.join(parts)}"
 
 
 def forest_lines(judged: Judged) -> list[figures.Line]:
