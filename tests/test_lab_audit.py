@@ -242,6 +242,17 @@ def test_exit_codes(
     assert capsys.readouterr().err == f"{tmp_path} holds no train.log and no log of a submission\n"
 
 
+def test_what_is_trained_of_a_run_with_the_fused_kernel_needs_no_gpu(
+    run: Path, data: dict, tmp_path: Path
+) -> None:
+    edit(run / "train.log", r'^(config:.*"fused_mlp": )false', r"\g<1>true")
+    audited_run, given = audited.read_run(run), audit.parser().parse_args([str(run)])
+    found = audited.Audit(tg, audited_run, given, tmp_path)
+    assert found.config.fused_mlp
+    config = audit_scoring.brief_config(found, found.tokens, found.tokens)
+    assert tg.Compiler(config, found.cpu).level == "off"
+
+
 # ---- Scripts that cheat: trained, scored and logged by themselves
 
 PEEK = "ids = F.pad(span[:-1], fill)", "ids = F.pad(span[1:], fill)"

@@ -240,6 +240,8 @@ class Audit:
             ttt_lr=0.0,
             compile="off",
         )
+        if hasattr(self.config, "fused_mlp"):  # scripts from before the kernel have no such option
+            small |= dict(fused_mlp=False)  # what is trained on a split is on a CPU, which lacks it
         return dataclasses.replace(self.config, **small | changes)
 
     @cached_property
