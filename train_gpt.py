@@ -5039,8 +5039,8 @@ def source_hash() -> str:
     return hashlib.sha256(source()).hexdigest()
 
 
-def versions(world: World) -> dict[str, str]:
-    """What a run depends on besides its configuration and data."""
+def versions(world: World, codec: str = "") -> dict[str, str]:
+    """What a run that packs by `codec` depends on besides its configuration and data."""
     device = torch.cuda.get_device_name() if world.on_cuda else platform.machine()
     found = dict(
         python=platform.python_version(),
@@ -5052,6 +5052,8 @@ def versions(world: World) -> dict[str, str]:
         threads=f"{torch.get_num_threads()} a rank",
         script_sha256=source_hash(),
     )
+    if codec == "brotli":  # the others come with Python
+        found["brotli"] = brotli_module().__version__
     if packed_text():
         found["packed_sha256"] = hashlib.sha256(script_file()).hexdigest()
     return found
@@ -5098,7 +5100,7 @@ def open_log(config: Config, world: World) -> Log:
         # The script's bytes, delimited by their number: it may hold any line.
         head = f"script_bytes:{len(source())} script_sha256:{source_hash()}\n".encode()
         (folder / "train.log").write_bytes(head + source() + b"\n")
-    for fact, value in versions(world).items():
+    for fact, value in versions(world, config.codec).items():
         log(f"{fact}:{value}")
     log.to_file(f"config:{json.dumps(asdict(config))}")
     log(f"folder:{folder}")
@@ -5636,7 +5638,8 @@ def do_run(config: Config, world: World) -> int:
         artifact = read_artifact(log.folder / ARTIFACT, config, world)
     world.enter("scoring of the artifact")
     result |= round_trip(scorer, artifact, compiler, log)
-    result |= dict(config=asdict(artifact.config), versions=versions(world), world_size=world.size)
+    used = versions(world, artifact.config.codec)
+    result |= dict(config=asdict(artifact.config), versions=used, world_size=world.size)
     result["not_a_submission"] = log.objections
     text = json.dumps(result, indent=1).encode()
     world.on_main(lambda: write_atomically(log.folder / "result.json", text))

@@ -268,6 +268,16 @@ def swapped_artifact(f: Path) -> None:
     shutil.copyfile(f / "model_seed1337.ptz", f / "model_seed1338.ptz")
 
 
+def no_requirements(f: Path) -> None:
+    (f / "requirements.txt").unlink()
+
+
+def codec_of_its_own(f: Path) -> None:
+    """As if the artifacts had been packed by brotli, which is not among the requirements."""
+    for log in f.glob("*.log"):
+        edit(log, r'^(config:.*"codec": )"zlib"', r'\g<1>"brotli"')
+
+
 def cut_log(f: Path) -> None:
     log = f / "train_seed1338.log"
     log.write_text("\n".join(log.read_text().splitlines()[:-2]) + "\n")
@@ -317,6 +327,8 @@ def broken_json(f: Path) -> None:
         (code_left_out_of_a_log, "train_seed1339.log:", "0 bytes of code, train_gpt.py has"),
         (another_artifact, "model_seed1339.ptz", "is not the artifact of any log here"),
         (swapped_artifact, "model_seed1338.ptz", "is the artifact of seed 1337"),
+        (no_requirements, "requirements.txt", "does not name sentencepiece, which train_seed1"),
+        (codec_of_its_own, "requirements.txt", "does not name brotli, which train_seed1"),
         (cut_log, "train_seed1338.log:", "the log ends without artifact"),
         (last_line_cut, "train_seed1338.log:", "the log ends without finished"),
         (log_without_score, "train_seed1338.log:", "the log ends without val_loss, val_bpb"),
@@ -491,6 +503,26 @@ def test_a_script_is_carried_by_the_byte(
     assert data["seeds"] == [1337] and data["bytes_code"] == len(script)
     command = (folder / "README.md").read_text().splitlines()[-1]
     assert "PASSES_SCHEDULE='0:1, 0.5:2'" in command and "seed=0" not in command
+
+
+def test_a_package_of_the_codec_is_required_at_the_version_that_ran(
+    corpus: dict, tmp_path: Path
+) -> None:
+    """Without a version, as older logs are, it is required at any."""
+    brotli = pytest.importorskip("brotli")
+    env = corpus | SMALL | dict(CODEC="brotli", LOG_DIR=str(tmp_path), RUN_ID="run")
+    assert tg.run(tg.Config.from_env(env), tg.World({})) == 0
+    pinned = [tg.torch.__version__.split("+")[0], tg.np.__version__, tg.spm.__version__]
+    lines = [f"{name}=={at}" for name, at in zip(("torch", "numpy", "sentencepiece"), pinned)]
+    words = [str(tmp_path / "run"), *ABOUT, *TRACK, "--no-start"]
+    for to, own in (("new", f"brotli=={brotli.__version__}"), ("old", "brotli")):
+        if to == "old":
+            edit(tmp_path / "run" / "train.log", r"^brotli:.*\n", "")
+        folder = submit.make(submit.parser().parse_args([*words, "--to", str(tmp_path / to)]))
+        assert (folder / "requirements.txt").read_text().split("\n") == [*lines, own, ""]
+        assert checks.faults(checks.check(folder, None, run=False)) == []
+    edit(folder / "requirements.txt", "^brotli$", "Brotli>=1.1")
+    assert checks.faults(checks.check(folder, None, run=False)) == [], "PyPI writes it so"
 
 
 # ---- What stands beside the runs

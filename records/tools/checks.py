@@ -114,6 +114,11 @@ class Folder:
     def record(self) -> bool:
         return self.path.resolve().parent.name == "track_10min_16mb"
 
+    def requires(self, package: str) -> bool:
+        """Whether requirements.txt names a package, in whichever of its spellings."""
+        declared = self.text("requirements.txt").replace("-", "_")
+        return re.search(rf"(?mi)^{package}\b", declared) is not None
+
     def at(self, *keys: str) -> str:
         """Where in submission.json a key stands."""
         position = 0
@@ -149,6 +154,14 @@ def check_verdict(f: Folder) -> Iterator[Finding]:
     for log in f.logs:
         for where, reason in log.disqualified:
             yield Finding(where, f"the script itself says that it is not a submission: {reason}")
+
+
+def check_requirements(f: Folder) -> Iterator[Finding]:
+    """Every package that runs of this project's script used is named."""
+    needed = {name: log for log in f.logs if log.ours for name in log.packages}
+    for name, log in needed.items():
+        if not f.requires(name):
+            yield Finding("requirements.txt", f"does not name {name}, which {log.path.name} used")
 
 
 def check_track(f: Folder) -> Iterator[Finding]:
@@ -593,8 +606,7 @@ def check_start(f: Folder, script: Path) -> Iterator[Finding]:
         return
     last = (done.stderr.strip().splitlines() or ["no message"])[-1]
     missing = re.search(r"No module named '(\w+)", last)
-    declared = f.text("requirements.txt").replace("-", "_")
-    if missing and (missing[1] in GPU_PACKAGES or re.search(rf"(?m)^{missing[1]}\b", declared)):
+    if missing and (missing[1] in GPU_PACKAGES or f.requires(missing[1])):
         yield note(script.name, f"not started here, {missing[1]} is not installed")
         return
     started = done.returncode == 0
@@ -609,8 +621,8 @@ def check(path: Path, baseline: Path | None, run: bool) -> list[Finding]:
     """All that is found in a folder; InputError if it, or the baseline, is no folder."""
     f = Folder(path)
     found = [*check_files(f), *check_verdict(f), *check_sizes(f), *check_artifacts(f)]
-    found += [*check_script(f, run), *check_track(f), *check_data(f), *check_times(f)]
-    found += check_seeds(f)
+    found += [*check_script(f, run), *check_requirements(f), *check_track(f), *check_data(f)]
+    found += [*check_times(f), *check_seeds(f)]
     if f.json and not f.broken:
         found += [*check_json(f), *check_readme(f), *check_claim(f, baseline)]
     return found

@@ -163,7 +163,8 @@ HEADER = re.compile(rb"script_bytes:(\d+) script_sha256:([0-9a-f]{64})\r?\n")
 ENDS = re.compile(rb"={100}\r?\n")
 OLD_OPTION = re.compile(r"([A-Z][A-Z0-9_]*)=(.*?)(?= [A-Z][A-Z0-9_]*=|$)")
 VERSION = re.compile(
-    r"(python|torch|numpy|sentencepiece|cuda|device|threads|script_sha256|packed_sha256):(.*)"
+    r"(python|torch|numpy|sentencepiece|brotli|cuda|device|threads|script_sha256|packed_sha256)"
+    r":(.*)"
 )
 
 

@@ -182,7 +182,7 @@ def work(options: argparse.Namespace) -> int:
     seconds = {name: config.gptq_batches * value for name, value in a_batch.items()}
     told = " ".join(f"{name}:{value:.2f}s" for name, value in seconds.items())
     common.say(f"roofline of {config.gptq_batches} micro-batches on one of 8 H100: {told}")
-    common.say(f"versions: {tg.versions(tg.World({}))}")
+    common.say(f"versions: {tg.versions(tg.World({}), config.codec)}")
     return 0
 
 

@@ -198,6 +198,17 @@ class Log:
             parts.append(f"DATA_PATH={path}")
         return ", ".join(parts) or "data that the log does not name"
 
+    @property
+    def packages(self) -> dict[str, str]:
+        """What a run of this project's script needs beside Python, with versions.
+
+        Brotli's is "" in older logs, which do not give it.
+        """
+        names = ["torch", "numpy", "sentencepiece"]
+        if self.settings().get("CODEC") == "brotli":
+            names.append("brotli")
+        return {name: self.words.get(name, "").split("+")[0] for name in names}
+
     def settings(self) -> dict[str, str]:
         """The configuration, without what may differ between the runs of one system."""
         settings = self.run.settings()
@@ -307,7 +318,7 @@ def read(path: Path) -> Log:
     log = Log(path, run, count if run.lines[-1] else count - 1)
     for index, line in enumerate(run.lines):
         read_line(log, line, f"{path.name}:{run.first + index}")
-    for name in ("numpy", "sentencepiece"):
+    for name in ("numpy", "sentencepiece", "brotli"):
         if name in run.versions:
             log.words[name] = run.versions[name]
     if run.config:

@@ -302,9 +302,8 @@ def fill(draft: Path, runs: Sequence[Log], given: argparse.Namespace) -> None:
         shutil.copyfile(log.path, draft / f"train_{seed}.log")
         if given.artifacts:
             shutil.copyfile(log.path.with_name(tg.ARTIFACT), draft / f"model_{seed}.ptz")
-    pins = []
-    for name in ("torch", "numpy", "sentencepiece"):
-        pins.append(f"{name}=={runs[0].words[name].split('+')[0]}\n")
+    used = runs[0].packages.items()
+    pins = [f"{name}=={version}\n" if version else f"{name}\n" for name, version in used]
     (draft / "requirements.txt").write_text("".join(pins))
     baseline = checks.read_baseline(given.baseline) if given.baseline else []
     made = submission(runs, given, baseline)
