@@ -1,6 +1,7 @@
 """records/tools: every tool runs on something tiny, and its help is in whole sentences."""
 
 import argparse
+import hashlib
 import importlib
 import json
 import os
@@ -227,6 +228,55 @@ def test_rate_measures_every_rounding_and_codec(
         assert abs(run["roundings"]["int8"]["gap"]) < abs(run["roundings"]["int4"]["gap"]) + 1e-3
     table = capsys.readouterr().out
     assert len(re.findall(r"(?m)^\| int\d.* ± ", table)) == len(rate.ROUNDINGS)
+
+
+# Its weights are averaged, and its clip is chosen among trials of the export.
+FRONTIER = dict(
+    PRESET="frontier,tiny",
+    MODEL_DIM="32",
+    NUM_HEADS="2",
+    NUM_KV_HEADS="1",
+    MLP_MULT="1",
+    ROPE_DIMS="8",
+    TRAIN_SEQ_LEN="32",
+    TRAIN_BATCH_TOKENS="128",
+    ITERATIONS="3",
+    WARMUP_STEPS="0",
+    EVAL_STRIDE="0",
+)
+
+
+def test_rate_rounds_a_frontier(
+    corpus: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Its own rule of the clip, of no number before the export, is left behind."""
+    few = {name: rate.ROUNDINGS[name] for name in ("int6", "int6 12.85 sigmas + GPTQ")}
+    monkeypatch.setattr(rate, "ROUNDINGS", few)
+    words = words_of(corpus | FRONTIER | {"GPTQ_BATCHES": "1", "CODEC": "zlib"})
+    monkeypatch.setattr(sys, "argv", ["rate.py", "--set", *words])
+    assert rate.main() == 0
+    assert re.findall(r"(?m)^\| (int\d[^|]*) \|", capsys.readouterr().out) == [*few]
+
+
+@pytest.mark.parametrize("preset", tg.SYSTEMS)
+def test_a_rounding_is_the_same_of_every_run(preset: str) -> None:
+    """The growing presets have a clip, a floor and QAT of their own, the frontier a clip."""
+    run = tg.Config.from_env(dict(PRESET=preset))
+    for name, rounding in rate.ROUNDINGS.items():
+        made, usual = rate.rounded(run, rounding), rate.rounded(tg.Config(), rounding)
+        for option in ("matrix_bits", *rate.BASE):
+            assert getattr(made, option) == getattr(usual, option), (name, option)
+        assert not made.fits_by_clip and not made.qat
+
+
+def test_rate_keeps_the_weights_that_the_run_exports(corpus: dict) -> None:
+    """They are averaged and then refitted; after its export a run has its last weights again."""
+    env = dict(AVERAGE="ema", REFIT_STEPS="1", GPTQ_BATCHES="1", MATRIX_BITS="6")
+    config = tg.Config.from_env(corpus | TINY | env)
+    found = rate.train(config)
+    assert found.result["pre_quant"] != found.result["last_weights"]
+    artifact = tg.pack(found.model, config, found.hessians)
+    assert hashlib.sha256(artifact).hexdigest() == found.result["artifact_sha256"]
 
 
 def test_integers_are_packed_to_their_bits() -> None:

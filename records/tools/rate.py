@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import functools
 import io
 import sys
@@ -39,6 +40,14 @@ with told_if_missing(__name__, TRAINING):
     from records.tools import common, logs
 
 CODECS = [codec for codec in tg.CODECS if codec != "none"]
+# What a rounding has where its entry says nothing: by name it is the same, whatever the run's is.
+BASE: dict[str, Any] = dict(
+    core_bits=0,
+    quant_clip="percentile",
+    matrix_clip_sigmas=12.85,
+    embed_clip_sigmas=20.0,
+    quant_scale_floor=0.0,
+)
 LITE = dict(quant_clip="matrix", quant_scale_floor=1 / 127)  # what PR 1230 calls GPTQ-lite
 ROUNDINGS: dict[str, dict[str, Any]] = {  # "gptq" is not a field: whether the Hessians are used
     "int8": dict(matrix_bits=8),
@@ -69,12 +78,14 @@ class Trained(NamedTuple):
 
 
 def train(config: tg.Config) -> Trained:
-    """A run as the script makes it; model and Hessians are those that it packs."""
-    packed: list[tuple[tg.GPT, Mapping[str, torch.Tensor]]] = []
+    """A run as the script makes it; weights and Hessians are those that it packs."""
+    packed: list[tuple[tg.GPT, dict[str, torch.Tensor], Mapping[str, torch.Tensor]]] = []
     pack = tg.pack
 
     def keep(model: tg.GPT, config: tg.Config, hessians: Any = None) -> bytes:
-        packed.append((model, hessians or {}))
+        if not packed:  # further trials of an export are of the same weights
+            # A copy: after its export a run puts averaged or refitted weights back to the last.
+            packed.append((model, copy.deepcopy(model.state_dict()), hessians or {}))
         return pack(model, config, hessians)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -83,7 +94,8 @@ def train(config: tg.Config) -> Trained:
             tg.run(here, tg.World({}))
         result = common.read_result(Path(folder, "run", "result.json"))
         log = logs.read(Path(folder, "run", "train.log"))
-    model, hessians = packed[-1]
+    [(model, weights, hessians)] = packed
+    model.load_state_dict(weights)
     return Trained(config, model, hessians, result, log.values.get("calibration_ms", 0.0) / 1e3)
 
 
@@ -115,12 +127,17 @@ def held(trained: Trained, config: tg.Config, hessians: Mapping[str, torch.Tenso
     return Held(b"".join(plain), b"".join(packed))
 
 
+def rounded(config: tg.Config, rounding: Mapping[str, Any]) -> tg.Config:
+    """The configuration of a run with one of ROUNDINGS in place of its own."""
+    values = BASE | {name: value for name, value in rounding.items() if name != "gptq"}
+    return replace(config, **values, qat_fraction=0.0, qat_lr_factor=0.0, qat_core_only=False)
+
+
 def measure(
     trained: Trained, scorer: tg.Scorer, rounding: dict[str, Any], codecs: Sequence[str]
 ) -> dict[str, Any]:
     """Bytes, score and seconds of one rounding."""
-    values = {name: value for name, value in rounding.items() if name != "gptq"}
-    config = replace(trained.config, **values, qat_fraction=0.0, qat_lr_factor=0.0)
+    config = rounded(trained.config, rounding)
     hessians = trained.hessians if rounding.get("gptq") else {}
     started = time.perf_counter()
     stored = held(trained, config, hessians)
@@ -173,7 +190,7 @@ def measure_seed(config: tg.Config, codecs: Sequence[str]) -> dict[str, Any]:
         parameters=trained.result["model_params"],
         roundings=roundings,
         config=asdict(config),
-        versions=tg.versions(world),
+        versions=tg.versions(world, "brotli" if "brotli" in codecs else ""),
     )
 
 
