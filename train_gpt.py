@@ -3297,7 +3297,8 @@ class Trainer:
             if clock.signal:
                 raise Ended(EXIT_STOPPED, f"step {self.step}: stopped by {clock.signal}")
             if checkpoints.due(self.step) and self.step < config.iterations:
-                checkpoints.save(self, patience=config.rank_timeout_seconds / 4)
+                # Others wait in the next step meanwhile, after a signal for 2 * HURRY at most.
+                checkpoints.save(self, patience=min(config.rank_timeout_seconds / 4, HURRY))
 
     def next_step(self, reporter: Reporter) -> None:
         step, seconds = self.step, self.clock.estimate(self.step)
@@ -3650,24 +3651,37 @@ class Checkpoints:
     @contextlib.contextmanager
     def kept(self, trainer: Trainer) -> Iterator[None]:
         """Saves what there is if training or export ends early: a signal, a lost rank, ..."""
+        world = self.world
         try:
             yield
+            wait(self.pending)  # in here: a signal that comes now is to cut no writing off
         except (Exception, Ended) as end:
             # Other errors may come amid an update, which is not a state to go on from.
-            whole = not trainer.world.training or isinstance(end, (Ended, *KNOWN))
+            whole = not world.training or isinstance(end, (Ended, *KNOWN))
             code = end.code if isinstance(end, Ended) else 0
             # NCCL gives no gradient back when it aborts, and the update that uses it is queued.
-            aborted = code == EXIT_LOST and trainer.world.on_cuda
-            if whole and code != EXIT_NON_FINITE and not aborted:
-                self.save(trainer)
-                wait(self.pending)
-                if any(self.log.folder.glob("step_*.ckpt")):
-                    command = command_to_resume(self.config, self.world, self.log.folder)
-                    self.log(f"to resume: {command}")
+            aborted = code == EXIT_LOST and world.on_cuda
+            saves = world.is_main and whole and code != EXIT_NON_FINITE and not aborted
+            if saves:
+                # Still under the watchdog: a rank that died in the last step keeps the device.
+                world.synchronize()
+            world.ending = True  # the disk takes the time it takes, and other ranks may leave
+            if saves:
+                self.save_last(trainer)
             self.log.to_file(f"ended: {end}")
+            if code == EXIT_NON_FINITE or (code == EXIT_STOPPED and trainer.clock.signal):
+                world.wait_for_main()  # all ranks end for this reason
             raise
         finally:
             self.writer.shutdown()
+
+    def save_last(self, trainer: Trainer) -> None:
+        """What there is when a run ends early, and how to go on from it."""
+        self.save(trainer)
+        wait(self.pending)
+        if any(self.log.folder.glob("step_*.ckpt")):
+            command = command_to_resume(self.config, self.world, self.log.folder)
+            self.log(f"to resume: {command}")
 
 
 class OtherRun(InputError):
@@ -3967,6 +3981,7 @@ class World:
         self.is_main = self.rank == 0
         self.on_cuda = choose_cuda(device, self.size)
         self.place, self.training, self.signal = "start", False, ""
+        self.ending = False  # by itself: no signal and no watchdog is to cut short what it saves
         self.lock: TextIO | None = None  # of the run's folder
         self.collectives = 0  # begun
         self.watchdog: Watchdog | None = None
@@ -4024,7 +4039,8 @@ class World:
     def interrupt(self, number: int, _: Any) -> None:
         if not self.signal:  # torchrun sends once more what all have got from a terminal
             self.signal = signal.Signals(number).name
-            self.enter(self.place, self.training)
+            if not self.ending:  # torchrun sends one too when another rank has ended
+                self.enter(self.place, self.training)
 
     def collective(self, call: Callable[[], Any]) -> None:
         """Calls a collective operation; Ended if a rank is gone or late."""
@@ -4041,14 +4057,27 @@ class World:
     def lost_rank(self, error: RuntimeError) -> Ended:
         """The end of a run whose collective failed: gloo says at once that a connection is gone."""
         assert self.watchdog
-        self.watchdog.trusting = True  # it saves what there is
-        time.sleep(GRACE + 1)  # until beats have ceased to come
+        self.ending = True  # it saves what there is
+        # Until beats have ceased to come. Seconds may hold fewer rounds: a signal makes one longer.
+        until = self.watchdog.rounds + GRACE + 2
+        while self.watchdog.rounds < until:
+            time.sleep(0.1)
         silent = self.watchdog.silent(GRACE - 1)
         left = {*range(self.size)} - {*silent}
         self.is_main = self.rank == min(left, default=self.rank)  # the first that is left saves
         lost = self.watchdog.missing(GRACE - 1) or "a collective failed"
         reason = str(error).splitlines()[0]  # gloo's is long
         return Ended(EXIT_LOST, f"{self.place}: {lost} ({reason:.160})")
+
+    def wait_for_main(self) -> None:
+        """Where all ranks end: until rank 0 has saved. torchrun kills it 30 s after another left.
+
+        It says why it ends when it does. One that is gone, or whose store is, says nothing more.
+        """
+        dog = self.watchdog
+        if dog and not self.is_main:
+            while not (dog.beats[0].failed or dog.quiet[0] > GRACE or dog.store_error):
+                time.sleep(0.1)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         self.collective(functools.partial(dist.all_reduce, x))
@@ -4129,9 +4158,9 @@ class Watchdog:
         self.store_error = ""
         self.failed = ""  # why this rank ends
         self.leaving = threading.Event()
-        self.trusting = False  # the main thread is about to end this rank by itself
         self.beats = [Beat()] * world.size  # as last read
-        self.quiet = [0] * world.size  # rounds of `judge` since they changed
+        self.rounds = 0  # of `judge`
+        self.quiet = [0] * world.size  # of these, since beats changed
         self.known = self.beats  # in the last round
         self.begun: tuple[int, bool] | None = None  # collectives, and whether it trained, likewise
         self.stuck = 0  # rounds since a collective began, or since a signal
@@ -4173,7 +4202,7 @@ class Watchdog:
                 time.sleep(1)
             self.count()
             reason = self.verdict()
-            if reason and not self.trusting and not self.leaving.is_set():
+            if reason and not self.world.ending and not self.leaving.is_set():
                 say(sys.stderr, f"[rank {self.world.rank}] {self.world.place}: {reason}")
                 self.end_stopped()
                 os._exit(EXIT_LOST)
@@ -4186,6 +4215,7 @@ class Watchdog:
     def count(self) -> None:
         """A round: what has not moved since the last one."""
         beats = self.beats
+        self.rounds += 1
         for rank, beat in enumerate(beats):
             self.quiet[rank] = self.quiet[rank] + 1 if beat == self.known[rank] else 0
         # Of a wait before training nothing counts in it: the first step has all its time. After a

@@ -19,7 +19,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import HANG, THREADS, ManualTime, fork_ranks, log_of, metrics, one_rank, result_of
+from helpers import (
+    HANG,
+    THREADS,
+    ManualTime,
+    fork_ranks,
+    log_of,
+    metrics,
+    one_rank,
+    result_of,
+    wait_for,
+)
 
 import train_gpt as tg
 from records.tools import common
@@ -122,6 +132,108 @@ def die_inside_a_save() -> None:
     PATCH.setattr(tg, "write_atomically", cut)
 
 
+def die_in_validation() -> None:
+    PATCH.setattr(tg.Scorer, "score", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def get_sigterm_for_a_lost_rank() -> None:
+    """As torchrun sends it to those that are left, here while they look who is gone."""
+    lost_rank = tg.World.lost_rank
+
+    def terminated(self: tg.World, error: RuntimeError) -> tg.Ended:
+        def send() -> None:
+            wait_for(lambda: self.ending, "nobody is lost")
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        threading.Thread(target=send, daemon=True).start()
+        return lost_rank(self, error)
+
+    PATCH.setattr(tg.World, "lost_rank", terminated)
+
+
+def lose_a_rank_under_torchrun() -> None:
+    share_every_reading_of_the_clock()
+    get_sigterm_for_a_lost_rank()
+
+
+def write_slowly(step: int, rounds: int) -> None:
+    """The checkpoint of a step takes so many rounds, of a second, of this rank's watchdog."""
+    write, count = tg.write_atomically, tg.Watchdog.count
+    counted: list[int] = []
+
+    def counting(self: tg.Watchdog) -> None:
+        count(self)
+        counted.append(self.stuck)
+
+    def slow(path: Path, *pieces: bytes) -> None:
+        if path.name == name_of(step):
+            last = len(counted) + rounds
+            wait_for(lambda: len(counted) >= last, "the watchdog does not count")
+        write(path, *pieces)
+
+    PATCH.setattr(tg.Watchdog, "count", counting)
+    PATCH.setattr(tg, "write_atomically", slow)
+
+
+def write_slowly_and_get_sigterm() -> None:
+    """The signal finds rank 0 waiting for what it writes, and rank 1 for rank 0."""
+    leave = tg.Watchdog.leave
+
+    def told(self: tg.Watchdog, failed: str) -> None:
+        print(f"leaves {checkpoints(folder_of(dict(os.environ)))}", flush=True)
+        leave(self, failed)
+
+    PATCH.setattr(tg.Watchdog, "leave", told)
+    write_slowly(FAULT_STEP - 1, rounds=25)
+    get_signal("SIGTERM")
+
+
+def get_sigterm_in_the_last_write(begin: threading.Event) -> None:
+    """It comes once `begin` is set, and the checkpoint is written when it has come.
+
+    It is sent until it has: one just before the main thread begins to wait does not wake it.
+    """
+    write, interrupt, came = tg.write_atomically, tg.World.interrupt, threading.Event()
+
+    def noted(self: tg.World, *args: Any) -> None:
+        came.set()
+        interrupt(self, *args)
+
+    def has_come() -> bool:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return came.is_set()
+
+    def late(path: Path, *pieces: bytes) -> None:
+        if path.name == name_of(STEPS) and not came.is_set():
+            assert begin.wait(HANG)
+            wait_for(has_come, "no signal comes")
+        write(path, *pieces)
+
+    PATCH.setattr(tg.World, "interrupt", noted)
+    PATCH.setattr(tg, "write_atomically", late)
+
+
+def fail_to_score_and_get_sigterm() -> None:
+    """As torchrun sends it when another rank, which failed too, has left."""
+    begin = threading.Event()
+    begin.set()
+    PATCH.setattr(tg.Scorer, "score", lambda *_: unreadable("the disk is gone"))
+    get_sigterm_in_the_last_write(begin)
+
+
+def export_and_get_sigterm() -> None:
+    """While the checkpoint of the last step is still being written."""
+    export, exported = tg.export, threading.Event()
+
+    def noted(*args: Any) -> Any:
+        done = export(*args)
+        exported.set()
+        return done
+
+    PATCH.setattr(tg, "export", noted)
+    get_sigterm_in_the_last_write(exported)
+
+
 def get_sigterm_in_export() -> None:
     """Before packing, and again when a file is written."""
 
@@ -210,6 +322,11 @@ def artifact(folder: Path) -> bytes:
 
 def checkpoints(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("*.ckpt"))
+
+
+def name_of(step: int) -> str:
+    """Of a step's checkpoint."""
+    return f"step_{step:08d}.ckpt"
 
 
 def check_same(folder: Path, other: Path) -> None:
@@ -444,6 +561,23 @@ def test_sighup_stops_a_run_unless_it_is_ignored(env: Env, whole: Path) -> None:
     check_same(folder_of(names), whole)
 
 
+@pytest.mark.parametrize(
+    ("fault", "every", "code"),
+    [
+        (fail_to_score_and_get_sigterm, "0", tg.EXIT_INPUT),
+        (export_and_get_sigterm, str(STEPS), tg.EXIT_STOPPED),
+    ],
+)
+def test_a_signal_does_not_cut_off_the_last_checkpoint(
+    fault: Callable[[], None], every: str, code: int, env: Env
+) -> None:
+    names = env | {"RUN_ID": f"signal_in_save_{code}", "SAVE_EVERY": every}
+    codes, texts = suffer(names, 1, fault)
+    assert codes == [code], texts
+    folder = folder_of(names)
+    assert "\nto resume: " in log_of(folder) and checkpoints(folder) == [name_of(STEPS)]
+
+
 # ---- Two ranks
 
 
@@ -464,10 +598,30 @@ def test_resumed_on_another_number_of_ranks(env: Env, whole_on_two: Path, stoppe
     assert [loss for _, loss in one] == pytest.approx([loss for _, loss in two], abs=1e-4)
 
 
-LOST: dict[str, tuple[Callable[[], None], int, str]] = {
-    "in a step": (partial(get_signal, "SIGKILL"), 1, "step_00000005.ckpt"),
-    "rank 0 in a step": (partial(get_signal, "SIGKILL"), 0, "step_00000005.ckpt"),
-    "before the clock is read": (die_in_the_update, 1, "step_00000006.ckpt"),
+def test_a_stopped_run_finishes_its_checkpoint(env: Env) -> None:
+    """On a disk slower than a rank is waited for after a signal, or after it said that it ends.
+
+    And no rank leaves before: torchrun would give the others 30 s.
+    """
+    names = env | {"RUN_ID": "stopped on a slow disk", "SAVE_EVERY": "1"}
+    codes, texts = suffer(names, 2, write_slowly_and_get_sigterm)
+    assert codes == [tg.EXIT_STOPPED] * 2, texts
+    stop, folder = FAULT_STEP + 1, folder_of(names)
+    log = log_of(folder)
+    assert "\nto resume: " in log and f"ended: step {stop}: stopped by SIGTERM" in log
+    assert f"\nwarning: no checkpoint of step {FAULT_STEP}: the one before is not" in log
+    saved = [name_of(FAULT_STEP - 1), name_of(stop)]
+    assert checkpoints(folder) == saved and not [*folder.glob("*.tmp")]
+    assert all(f"\nleaves {saved}\n" in text for text in texts), texts
+
+
+IN_STEP, AT_END = f"step {FAULT_STEP + 1}", f"validation after step {STEPS}"
+# What kills a rank, which one; where the other one notices, and the step that it saves.
+LOST: dict[str, tuple[Callable[[], None], int, str, int]] = {
+    "in a step": (partial(get_signal, "SIGKILL"), 1, IN_STEP, FAULT_STEP),
+    "rank 0 in a step": (partial(get_signal, "SIGKILL"), 0, IN_STEP, FAULT_STEP),
+    "before the clock is read": (die_in_the_update, 1, IN_STEP, FAULT_STEP + 1),
+    "rank 0 in validation": (die_in_validation, 0, AT_END, STEPS),
 }
 
 
@@ -477,21 +631,22 @@ def lose_a_rank(ports: list[int]) -> int:
     case = list(LOST)[number]
     os.environ.update(RUN_ID=f"lost {case}", MASTER_PORT=str(ports[number]))
     os.environ.update(RANK=str(rank), WORLD_SIZE="2")
-    die, lost, _ = LOST[case]
-    return main_with(die, lost, share_every_reading_of_the_clock)
+    die, lost, _, _ = LOST[case]
+    return main_with(die, lost, lose_a_rank_under_torchrun)
 
 
 def test_a_killed_rank_ends_the_other_one_which_saves(env: Env) -> None:
     """Because it is gone: the time to wait for a rank is longer than a test may take."""
     names, ports = env | {"SAVE_EVERY": "0"}, [common.free_port() for _ in LOST]
     ended = fork_ranks(names, 2 * len(LOST), partial(lose_a_rank, ports))
-    for number, (case, (_, lost, saved)) in enumerate(LOST.items()):
+    for number, (case, (_, lost, place, saved)) in enumerate(LOST.items()):
         pair, left = slice(2 * number, 2 * number + 2), 1 - lost
         codes, texts = ended.codes[pair], ended.texts[pair]
         assert (codes[lost], codes[left]) == (-signal.SIGKILL, tg.EXIT_LOST), (case, texts)
-        told = rf"^\[rank {left}\] step 6: lost ranks: \[{lost}\]"
+        told = rf"^\[rank {left}\] {place}: lost ranks: \[{lost}\]"
         assert re.search(told, texts[left], re.MULTILINE), case
-        assert checkpoints(folder_of(names | {"RUN_ID": f"lost {case}"})) == [saved], case
+        folder = folder_of(names | {"RUN_ID": f"lost {case}"})
+        assert checkpoints(folder) == [name_of(saved)], case
 
 
 def test_what_rank_0_does_alone_ends_no_run(env: Env) -> None:
@@ -537,7 +692,8 @@ def test_restarts_on_several_nodes_with_a_store_that_is_used_are_refused() -> No
 def test_a_slow_disk_ends_no_run(env: Env, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint is left out while the one before is being written, here until that is said.
 
-    Other ranks would wait RANK_TIMEOUT_SECONDS for the one that writes; it waits a quarter of that.
+    Other ranks would wait RANK_TIMEOUT_SECONDS for the one that writes; it waits a quarter of that
+    at most.
     """
     write, say, said = tg.write_atomically, tg.Log.__call__, threading.Event()
 
@@ -641,6 +797,7 @@ def test_a_rank_that_gets_a_signal_in_long_work_of_its_own_is_not_lost() -> None
     dog: Any = tg.Watchdog.__new__(tg.Watchdog)
     dog.world = types.SimpleNamespace(collectives=5, training=False, rank=0)
     dog.timeout, dog.store_error, dog.quiet, dog.stuck, dog.asked = 60, "", [0], 0, 0
+    dog.rounds = 0
     dog.known, dog.begun = [tg.Beat()], None
     numbers = itertools.count(1)
 
