@@ -3614,6 +3614,8 @@ class Checkpoints:
         """Of a training that is complete."""
         self.metrics_bytes = self.log.size()
         if self.every:
+            # No step any more: other ranks wait for a slow disk as long as it takes.
+            self.world.enter(f"checkpoint after step {trainer.step}, the last")
             self.save(trainer)
 
     def due(self, step: int) -> bool:
@@ -3621,10 +3623,16 @@ class Checkpoints:
 
     def save(self, trainer: Trainer, patience: float | None = None) -> None:
         """Copies the state now and has a thread write it, unless it still writes the last one."""
-        step = trainer.step
+        step, began = trainer.step, time.perf_counter()
         if wait(self.pending, patience).not_done:
             self.log(f"warning: no checkpoint of step {step}: the one before is not written yet")
             return
+        waited = time.perf_counter() - began
+        if waited > 1:
+            self.log(
+                f"warning: the checkpoint of step {step} waited {waited:.1f} s for the one before "
+                f"to be written: the disk is slow for SAVE_EVERY={self.every}"
+            )
         if not self.world.is_main:
             return
         values = self.copier.start(trainer.state())

@@ -656,6 +656,20 @@ def test_what_rank_0_does_alone_ends_no_run(env: Env) -> None:
     assert codes == [0, 0], texts
 
 
+def test_a_slow_disk_at_the_end_of_training_ends_no_run(env: Env) -> None:
+    """The last checkpoint waits for the one before it longer than a rank is waited for in a step.
+
+    How long it waited is said.
+    """
+    names = env | {"RUN_ID": "slow at the end", "RANK_TIMEOUT_SECONDS": "8"}
+    codes, texts = suffer(names, 2, partial(write_slowly, STEPS - 2, rounds=14))
+    assert codes == [0, 0], texts
+    folder = folder_of(names)
+    assert checkpoints(folder) == [name_of(STEPS - 2), name_of(STEPS)]
+    said = rf"^warning: the checkpoint of step {STEPS} waited \d+\.\d s .* SAVE_EVERY=2$"
+    assert re.search(said, log_of(folder), re.MULTILINE), log_of(folder)
+
+
 def test_a_step_that_is_not_finite_is_left_out_on_all_ranks(env: Env) -> None:
     codes, texts = suffer(env | {"RUN_ID": "nan"}, 2, lose_a_loss, 1, print_weights)
     assert codes == [0, 0], texts
