@@ -5163,11 +5163,16 @@ def settings(config: Config) -> str:
 
 
 def command_to_resume(config: Config, world: World, folder: Path) -> str:
-    """The command that resumes a run, with the variables of this one."""
+    """The command that resumes a run, with the variables of this one.
+
+    Ranks on several nodes, or of a launcher other than torchrun, are told the variables alone.
+    """
     options = [f.name.upper() for f in fields(Config)] + ["USE_DEPTH_EMBED"]
     ours = {name: os.environ[name] for name in options if name in os.environ}
     ours |= dict(RUN_ID=folder.name, RESUME="auto")
     variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in ours.items())
+    if world.size > 1 and os.environ.get("GROUP_WORLD_SIZE") != "1":  # torchrun's number of nodes
+        return f"start all {world.size} ranks, on every node, as before, with {variables}"
     script = shlex.quote(sys.argv[0] or "train_gpt.py")
     python = shlex.quote(sys.executable)
     if world.size > 1:

@@ -21,6 +21,7 @@ import pytest
 import torch
 from helpers import (
     HANG,
+    NAMES,
     THREADS,
     ManualTime,
     fork_ranks,
@@ -684,6 +685,31 @@ def test_too_many_steps_left_out_end_a_run(env: Env) -> None:
     assert codes == [tg.EXIT_NON_FINITE] * 2, texts
     assert all("step 6 is not finite (skipped 1" in text for text in texts)
     assert not (folder_of(names) / tg.ARTIFACT).exists()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "told"),
+    [
+        (
+            "1",
+            r"RUN_ID=a RESUME=auto \S+ -m torch.distributed.run --standalone --nproc_per_node=8 ",
+        ),
+        ("2", r"start all 8 ranks, on every node, as before, with SEED=7 RUN_ID=a RESUME=auto$"),
+        ("", r"start all 8 ranks, on every node, as before, with SEED=7 RUN_ID=a RESUME=auto$"),
+    ],
+)
+def test_how_to_resume_is_told_for_the_nodes_of_the_run(
+    nodes: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launcher that is not torchrun says nothing of nodes."""
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SEED", "7")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", nodes)
+    if not nodes:
+        monkeypatch.delenv("GROUP_WORLD_SIZE")
+    world: Any = types.SimpleNamespace(size=8)
+    assert re.search(told, tg.command_to_resume(tg.Config(), world, Path("logs/a")))
 
 
 def test_restarts_on_several_nodes_with_a_store_that_is_used_are_refused() -> None:
