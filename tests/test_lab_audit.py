@@ -269,7 +269,7 @@ TRAIN_FIRST = (
 )
 SPACES = "+ (self.space[token] &", "+ 2 * (self.space[token] &"
 SHARPER = 'y, reduction="sum")', 'y, reduction="sum") * 0.9'
-TAIL = "1 - (self.length - end) // stride", "1 + (end - self.length) // stride"
+TAIL = "math.ceil((end - self.length) / stride)", "(end - self.length) // stride"
 TWICE = ": length - stride] = -100", ": max(length - stride - 1, 0)] = -100"
 AGAIN = (
     "        nats = model(ids, targets).double() * count\n",
