@@ -21,6 +21,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import sentencepiece as spm
 import torch
 
@@ -202,6 +203,18 @@ class ManualTime:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(time, name)
+
+
+def let_steps_take(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script's clock moves by so much with every step, and not otherwise."""
+    clock, train_step = ManualTime(), tg.Trainer.train_step
+
+    def timed(*args: Any) -> None:
+        train_step(*args)
+        clock.now += seconds
+
+    monkeypatch.setattr(tg, "time", clock)
+    monkeypatch.setattr(tg.Trainer, "train_step", timed)
 
 
 # ---- Models

@@ -25,6 +25,7 @@ from helpers import (
     THREADS,
     ManualTime,
     fork_ranks,
+    let_steps_take,
     log_of,
     metrics,
     one_rank,
@@ -497,14 +498,7 @@ def test_a_run_that_ended_by_its_time_is_packed_again_without_a_further_step(
     env: Env, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even if GPTQ no longer takes a part of it; before its end, that would move the warm-down."""
-    clock, train_step = ManualTime(), tg.Trainer.train_step
-
-    def timed(*args: Any) -> None:
-        train_step(*args)
-        clock.now += 0.25
-
-    monkeypatch.setattr(tg, "time", clock)
-    monkeypatch.setattr(tg.Trainer, "train_step", timed)
+    let_steps_take(0.25, monkeypatch)
     capped = env | {"MAX_WALLCLOCK_SECONDS": "3"}
     reserving = {"GPTQ_BATCHES": "1", "GPTQ_SECONDS": "1"}
     first = run_to_its_end(capped | reserving | {"RUN_ID": "capped"})

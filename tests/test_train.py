@@ -14,9 +14,9 @@ import torch
 from helpers import (
     GROWTH,
     SCRIPT,
-    ManualTime,
     flat,
     fork_ranks,
+    let_steps_take,
     log_of,
     losses,
     metrics,
@@ -188,14 +188,7 @@ def test_the_cap_ends_training_before_it_is_passed(
     corpus: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps of a quarter of a second under a cap of four: the 15th is the last, one is to spare."""
-    clock, train_step = ManualTime(), tg.Trainer.train_step
-
-    def timed(*args: Any) -> None:
-        train_step(*args)
-        clock.now += 0.25
-
-    monkeypatch.setattr(tg, "time", clock)
-    monkeypatch.setattr(tg.Trainer, "train_step", timed)
+    let_steps_take(0.25, monkeypatch)
     env = {"PRESET": "T,tiny", "ITERATIONS": "100000", "WARMDOWN_ITERS": "10"}
     env |= {"MAX_WALLCLOCK_SECONDS": "4", "TRAIN_LOG_EVERY": "1000"}
     result = run_here(corpus | SMALL | NARROW | SHALLOW | env, tmp_path)
