@@ -106,8 +106,8 @@ def option(
     Numbers are at least 0 unless `low` says otherwise. `needs` lists what must hold for the option
     to act, as in "num_shared !tie_embeddings num_loops>1 average=ema !core_skips=none"; of "a|b",
     one is enough. `neutral` is the value that switches a technique off, given where that is not the
-    default, or none of 0, "" and none, which count as off, 0 not with `zero_acts`. `group` opens a
-    group of --help.
+    default. 0, "" and none count as off, too; 0 does not with `zero_acts`. `group` opens a group of
+    --help.
     """
     return field(
         default=default,
@@ -779,7 +779,9 @@ class Config(Architecture):
             # What an artifact is scored with depends on the artifact (`read_artifact`).
             needs = [] if config.eval_only and name == "eval_passes" else metadata["needs"].split()
             unmet = [text for text in map(config.unmet_need, needs) if text]
-            off = ["", "none", metadata["neutral"], *([] if metadata["zero_acts"] else [0])]
+            off = ["", "none", metadata["neutral"]]
+            if not metadata["zero_acts"]:
+                off.append(0)
             require(
                 value in off or not unmet,
                 f"{name.upper()}={show(value)} cannot act here: {', '.join(unmet)}",
@@ -866,6 +868,7 @@ class Config(Architecture):
             f"PASSES_SCHEDULE={self.passes_schedule} does not ascend from 0 with 1 to "
             f"NUM_LOOPS={n} passes, as 0:1,0.6:{n} would",
         )
+        # With NUM_LOOPS=1 the option itself is refused, by its `needs`.
         require(
             not self.truncate_fraction or n == 1 or self.truncated_passes(),
             f"TRUNCATE_FRACTION={self.truncate_fraction} cannot act: PASSES_SCHEDULE="
@@ -2454,7 +2457,7 @@ class Learner:
         """TTT_EPOCHS steps on a chunk [n T + 1]; the rate falls with the fraction `done`."""
         config, world = self.config, self.world
         self.sgd.param_groups[0]["lr"] = config.ttt_lr * (1 + math.cos(math.pi * done)) / 2
-        ids, targets = self.mine(tokens)
+        ids, targets = self.part_of_rank(tokens)
         share = ids.numel() / (len(tokens) - 1)
         for _ in range(config.ttt_epochs):
             self.gradients.zero()
@@ -2464,13 +2467,11 @@ class Learner:
             self.gradients.clip(config.ttt_grad_clip or math.inf)
             self.sgd.step()
 
-    def mine(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """This rank's ids and targets [.., T] of a chunk [n T + 1]."""
+    def part_of_rank(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids and targets [.., T] that this rank learns of a chunk [n T + 1]."""
+        length = self.config.train_seq_len
         every = slice(self.world.rank, None, self.world.size)
-        ids, targets = (
-            part.view(-1, self.config.train_seq_len) for part in (tokens[:-1], tokens[1:])
-        )
-        return ids[every], targets[every]
+        return tokens[:-1].view(-1, length)[every], tokens[1:].view(-1, length)[every]
 
     def warm_up(self) -> None:
         """Runs the forward and backward pass of a step, which `learn` forgets again.
@@ -2479,7 +2480,8 @@ class Learner:
         while the time of evaluation runs.
         """
         size = self.config.ttt_chunk_tokens + 1
-        ids, targets = self.mine(torch.zeros(size, dtype=torch.int64, device=self.world.device))
+        chunk = torch.zeros(size, dtype=torch.int64, device=self.world.device)
+        ids, targets = self.part_of_rank(chunk)
         if len(ids):
             self.forward(ids, targets).backward()
 
@@ -3550,7 +3552,9 @@ class Progress(NamedTuple):
     @classmethod
     def from_json(cls, values: dict[str, Any], iterations: int) -> Progress:
         """From a checkpoint's header; ValueError if it is malformed."""
+        values = {"capped": False} | values  # of a script that did not note it yet
         require(values.keys() == set(cls._fields), f"counters {sorted(values)}")
+        require(isinstance(values["capped"], bool), f"counters capped {values['capped']!r:.80}")
         seconds, per_step = float(values["seconds"]), float(values["per_step"])
         step, averaged, due = (int(values[name]) for name in ("step", "averaged", "due"))
         require(
@@ -3559,7 +3563,7 @@ class Progress(NamedTuple):
         )
         good = all(0 <= x < 1e9 for x in (seconds, per_step))
         require(good, f"counters seconds {seconds}, per_step {per_step}")
-        return cls(step, averaged, seconds, per_step, due, bool(values["capped"]))
+        return cls(step, averaged, seconds, per_step, due, values["capped"])
 
 
 class Checkpoint(NamedTuple):
@@ -3707,8 +3711,9 @@ def find_checkpoint(config: Config, trainer: Trainer, log_later: list[str]) -> C
 
     def read(origin: str, header: Any, raw: bytes, _: str) -> Checkpoint:
         progress = Progress.from_json(header["progress"], config.iterations)
-        over = progress.capped or progress.step == config.iterations
-        texts = what_differs(config, dict(header["config"]), int(header["tokens"]), tokens, over)
+        complete = progress.capped or progress.step == config.iterations
+        was, tokens_were = dict(header["config"]), int(header["tokens"])
+        texts = what_differs(config, was, tokens_were, tokens, complete)
         if texts:
             raise OtherRun(f"{origin} is of another run: {texts}")
         found = np.frombuffer(raw, np.float32)
@@ -3743,18 +3748,18 @@ def find_checkpoint(config: Config, trainer: Trainer, log_later: list[str]) -> C
 
 
 def what_differs(
-    config: Config, was: dict[str, Any], tokens_were: int, tokens: int, over: bool
+    config: Config, was: dict[str, Any], tokens_were: int, tokens: int, complete: bool
 ) -> str:
     """Between a checkpoint's run and this one; "" if this one may go on from it.
 
-    `over`: its training is complete.
+    `complete`: no step of training follows, so what is reserved for export moves none.
     """
     now = asdict(config)
     unknown = sorted(was.keys() - now)
     require(not unknown, f"its run had options that this script lacks: {unknown}")
     was = asdict(Config()) | neutral_values(Config) | was  # an option that was added since was off
     may_differ = MAY_DIFFER if config.qat else MAY_DIFFER | EXPORT_OPTIONS
-    if config.max_wallclock_seconds and not over:
+    if config.max_wallclock_seconds and not complete:
         may_differ -= RESERVING  # training would end, and its rates fall, at another time
     differ = [name for name in now if name not in may_differ and now[name] != was[name]]
     if now["iterations"] >= was["iterations"]:
@@ -4895,9 +4900,8 @@ UNSUPPORTED = frozenset(
     LATENT_KV_DIM LAWA_K LEGENDRE_DEGREE_ATTN LEGENDRE_DEGREE_FFN LEGENDRE_GROUPS LORA_LR LORA_RANK
     LQER_ASYM_ENABLED LQER_ASYM_GROUP LQER_ENABLED LQER_FACTOR_BITS LQER_RANK LQER_TOP_K LR_SCHEDULE
     LR_START MAMBA3_CHUNK_SIZE MAMBA3_D_STATE MAMBA3_EXPAND MAMBA3_HEADDIM MAMBA3_NGROUPS
-    MAMBA3_OUTPROJ_NORM MAMBA3_ROPE_FRACTION
-    MLP_CLIP_SIGMAS MLP_RANK MODE MTP_LOSS_WEIGHT MTP_NUM_HEADS MUON_BETA2
-    MUON_COOLDOWN_END NUM_ATTN_LAYERS NUM_LIGHT_BLOCKS
+    MAMBA3_OUTPROJ_NORM MAMBA3_ROPE_FRACTION MLP_CLIP_SIGMAS MLP_RANK MODE MTP_LOSS_WEIGHT
+    MTP_NUM_HEADS MUON_BETA2 MUON_COOLDOWN_END NUM_ATTN_LAYERS NUM_LIGHT_BLOCKS
     PARALLEL_FINAL_LANE PHASED_TTT_ENABLED PHASED_TTT_NUM_PHASES
     PHASED_TTT_PREFIX_DOCS PREQUANT_ONLY PRUNE_RATIO QUANT_CLIP_RANGE QUANT_CONFIG RATIO_LOSS_WEIGHT
     ROPE_YARN SCALE_STORAGE SIGREG_WEIGHT SKIP_POST_TRAIN_EVAL SKIP_TOKENS

@@ -634,6 +634,7 @@ def test_commands_of_the_readme_are_accepted() -> None:
     """Every one that sets options of the script."""
     text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", "")
     commands = re.findall(r"^(.*[A-Z_]+=\S+ .*)train_gpt[.]py", text, re.MULTILINE)
+    assert len(commands) > 2
     assert any("for s in" in command for command in commands)  # the loop over seeds, of two lines
     for command in commands:
         env = dict(re.findall(r"\b([A-Z][A-Z_]+)=(\S+)", command.replace("$s", "1337")))

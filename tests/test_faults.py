@@ -515,6 +515,20 @@ def test_a_run_that_ended_by_its_time_is_packed_again_without_a_further_step(
         run_to_its_end(capped | {"RESUME": str(earlier), "RUN_ID": "cut off"})
 
 
+def test_counters_of_an_older_checkpoint_are_read() -> None:
+    """From before it was noted that the time was up; what else is missing or odd is refused."""
+    given = tg.Progress(step=3, averaged=2, seconds=1.5, per_step=0.5, due=4)
+    values = given._asdict()
+    older = {name: value for name, value in values.items() if name != "capped"}
+    assert tg.Progress.from_json(values, 9) == tg.Progress.from_json(older, 9) == given
+    for bad in (values | {"capped": 1}, values | {"capped": "no"}, values | {"more": 0}):
+        with pytest.raises(ValueError, match="counters"):
+            tg.Progress.from_json(bad, 9)
+    del older["due"]
+    with pytest.raises(ValueError, match="counters"):
+        tg.Progress.from_json(older, 9)
+
+
 def test_a_finished_run_is_refused(env: Env, whole: Path) -> None:
     before = artifact(whole)
     with pytest.raises(tg.InputError, match=f"holds a finished run: .*RESUME={whole}"):
