@@ -1,4 +1,4 @@
-"""The dry run and gpu_check: their arithmetic everywhere, what they run where a CUDA build is.
+"""The dry run: its arithmetic everywhere, what it runs where a CUDA build is.
 
 DRYRUN_PYTHON names a Python with a CUDA build of torch (records/tools/dryrun/README.md).
 """
@@ -182,80 +182,8 @@ def test_a_stub_defines_each_name_once() -> None:
         assert text.count(f'"{name}"') == 1
 
 
-# ---- estimated and measured ----------------------------------------------------------------------
-
-
-def measured(**values: Any) -> dict[str, Any]:
-    usual = dict(ms=50.0, peak_gb=14.0, graphs=1, breaks=0, late_graphs=0, host_waits=0)
-    return usual | dict(compile_seconds=9.0) | values
-
-
-def estimated(**values: Any) -> list[dict[str, Any]]:
-    usual = dict(ms=40.0, peak_gb=14.0, graphs=1, breaks=0, late_graphs=0, host_waits=[])
-    return [usual | values]
-
-
-def test_the_table_sets_measurements_beside_their_estimates() -> None:
-    parts = dict(levels=dict(figures={"T step": measured()}))
-    lines = gpu_check.table(parts, {"T step": estimated()})
-    assert "| T step | ms | 40.00 | 50.00 | 1.25 |" in lines
-    assert "| T step | breaks | 0 | 0 |  |" in lines  # no ratio to zero
-    # The host's time to compile is a fact of the host: no estimate.
-    assert "| T step | compile seconds |  | 9.00 |  |" in lines
-
-
-def test_waits_of_the_host_are_compared_by_number() -> None:
-    parts = dict(presets=dict(figures={"K step": measured(host_waits=3)}))
-    lines = gpu_check.table(parts, {"K step": estimated(host_waits=["a wait", "another"])})
-    assert "| K step | host waits | 2 | 3 | 1.50 |" in lines
-
-
-def test_what_has_no_estimate_or_failed_is_in_the_table_all_the_same() -> None:
-    figures = {"new step": measured(), "K failed": "out of memory"}
-    lines = gpu_check.table(dict(presets=dict(figures=figures)), {})
-    assert "| new step | ms |  | 50.00 |  |" in lines
-    assert "| K failed |  |  | out of memory |  |" in lines
-
-
-def test_a_part_that_found_nothing_leaves_no_line() -> None:
-    nothing = dict(seconds=1.0, failure="cut off after 1 s", figures={})
-    parts = dict.fromkeys(("attention", "levels", "presets"), nothing)
-    assert len(gpu_check.table(parts, {})) == 2  # head and rule
-
-
-def test_figures_are_kept_as_they_come(tmp_path: Path) -> None:
-    """A part that is cut off has written what it had found."""
-    path = tmp_path / "part.json"
-    figures = gpu_check.Figures(path)
-    figures["first"] = 1
-    assert json.loads(path.read_text()) == dict(first=1)
-    figures["second"] = [2]
-    assert json.loads(path.read_text()) == dict(first=1, second=[2])
-
-
-def test_estimates_are_of_what_gpu_check_measures() -> None:
-    """A new preset, or another title, needs new estimates (README.md of the dry run)."""
-    estimates = json.loads(gpu_check.ESTIMATES.read_text())
-    block = dict(COMPILE="block")
-    cases = [(preset, block) for preset in gpu_check.tg.SYSTEMS]
-    cases += [("T", dict(COMPILE="model")), ("T", block | dict(FUSED_MLP="1"))]
-    for preset, settings in cases:
-        title = title_of(preset, settings, step=True, share=gpu_check.RANKS)
-        assert estimates[title][-1]["ms"] > 0, title
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_the_check_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(tmp_path)])
-    assert gpu_check.main() == 2
-    assert capsys.readouterr().err == "PyTorch sees no GPU here\n"
-
-
-@pytest.mark.parametrize("tool", [dryrun_tool, gpu_check], ids=["dryrun", "gpu_check"])
-def test_help_is_in_sentences_with_defaults(tool: Any) -> None:
-    for action in tool.make_parser()._actions[1:]:
+def test_help_is_in_sentences_with_defaults() -> None:
+    for action in dryrun_tool.make_parser()._actions[1:]:
         assert re.match(r"[A-Z].*\.$", action.help), action.dest
         assert "(default: " in action.help or not action.default, action.dest
 

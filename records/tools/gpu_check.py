@@ -1,14 +1,15 @@
-"""The first minutes on a real H100: what works, how fast, and as estimated?
+"""The first minutes on a real GPU node: what works, how fast, and as estimated?
 
     python records/tools/gpu_check.py           # at most 12 minutes
     python records/tools/gpu_check.py --only attention race --out /tmp/check
 
 Nothing has to be prepared: without FineWeb in DATA_PATH the sample corpus is
 made. Every part is a process of its own with its own share of the time; what
-fails or takes too long is recorded, and the rest goes on. The folder of --out
-gets gpu_check.json with all figures and the output of each part. The last
-thing printed is a table of what the dry run had estimated and what was
-measured.
+fails, takes too long or is not as it should be is recorded, and the rest goes
+on. Nothing that a part has started outlives it. The folder of --out gets
+gpu_check.json with all figures and the output of each part. The last things
+printed are a table of what the dry run had estimated and what was measured,
+and what failed: then the exit code is 1.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import contextlib
 import functools
 import json
+import math
 import os
 import platform
 import re
@@ -26,6 +28,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,7 +44,7 @@ with told_if_missing(__name__, TRAINING):
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     import train_gpt as tg
-    from records.tools import common, race
+    from records.tools import common, packing, race
     from records.tools.dryrun import roofline
     from records.tools.dryrun.dryrun import title_of
     from records.tools.plain import Plain
@@ -51,8 +54,12 @@ ESTIMATES = Path(__file__).resolve().parent / "dryrun/estimates.json"
 SCRIPT = ROOT / "train_gpt.py"
 MINUTES = 12
 RANKS = 8  # of a node; one GPU is given the work of one of them
+VAL_TOKENS = 1 << 20  # of validation: all of FineWeb's takes one GPU 15 s by the dry run
 
 # ---- 1. Figures ----------------------------------------------------------------------------------
+
+
+PROBLEMS = "problems"  # the figure that has them
 
 
 class Figures:
@@ -66,6 +73,20 @@ class Figures:
         self.values[name] = value
         common.write_json(self.path, self.values)
         print(f"{name}: {value}", flush=True)
+
+    def expect(self, holds: bool, otherwise: str) -> None:
+        """Notes what is wrong, for which the part counts as failed, and goes on."""
+        if not holds:
+            self[PROBLEMS] = [*self.values.get(PROBLEMS, []), otherwise]
+
+    @contextlib.contextmanager
+    def trial(self, name: str) -> Iterator[None]:
+        """Whatever fails in it, a compiler too, is a finding: noted as a problem of `name`."""
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            self.expect(False, f"{name} failed: {type(error).__name__}: {str(error)[:500]}")
 
 
 def timed(call: Callable[[], Any], warm: int, times: int) -> float:
@@ -89,17 +110,27 @@ QUERIES = (
 ).split()
 
 
-def nvidia_smi() -> list[dict[str, str]]:
-    """Driver, clocks and power of every GPU."""
+def nvidia_smi() -> list[dict[str, str]] | str:
+    """Driver, clocks and power of every GPU, or why they are not known."""
     if not shutil.which("nvidia-smi"):
-        return []
+        return "nvidia-smi is not installed"
     command = ["nvidia-smi", f"--query-gpu={','.join(QUERIES)}", "--format=csv,noheader"]
-    lines = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.splitlines()
-    return [dict(zip(QUERIES, line.split(", "))) for line in lines]
+    try:  # without persistence mode it starts every GPU first, which takes seconds for each
+        told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"nvidia-smi failed: {error}"
+    return [dict(zip(QUERIES, line.split(", "))) for line in told.stdout.splitlines()]
+
+
+def product_ms(device: int) -> float:
+    """Milliseconds of a bfloat16 product of 8192 x 8192 on a GPU."""
+    with torch.cuda.device(device):
+        a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+        return timed(functools.partial(torch.mm, a, a), 3, 10)
 
 
 def environment(out: Figures, options: Options) -> None:
-    out["gpus"] = nvidia_smi() or "nvidia-smi is not installed"
+    """What is installed, and whether every GPU works and is as fast as the others."""
     out["versions"] = dict(
         python=platform.python_version(),
         torch=torch.__version__,
@@ -115,6 +146,10 @@ def environment(out: Figures, options: Options) -> None:
         processors=properties.multi_processor_count,
     )
     out["host"] = dict(cpus=os.cpu_count(), machine=platform.machine(), system=platform.platform())
+    out["ms of a product"] = ms = [product_ms(i) for i in range(torch.cuda.device_count())]
+    slow = [i for i, one in enumerate(ms) if one > 1.2 * statistics.median(ms)]
+    out.expect(not slow, f"GPU {slow}: slower than the others, by more than a fifth")
+    out["gpus"] = nvidia_smi()
 
 
 # ---- 3. Attention --------------------------------------------------------------------------------
@@ -123,6 +158,8 @@ KERNELS = dict(
     cudnn=SDPBackend.CUDNN_ATTENTION, flash=SDPBackend.FLASH_ATTENTION, math=SDPBackend.MATH
 )
 SHAPE = roofline.Attention(sequences=64, tokens=1024, heads=8, kv_heads=4, width=64)
+# Of a kernel from `math`: some roundings to bfloat16 (.004 each), nothing like a wrong gradient.
+APART = 0.03
 
 
 def draw_heads(shape: roofline.Attention, heads: int) -> Tensor:
@@ -147,16 +184,17 @@ def attention(out: Figures, options: Options) -> None:
     grad = torch.randn_like(heads[0])
     exact: list[Tensor] = []
     for name in ("math", "cudnn", "flash"):
-        with sdpa_kernel(KERNELS[name]):
+        with out.trial(name), sdpa_kernel(KERNELS[name]):
             y = causal(*heads)
             results = [y.detach(), *gradients(y, heads, grad)]
             exact = exact or results
-            apart = [((a - b).norm() / b.norm()).item() for a, b in zip(results, exact)]
+            apart = max(((a - b).norm() / b.norm()).item() for a, b in zip(results, exact))
             out[name] = dict(
                 forward_ms=timed(functools.partial(causal, *heads), 3, 20),
                 backward_ms=timed(functools.partial(gradients, y, heads, grad), 3, 20),
-                relative_difference_from_math=max(apart),
+                relative_difference_from_math=apart,
             )
+            out.expect(apart < APART, f"{name} differs from math by {apart:.3g} of its size")
 
 
 # ---- 4. Steps ------------------------------------------------------------------------------------
@@ -229,32 +267,32 @@ def variables_of(preset: str, **more: str) -> dict[str, str]:
 def measure_step(
     out: Figures, options: Options, preset: str, level: str, times: int, **more: str
 ) -> None:
-    """Records steps of a preset under the title that its estimate has."""
+    """Records steps of a preset under the title that its estimate has; failing, it is noted."""
     torch._dynamo.reset()  # what another case has compiled would not be counted
     torch.cuda.empty_cache()
     settings = dict(COMPILE=level, **more)
     title = title_of(preset, settings, step=True, share=RANKS)
-    stand = Stand(variables_of(preset, **settings) | options.data)
-    out[title] = stand.measure(2, times)
+    with out.trial(title):
+        stand = Stand(variables_of(preset, **settings) | options.data)
+        out[title] = found = stand.measure(2, times)
+        out.expect(math.isfinite(found["loss"]), f"{title}: the loss is {found['loss']}")
+        out.expect(not found["late_graphs"], f"{title}: compiled again after its first step")
 
 
 def levels(out: Figures, options: Options) -> None:
-    """T compiled by block, with its own kernel for MLPs too, and as a whole."""
+    """T compiled by block, as a whole, and with its own kernel for MLPs, which may break most."""
     measure_step(out, options, "T", "block", 20)
-    measure_step(out, options, "T", "block", 20, FUSED_MLP="1")
     measure_step(out, options, "T", "model", 20)
+    measure_step(out, options, "T", "block", 20, FUSED_MLP="1")
 
 
 def presets(out: Figures, options: Options) -> None:
-    """Five steps of every preset at full size; one that fails does not stop the others.
+    """Five steps of every preset at full size.
 
     From the last one on: the time may end before they do, and those are the most unlike T.
     """
     for preset in reversed(tg.SYSTEMS):
-        try:
-            measure_step(out, options, preset, "block", 3)
-        except (RuntimeError, tg.InputError) as error:
-            out[f"{preset} failed"] = str(error)[:500]
+        measure_step(out, options, preset, "block", 3)
 
 
 def race_of_two(out: Figures, options: Options) -> None:
@@ -262,14 +300,12 @@ def race_of_two(out: Figures, options: Options) -> None:
     settings = variables_of("T") | options.data
     plain = Plain(compile=True, attention="cudnn")
     cases = dict(ours=race.Case(settings), plain=race.Case(settings, plain=plain))
-    try:
+    with out.trial("one step in float32 beside the plain one"):
         eager = {
             name: case_with(case, COMPILE="off", TRAIN_BATCH_TOKENS="8192")
             for name, case in cases.items()
         }
         out["differences of one step in float32"] = race.gate(eager)
-    except race.Mismatch as error:
-        out["differences of one step in float32"] = f"too large: {error}"
     torch.cuda.empty_cache()
     start = race.draw(cases["ours"])
     with sdpa_kernel(tg.KERNELS["auto"], set_priority=True), race.device_watch() as readings:
@@ -278,7 +314,8 @@ def race_of_two(out: Figures, options: Options) -> None:
         rounds = race.measure({name: one.contestant for name, one in warm.items()}, 3, 200)
     medians = {name: float(statistics.median(ms)) for name, ms in rounds.ms.items()}
     out["ms"] = {name: race.spread(ms) for name, ms in rounds.ms.items()}
-    out["recompiled"] = rounds.recompiles
+    out["recompiled"] = late = rounds.recompiles
+    out.expect(not late["ours"], f"compiled again {late['ours']} times during the race")
     out["speed against the plain implementation"] = medians["plain"] / medians["ours"]
     config, world = cases["ours"].config(), warm["ours"].contestant.world
     flop = sum(race.flop_per_token(config).values()) * config.train_batch_tokens
@@ -304,48 +341,58 @@ class Run:
     """train_gpt.py as a user starts it, in the folder of this check."""
 
     def __init__(
-        self, options: Options, name: str, settings: dict[str, str], ranks: int = 1
+        self,
+        options: Options,
+        name: str,
+        settings: dict[str, str],
+        ranks: int = 1,
+        script: Path = SCRIPT,
     ) -> None:
-        runs = options.out / "runs"
-        self.folder = runs / name
+        self.folder = runs_of(options.out) / settings.get("RUN_ID", name)
         self.output = options.out / f"run_{name}.txt"
-        self.began = time.perf_counter()
-        paths = dict(LOG_DIR=str(runs), RUN_ID=name, COMPILE="block")
-        again = ["--max-restarts=1"] if ranks > 1 else []
-        command = [*common.launcher(ranks), *again, str(SCRIPT)]
-        with open(self.output, "a") as file:
+        named = dict(RUN_ID=name, COMPILE="block")
+        again = ["--max-restarts=1"] if "RESUME" in settings and ranks > 1 else []
+        command = [*common.launcher(ranks), *again, str(script)]
+        with open(self.output, "w") as file:
             self.process = subprocess.Popen(
                 command,
-                env=common.without_options(os.environ) | options.data | paths | settings,
+                env=common.without_options(os.environ) | named | settings | options.data,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
             )
 
     def text(self) -> str:
         return self.output.read_text(errors="replace")
 
-    def wait_for(self, pattern: str, seconds: float) -> float:
-        """Seconds until the output has a match; RuntimeError if the run ends before."""
+    def wait_for(self, pattern: str, seconds: float) -> None:
+        """Waits until the output has a match; RuntimeError if none comes."""
         deadline = time.perf_counter() + seconds
         while not re.search(pattern, self.text(), re.M):
-            if self.process.poll() is not None or time.perf_counter() > deadline:
-                raise RuntimeError(f"{pattern!r} never came: {self.text()[-800:]}")
+            ended = self.process.poll() is not None
+            if ended and re.search(pattern, self.text(), re.M):
+                break  # it came with the last lines
+            if ended or time.perf_counter() > deadline:
+                raise RuntimeError(f"{self.output.name}: {pattern!r} never came: {self.tail()}")
             time.sleep(0.05)
-        return time.perf_counter() - self.began
 
-    def end(self, seconds: float) -> int:
-        """The exit code; RuntimeError if it does not end in time."""
+    def end(self, seconds: float, expected: int = 0) -> None:
+        """Waits for its end; RuntimeError if that takes too long or the exit code is another."""
         try:
-            return self.process.wait(seconds)
+            code = self.process.wait(seconds)
         except subprocess.TimeoutExpired:
-            self.kill()
-            raise RuntimeError(f"did not end in {seconds} s: {self.text()[-800:]}") from None
+            text = f"{self.output.name}: did not end in {seconds:.0f} s: {self.tail()}"
+            raise RuntimeError(text) from None
+        if code != expected:
+            raise RuntimeError(
+                f"{self.output.name}: exit code {code}, not {expected}: {self.tail()}"
+            )
 
-    def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+    def tail(self) -> str:
+        """The last lines of its output in one line, without torchrun's account of it."""
+        own = re.split(
+            r"^[EW]\d{4} .*torch/distributed/elastic", self.text(), maxsplit=1, flags=re.M
+        )[0]
+        return " / ".join(own.strip().splitlines()[-8:])[-800:]
 
     def result(self) -> dict[str, Any]:
         return common.read_result(self.folder / "result.json")
@@ -357,28 +404,29 @@ def whole_run(out: Figures, options: Options) -> None:
     run = Run(options, "whole", SHORT)
     run.wait_for(r"^step:12/", seconds)
     run.process.terminate()
-    code = run.end(60)
-    out["stopped"] = dict(exit_code=code, checkpoints=[p.name for p in run.folder.glob("*.ckpt")])
-    run = Run(options, "whole", SHORT | dict(RESUME="auto"))
-    code = run.end(seconds)
-    out["resumed"] = dict(exit_code=code, lines=re.findall(r"^resumed from .*", run.text(), re.M))
-    result = run.result()
+    run.end(seconds, tg.EXIT_STOPPED)
+    out["checkpoints"] = sorted(path.name for path in run.folder.glob("*.ckpt"))
+    resumed = Run(options, "resumed", SHORT | dict(RUN_ID="whole", RESUME="auto"))
+    resumed.end(seconds)
+    out["resumed"] = lines = re.findall(r"^resumed from .*", resumed.text(), re.M)
+    out.expect(len(lines) == 1, "the run began anew where it should have been resumed")
+    result = resumed.result()
     score = result["roundtrip"]
-    out["exported"] = dict(bytes_total=result["bytes_total"], fits=result["fits"], score=score)
+    out["exported"] = dict(bytes_total=result["bytes_total"], val_bpb=score["val_bpb"])
     again = Run(options, "scored", dict(EVAL_ONLY=str(run.folder / tg.ARTIFACT)))
-    code = again.end(seconds)
+    again.end(seconds)
     difference = again.result()["roundtrip"]["val_loss"] - score["val_loss"]
-    out["scored again"] = dict(exit_code=code, difference=difference)
+    out["scored again, difference in nats"] = difference
+    out.expect(abs(difference) < 1e-4, f"the same artifact scored again is {difference} nats apart")
 
 
 def killed_rank(out: Figures, options: Options) -> None:
     """SIGKILL for a rank amid training: how soon the others end, and whether a restart resumes."""
-    ranks = min(2, torch.cuda.device_count())
-    if ranks < 2:
+    if options.ranks < 2:
         out["skipped"] = "a second GPU is needed"
         return
     more = dict(SAVE_EVERY="5", RESUME="auto", ITERATIONS="40", RANK_TIMEOUT_SECONDS="20")
-    run = Run(options, "killed", SHORT | more, ranks)
+    run = Run(options, "killed", SHORT | more, options.ranks)
     run.wait_for(r"^step:10/", options.seconds / 2)
     victim = ranks_of(run)[-1]
     began = time.perf_counter()
@@ -386,7 +434,46 @@ def killed_rank(out: Figures, options: Options) -> None:
     run.wait_for(r"^resumed from step:[1-9]", options.seconds / 2)
     out["seconds until resumed"] = time.perf_counter() - began
     out["messages"] = re.findall(r"^\[rank \d+\] .*", run.text(), re.M)
-    out["exit code"] = run.end(options.seconds / 2)
+    run.end(options.seconds / 2)
+
+
+CONTENDER = dict(
+    PRESET="frontier",
+    CODEC="zlib",  # packs in seconds, where its own takes minutes of one processor
+    ITERATIONS="40",
+    WARMUP_STEPS="2",
+    EMA_DECAY="0.9",
+    VAL_LOSS_EVERY="0",
+    SAVE_EVERY="0",
+    TRAIN_LOG_EVERY="10",
+)
+LATE = 20  # its last steps, all after the onset of the loop
+
+
+def all_gpus(out: Figures, options: Options) -> None:
+    """`frontier` on every GPU, from the packed script: trained, rounded by GPTQ, scored."""
+    packed = options.out / "packed/train_gpt.py"
+    packed.parent.mkdir(exist_ok=True)
+    packed.write_bytes(packing.pack(SCRIPT.read_bytes()))
+    batch = tg.Config.from_env(dict(PRESET="frontier")).train_batch_tokens // RANKS * options.ranks
+    sizes = dict(TRAIN_BATCH_TOKENS=str(batch), VOCAB_SIZE=str(tg.Config().vocab_size))
+    run = Run(options, "contender", CONTENDER | sizes, options.ranks, packed)
+    run.end(options.seconds)
+    result = run.result()
+    rows = [*common.read_metrics(run.folder / "metrics.jsonl")]
+    steps = {row["step"]: row for row in rows if "train_loss" in row}
+    last = max(steps)
+    took = steps[last]["train_seconds"] - steps[last - LATE]["train_seconds"]
+    out["GPUs"] = result["world_size"]
+    out["ms a step"] = 1e3 * took / LATE
+    losses = steps[min(steps)]["train_loss"], steps[last]["train_loss"]
+    out["train_loss"] = losses
+    out.expect(losses[1] < losses[0] - 1, f"the loss went from {losses[0]} to {losses[1]}")
+    out["bytes_total"] = result["bytes_total"]
+    scores = {name: result[name]["val_bpb"] for name in ("pre_quant", "roundtrip", "sliding")}
+    out["val_bpb"] = scores
+    lost = scores["roundtrip"] - scores["pre_quant"]
+    out.expect(abs(lost) < 0.1, f"rounding to six bits changes val_bpb by {lost:.3f}")
 
 
 def ranks_of(run: Run) -> list[int]:
@@ -413,13 +500,14 @@ class Part(NamedTuple):
 
 
 PARTS = [
-    Part("environment", 20, environment),
-    Part("attention", 45, attention),
-    Part("levels", 145, levels),
-    Part("race", 180, race_of_two),
-    Part("whole run", 120, whole_run),
-    Part("killed rank", 60, killed_rank),
-    Part("presets", 150, presets),
+    Part("environment", 30, environment),
+    Part("attention", 25, attention),
+    Part("levels", 100, levels),
+    Part("all GPUs", 150, all_gpus),
+    Part("whole run", 110, whole_run),
+    Part("killed rank", 85, killed_rank),
+    Part("race", 120, race_of_two),
+    Part("presets", 100, presets),
 ]
 
 
@@ -427,8 +515,13 @@ class Options(NamedTuple):
     """What a part needs to know."""
 
     out: Path
-    data: dict[str, str]  # DATA_PATH and TOKENIZER_PATH
+    data: dict[str, str]  # DATA_PATH, TOKENIZER_PATH, and LOG_DIR, by which processes are known
     seconds: float
+    ranks: int  # as many as GPUs, but a power of two, which divides every batch
+
+
+def runs_of(out: Path) -> Path:
+    return out / "runs"
 
 
 def file_of(part: Part, out: Path, ending: str) -> Path:
@@ -438,43 +531,71 @@ def file_of(part: Part, out: Path, ending: str) -> Path:
 def find_data(out: Path) -> dict[str, str]:
     """FineWeb where the script looks for it, or else the sample corpus, made here."""
     config = tg.Config()
-    if list(Path(config.data_path).glob("fineweb_val_*.bin")):
-        return dict(DATA_PATH=config.data_path, TOKENIZER_PATH=config.tokenizer_path)
-    folder = out / "data"
-    if not (folder / "datasets").exists():
-        command = [sys.executable, str(ROOT / "data/sample.py"), "--root", str(folder)]
-        subprocess.run(command, check=True)
-    (shards,) = (folder / "datasets").iterdir()
-    (tokenizer,) = (folder / "tokenizers").glob("*.model")
-    return dict(DATA_PATH=str(shards), TOKENIZER_PATH=str(tokenizer))
+    shards, tokenizer = tg.find_file(config.data_path), tg.find_file(config.tokenizer_path)
+    splits = (f"fineweb_{split}_*.bin" for split in ("train", "val"))
+    if not (tokenizer.exists() and all([*shards.glob(names)] for names in splits)):
+        folder = out / "data"
+        if not (folder / "datasets").exists():
+            command = [sys.executable, str(ROOT / "data/sample.py"), "--root", str(folder)]
+            subprocess.run(command, check=True)
+        (shards,) = (folder / "datasets").iterdir()
+        (tokenizer,) = (folder / "tokenizers").glob("*.model")
+    short = shorten(shards, out / "short")
+    return dict(DATA_PATH=str(short), TOKENIZER_PATH=str(tokenizer.resolve()))
 
 
-def run_part(part: Part, options: Options, data: dict[str, str]) -> dict[str, Any]:
+def shorten(shards: Path, folder: Path) -> Path:
+    """`folder`, with links to the shards for training and the first tokens of validation."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for path in sorted(shards.glob("fineweb_train_*.bin")):
+        (folder / path.name).symlink_to(path.resolve())
+    first = min(shards.glob("fineweb_val_*.bin"))
+    common.write_shard(folder / first.name, tg.open_shard(first)[:VAL_TOKENS])
+    return folder
+
+
+def end_all(out: Path) -> None:
+    """Kills every process of a part of the check in `out`.
+
+    They are known by a variable: torchrun's ranks have sessions of their own, and whoever lost its
+    parent has another.
+    """
+    mark = f"LOG_DIR={runs_of(out)}".encode()
+    for _ in range(100):  # until none is left; one that a driver holds may stay for ever
+        left = False
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it ended, or is somebody else's
+                if mark in (process / "environ").read_bytes().split(b"\0"):
+                    os.kill(int(process.name), signal.SIGKILL)
+                    left = True
+        if not left:
+            break
+        time.sleep(0.05)
+
+
+def run_part(part: Part, options: Options) -> dict[str, Any]:
     """A part in a process of its own: its seconds, its failure if it has one, and its figures."""
     words = ["--part", part.name, "--out", str(options.out), "--seconds", str(options.seconds)]
-    command = [sys.executable, __file__, *words]
+    command = [sys.executable, __file__, *words, "--ranks", str(options.ranks)]
     figures, output = file_of(part, options.out, "json"), file_of(part, options.out, "txt")
     figures.unlink(missing_ok=True)
     began = time.perf_counter()
-    failure = ""
     with open(output, "w") as file:
-        process = subprocess.Popen(
-            command,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=os.environ | data,
-            start_new_session=True,
-        )
-        try:
-            code = process.wait(options.seconds)
-            lines = output.read_text(errors="replace").strip().splitlines() or [""]
-            failure = "" if code == 0 else f"exit code {code}: {lines[-1][:300]}"
-        except subprocess.TimeoutExpired:
-            failure = f"cut off after {options.seconds:.0f} s"
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        variables = os.environ | options.data
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=variables)
+    try:
+        code = process.wait(options.seconds)
+        lines = output.read_text(errors="replace").strip().splitlines() or [""]
+        failure = "" if code == 0 else f"exit code {code}: {lines[-1][:1000]}"
+    except subprocess.TimeoutExpired:
+        failure = f"cut off after {options.seconds:.0f} s"
+    finally:  # after Ctrl-C, too
+        end_all(options.out)
     values = common.read_result(figures) if figures.exists() else {}
-    return dict(seconds=round(time.perf_counter() - began, 1), failure=failure, figures=values)
+    problems = [*filter(None, [failure]), *values.get(PROBLEMS, [])]
+    seconds = round(time.perf_counter() - began, 1)
+    return dict(seconds=seconds, failure="; ".join(problems), figures=values)
 
 
 # ---- 7. Estimated and measured -------------------------------------------------------------------
@@ -482,7 +603,18 @@ def run_part(part: Part, options: Options, data: dict[str, str]) -> dict[str, An
 COMPARED = ("ms", "peak_gb", "graphs", "breaks", "late_graphs")
 
 
-def attention_rows(measured: dict[str, Any]) -> Iterator[tuple[str, str, Any, Any]]:
+# What the table has of the parts that are no steps of one GPU.
+SHOWN = {
+    "all GPUs": ("GPUs", "ms a step", "train_loss", "bytes_total", "val_bpb"),
+    "whole run": ("checkpoints", "resumed", "exported", "scored again, difference in nats"),
+    "killed rank": ("seconds until resumed", "skipped"),
+    "race": ("ms", "speed against the plain implementation", "MFU"),
+}
+CONTENDER_STEP = title_of("frontier", dict(COMPILE="block"), step=True, share=RANKS)
+Row = tuple[str, str, Any, Any]  # case, quantity, estimate (None without one), measurement
+
+
+def attention_rows(measured: dict[str, Any]) -> Iterator[Row]:
     """Roofline and measurement of the attention kernels."""
     for name, found in measured.items():
         for way in ("forward", "backward"):
@@ -491,20 +623,32 @@ def attention_rows(measured: dict[str, Any]) -> Iterator[tuple[str, str, Any, An
             yield f"attention, {name}", f"{way} ms", estimate, found[f"{way}_ms"]
 
 
-def rows(parts: dict[str, Any], estimates: dict[str, Any]) -> Iterator[tuple[str, str, Any, Any]]:
-    """Case, quantity, estimate (None without one) and measurement."""
-    yield from attention_rows(parts.get("attention", {}).get("figures", {}))
+def step_rows(title: str, found: dict[str, Any], estimates: dict[str, Any]) -> Iterator[Row]:
+    """A step of one GPU."""
+    estimate = estimates.get(title, [{}])[-1]
+    for name in COMPARED:
+        yield title, name, estimate.get(name), found[name]
+    waits = len(estimate["host_waits"]) if estimate else None
+    yield title, "host waits", waits, found["host_waits"]
+    yield title, "compile seconds", None, found["compile_seconds"]  # the host's
+
+
+def rows(parts: dict[str, Any], estimates: dict[str, Any]) -> Iterator[Row]:
+    """All of the table."""
+    measured = {
+        part: {name: found for name, found in done["figures"].items() if name != PROBLEMS}
+        for part, done in parts.items()
+    }
+    yield from attention_rows(measured.get("attention", {}))
     for part in ("levels", "presets"):
-        for title, found in parts.get(part, {}).get("figures", {}).items():
-            if not isinstance(found, dict):
-                yield title, "", None, found
-                continue
-            estimate = estimates.get(title, [{}])[-1]
-            for name in COMPARED:
-                yield title, name, estimate.get(name), found[name]
-            waits = len(estimate["host_waits"]) if estimate else None
-            yield title, "host waits", waits, found["host_waits"]
-            yield title, "compile seconds", None, found["compile_seconds"]  # the host's
+        for title, found in measured.get(part, {}).items():
+            yield from step_rows(title, found, estimates)
+    alone = estimates.get(CONTENDER_STEP, [{}])[-1].get("ms")  # without collectives
+    for part, names in SHOWN.items():
+        for name in names:
+            if name in measured.get(part, {}):
+                estimate = alone if (part, name) == ("all GPUs", "ms a step") else None
+                yield part, name, estimate, measured[part][name]
 
 
 def number(value: Any) -> str:
@@ -557,19 +701,29 @@ def make_parser() -> argparse.ArgumentParser:
         help="The part of a process that this tool starts itself.",
     )
     add("--seconds", type=float, help="The time of that part.")
+    add("--ranks", type=int, help="The GPUs of that part.")
     return parser
 
 
-def check(out: Path, chosen: list[Part], scale: float) -> dict[str, Any]:
-    """What every part found, in gpu_check.json as well; `scale`: of the time they have."""
-    data = find_data(out)
-    found = {}
+def check(out: Path, chosen: list[Part], scale: float) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Names of parts and what they found; `scale`: of the time they have."""
+    shutil.rmtree(runs_of(out), ignore_errors=True)  # of a check before
+    data = find_data(out) | dict(LOG_DIR=str(runs_of(out)))
+    ranks = 1 << (torch.cuda.device_count().bit_length() - 1)
     for part in chosen:
-        options = Options(out, data, part.seconds * scale)
-        found[part.name] = done = run_part(part, options, data)
+        done = run_part(part, Options(out, data, part.seconds * scale, ranks))
         common.say(f"{part.name}: {done['seconds']} s {done['failure']}")
-        common.write_json(out / "gpu_check.json", found)
-    return found
+        yield part.name, done
+
+
+def tell(out: Path, found: dict[str, Any]) -> None:
+    """Prints the table and what failed, and writes them into gpu_check.md."""
+    estimates = json.loads(ESTIMATES.read_text()) if ESTIMATES.exists() else {}
+    lines = table(found, estimates)
+    wrong = [f"{name}: {done['failure']}" for name, done in found.items() if done["failure"]]
+    lines += ["", *([f"FAILED {one}" for one in wrong] or ["No part failed."])]
+    tg.write_atomically(out / "gpu_check.md", "\n".join([*lines, ""]).encode())
+    common.say("\n".join(lines))
 
 
 def work(given: argparse.Namespace) -> int:
@@ -578,16 +732,22 @@ def work(given: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     if given.part:
         part = next(part for part in PARTS if part.name == given.part)
-        data = {name: os.environ[name] for name in ("DATA_PATH", "TOKENIZER_PATH")}
-        part.run(Figures(file_of(part, out, "json")), Options(out, data, given.seconds))
+        data = {name: os.environ[name] for name in ("DATA_PATH", "TOKENIZER_PATH", "LOG_DIR")}
+        options = Options(out, data, given.seconds, given.ranks)
+        part.run(Figures(file_of(part, out, "json")), options)
         return 0
     tg.require(torch.cuda.is_available(), "PyTorch sees no GPU here")
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C, after which nothing is left behind
+        signal.signal(number, signal.default_int_handler)
     chosen = [part for part in PARTS if not given.only or part.name in given.only]
-    found = check(out, chosen, given.minutes / MINUTES)
-    estimates = json.loads(ESTIMATES.read_text()) if ESTIMATES.exists() else {}
-    lines = table(found, estimates)
-    (out / "gpu_check.md").write_text("\n".join(lines) + "\n")
-    common.say("\n".join(lines))
+    found: dict[str, Any] = {}
+    with tg.lock_folder(out):
+        try:
+            for name, done in check(out, chosen, given.minutes / MINUTES):
+                found[name] = done
+                common.write_json(out / "gpu_check.json", found)
+        finally:
+            tell(out, found)
     return 1 if any(done["failure"] for done in found.values()) else 0
 
 

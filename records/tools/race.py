@@ -433,7 +433,7 @@ def split_of_a_step(contestant: Contestant, first: int, steps: int) -> dict[str,
 def device_watch() -> Iterator[list[list[float]]]:
     """SM clock in MHz, power in W and temperature in degrees once a second.
 
-    Nothing where there is no nvidia-smi.
+    Nothing where there is no nvidia-smi, or where it knows one of them not.
     """
     readings: list[list[float]] = []
     if not (torch.cuda.is_available() and shutil.which("nvidia-smi")):
@@ -449,7 +449,7 @@ def device_watch() -> Iterator[list[list[float]]]:
             process.wait()
             file.seek(0)
             for line in file:
-                if line.count(",") == 2:
+                with contextlib.suppress(ValueError):  # "[N/A]", as power on virtual machines
                     readings.append([float(x) for x in line.split(",")])
 
 

@@ -1,0 +1,282 @@
+"""The check of a GPU node: its table and judgements, and its whole runs, here on a CPU.
+
+What only a CUDA build of torch can run is in test_dryrun.py.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import HANG, ON_CPU
+
+from records.tools import gpu_check
+from records.tools.dryrun.dryrun import title_of
+
+# ---- the table -----------------------------------------------------------------------------------
+
+
+def measured(**values: Any) -> dict[str, Any]:
+    usual = dict(ms=50.0, peak_gb=14.0, graphs=1, breaks=0, late_graphs=0, host_waits=0)
+    return usual | dict(compile_seconds=9.0) | values
+
+
+def estimated(**values: Any) -> list[dict[str, Any]]:
+    usual = dict(ms=40.0, peak_gb=14.0, graphs=1, breaks=0, late_graphs=0, host_waits=[])
+    return [usual | values]
+
+
+def test_the_table_sets_measurements_beside_their_estimates() -> None:
+    parts = dict(levels=dict(figures={"T step": measured()}))
+    lines = gpu_check.table(parts, {"T step": estimated()})
+    assert "| T step | ms | 40.00 | 50.00 | 1.25 |" in lines
+    assert "| T step | breaks | 0 | 0 |  |" in lines  # no ratio to zero
+    # The host's time to compile is a fact of the host: no estimate.
+    assert "| T step | compile seconds |  | 9.00 |  |" in lines
+
+
+def test_waits_of_the_host_are_compared_by_number() -> None:
+    parts = dict(presets=dict(figures={"K step": measured(host_waits=3)}))
+    lines = gpu_check.table(parts, {"K step": estimated(host_waits=["a wait", "another"])})
+    assert "| K step | host waits | 2 | 3 | 1.50 |" in lines
+
+
+def test_what_has_no_estimate_is_in_the_table_all_the_same() -> None:
+    figures = {"new step": measured(), gpu_check.PROBLEMS: ["K: out of memory"]}
+    lines = gpu_check.table(dict(presets=dict(figures=figures)), {})
+    assert "| new step | ms |  | 50.00 |  |" in lines
+    assert not any("out of memory" in line for line in lines)  # it is told below the table
+
+
+def test_steps_on_all_gpus_stand_beside_the_estimate_of_one() -> None:
+    parts = {"all GPUs": dict(figures={"ms a step": 50.0, "GPUs": 8, "not shown": 1})}
+    lines = gpu_check.table(parts, {gpu_check.CONTENDER_STEP: estimated()})
+    assert "| all GPUs | ms a step | 40.00 | 50.00 | 1.25 |" in lines
+    assert "| all GPUs | GPUs |  | 8 |  |" in lines
+    assert len(lines) == 4
+    assert gpu_check.CONTENDER_STEP in json.loads(gpu_check.ESTIMATES.read_text())
+
+
+def test_a_part_that_found_nothing_leaves_no_line() -> None:
+    nothing = dict(seconds=1.0, failure="cut off after 1 s", figures={})
+    parts = dict.fromkeys(("attention", "levels", "presets"), nothing)
+    assert len(gpu_check.table(parts, {})) == 2  # head and rule
+
+
+def test_figures_are_kept_as_they_come(tmp_path: Path) -> None:
+    """A part that is cut off has written what it had found."""
+    path = tmp_path / "part.json"
+    figures = gpu_check.Figures(path)
+    figures["first"] = 1
+    assert json.loads(path.read_text()) == dict(first=1)
+    figures["second"] = [2]
+    assert json.loads(path.read_text()) == dict(first=1, second=[2])
+
+
+def test_estimates_are_of_what_gpu_check_measures() -> None:
+    """A new preset, or another title, needs new estimates (README.md of the dry run)."""
+    estimates = json.loads(gpu_check.ESTIMATES.read_text())
+    block = dict(COMPILE="block")
+    cases = [(preset, block) for preset in gpu_check.tg.SYSTEMS]
+    cases += [("T", dict(COMPILE="model")), ("T", block | dict(FUSED_MLP="1"))]
+    for preset, settings in cases:
+        title = title_of(preset, settings, step=True, share=gpu_check.RANKS)
+        assert estimates[title][-1]["ms"] > 0, title
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_check_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(tmp_path)])
+    assert gpu_check.main() == 2
+    assert capsys.readouterr().err == "PyTorch sees no GPU here\n"
+
+
+def test_help_is_in_sentences_with_defaults() -> None:
+    for action in gpu_check.make_parser()._actions[1:]:
+        assert re.match(r"[A-Z].*\.$", action.help or ""), action.dest
+        assert "(default: " in (action.help or "") or not action.default, action.dest
+
+
+def test_shares_of_the_time_are_all_of_it() -> None:
+    assert sum(part.seconds for part in gpu_check.PARTS) == 60 * gpu_check.MINUTES
+
+
+# ---- judgements ----------------------------------------------------------------------------------
+
+
+def test_what_is_not_as_expected_is_noted_and_the_part_goes_on(tmp_path: Path) -> None:
+    figures = gpu_check.Figures(tmp_path / "part.json")
+    figures.expect(True, "never told")
+    figures.expect(False, "slow")
+    with figures.trial("K"):
+        raise RuntimeError("out of memory")
+    with figures.trial("T"):
+        figures["T"] = 1
+    assert json.loads((tmp_path / "part.json").read_text()) == {
+        gpu_check.PROBLEMS: ["slow", "K failed: RuntimeError: out of memory"],
+        "T": 1,
+    }
+
+
+# In place of the tool itself: a part that notes a problem and starts somebody who outlives it, in a
+# session of their own and, as `sh` has ended, without a parent.
+STAND_IN = """
+import json, subprocess, sys, time
+given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+subprocess.run(["sh", "-c", "setsid sleep 1000 & echo $! > " + given["--out"] + "/left"])
+with open(given["--out"] + "/race.json", "w") as file:
+    json.dump(dict(ms=1, problems=["too slow"]), file)
+if given["--ranks"] == "2":
+    time.sleep(1000)
+sys.exit(3 if given["--ranks"] == "3" else 0)
+"""
+
+
+def is_running(process: int) -> bool:
+    """Whether a process is there, and no zombie."""
+    try:
+        status = Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "failure"),
+    [(1, "too slow"), (2, "cut off after 5 s; too slow"), (3, "exit code 3: ; too slow")],
+)
+def test_nothing_that_a_part_has_started_outlives_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, failure: str
+) -> None:
+    script = tmp_path / "stand_in.py"
+    script.write_text(STAND_IN)
+    monkeypatch.setattr(gpu_check, "__file__", str(script))
+    (part,) = (part for part in gpu_check.PARTS if part.name == "race")
+    data = dict(LOG_DIR=str(gpu_check.runs_of(tmp_path)))
+    done = gpu_check.run_part(part, gpu_check.Options(tmp_path, data, 5.0, ranks))
+    assert done["failure"] == failure
+    assert done["figures"]["ms"] == 1
+    assert not is_running(int((tmp_path / "left").read_text()))
+
+
+def test_figures_of_a_check_before_are_not_those_of_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part that fails before it has found anything has no figures."""
+    script = tmp_path / "stand_in.py"
+    script.write_text("")
+    monkeypatch.setattr(gpu_check, "__file__", str(script))
+    part = gpu_check.PARTS[0]
+    gpu_check.file_of(part, tmp_path, "json").write_text('{"ms": 1}')
+    data = dict(LOG_DIR=str(gpu_check.runs_of(tmp_path)))
+    done = gpu_check.run_part(part, gpu_check.Options(tmp_path, data, HANG, 1))
+    assert done["figures"] == {}
+
+
+# ---- data and whole runs -------------------------------------------------------------------------
+
+
+def test_validation_is_short_and_training_is_all_there(
+    corpus: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_check, "VAL_TOKENS", 1000)
+    source = Path(corpus["DATA_PATH"])
+    short = gpu_check.shorten(source, tmp_path / "short")
+    names = {"train": "fineweb_train_000000.bin", "val": "fineweb_val_000000.bin"}
+    assert {path.name for path in short.iterdir()} == {*names.values()}
+    whole = {split: gpu_check.tg.open_shard(source / name) for split, name in names.items()}
+    cut = {split: gpu_check.tg.open_shard(short / name) for split, name in names.items()}
+    assert (cut["train"] == whole["train"]).all()
+    assert len(cut["val"]) == 1000 < len(whole["val"])
+    assert (cut["val"] == whole["val"][:1000]).all()
+
+
+@pytest.mark.parametrize("missing", ["train", "val", "tokenizer"])
+def test_fineweb_that_is_not_whole_is_not_used(
+    corpus: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    """Then the sample corpus is, as without any; so `fineweb.py --train-shards 0` is no trap."""
+    config = gpu_check.tg.Config()
+    monkeypatch.chdir(tmp_path)
+    sample, fineweb = tmp_path / "data/datasets/sample", tmp_path / config.data_path
+    for folder in (sample, fineweb):
+        folder.mkdir(parents=True)
+        for path in Path(corpus["DATA_PATH"]).glob("*.bin"):
+            (folder / path.name).symlink_to(path)
+    tokenizers = tmp_path / "data/tokenizers"
+    tokenizers.mkdir()
+    (tokenizers / "sample.model").symlink_to(corpus["TOKENIZER_PATH"])
+    Path(config.tokenizer_path).symlink_to(corpus["TOKENIZER_PATH"])
+    out = tmp_path / "out"
+    (out / "data").mkdir(parents=True)
+    for name in ("datasets", "tokenizers"):
+        (out / "data" / name).mkdir()
+    (out / "data/datasets/sample").symlink_to(sample)
+    (out / "data/tokenizers/sample.model").symlink_to(corpus["TOKENIZER_PATH"])
+    if missing == "tokenizer":
+        Path(config.tokenizer_path).unlink()
+    else:
+        (fineweb / f"fineweb_{missing}_000000.bin").unlink()
+    gpu_check.find_data(out)
+    (link,) = (out / "short").glob("fineweb_train_*.bin")
+    assert link.resolve() == (Path(corpus["DATA_PATH"]) / link.name).resolve()
+
+
+SMALL = dict(
+    MODEL_DIM="32",
+    NUM_HEADS="2",  # of 16 channels, as many as `frontier` rotates
+    NUM_KV_HEADS="1",
+    TRAIN_SEQ_LEN="32",
+    TRAIN_BATCH_TOKENS="256",
+    MICRO_BATCH_TOKENS="256",
+    DTYPE="float32",
+)
+
+
+def on_cpu(corpus: dict[str, str], out: Path) -> gpu_check.Options:
+    """Of runs that take a CPU some seconds."""
+    data = corpus | ON_CPU | dict(LOG_DIR=str(gpu_check.runs_of(out)), COMPILE="off")
+    return gpu_check.Options(out, data, 3 * HANG, 1)
+
+
+def test_a_whole_run_is_stopped_resumed_and_scored_again(
+    corpus: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_check, "SHORT", gpu_check.SHORT | SMALL)
+    figures = gpu_check.Figures(tmp_path / "part.json")
+    gpu_check.whole_run(figures, on_cpu(corpus, tmp_path))
+    assert abs(figures.values["scored again, difference in nats"]) < 1e-5
+    assert re.match(r"resumed from step:1[2-9]", figures.values["resumed"][0])
+    assert gpu_check.PROBLEMS not in figures.values
+
+
+def test_the_contender_is_trained_rounded_and_scored_from_its_packed_script(
+    few_tokens: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = SMALL | dict(ITERATIONS="24", EVAL_STRIDE="16", GPTQ_BATCHES="1")
+    monkeypatch.setattr(gpu_check, "CONTENDER", gpu_check.CONTENDER | small)
+    # The part counts the batch from the preset's.
+    sizes = dict(TRAIN_BATCH_TOKENS="256", MICRO_BATCH_TOKENS="256")
+    options = on_cpu(few_tokens | sizes, tmp_path)
+    figures = gpu_check.Figures(tmp_path / "part.json")
+    gpu_check.all_gpus(figures, options)
+    assert {*figures.values} >= {"GPUs", "ms a step", "train_loss", "bytes_total", "val_bpb"}
+    result = json.loads((gpu_check.runs_of(tmp_path) / "contender/result.json").read_text())
+    assert "packed_sha256" in result["versions"]
+
+
+def test_a_run_that_fails_is_told_by_its_own_last_words(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("import sys; sys.exit('[rank 0] out of memory')")
+    data = dict(LOG_DIR=str(gpu_check.runs_of(tmp_path)))
+    options = gpu_check.Options(tmp_path, data, HANG, 2)
+    run = gpu_check.Run(options, "failed", {}, 2, script)
+    with pytest.raises(RuntimeError, match=r"run_failed.txt: exit code 1, not 0: .*out of memory$"):
+        run.end(HANG)
+    with pytest.raises(RuntimeError, match=r"'\^step:1/' never came: .*out of memory$"):
+        run.wait_for(r"^step:1/", HANG)
