@@ -1848,7 +1848,10 @@ class GPT(nn.Module):
         begun, outside = x0, 0  # the state before the first pass; the outputs kept until then
         for layer, cond in zip(plan, conditions):
             if layer.skip != NONE:
-                x = self.with_skip(x, kept.pop(), layer.skip)
+                taken = kept.pop()
+                x = self.with_skip(x, taken, layer.skip)
+                if layer.opens > 0:  # between passes the state is in the lanes
+                    lanes = [self.with_skip(lane, taken, layer.skip) for lane in lanes]
             if layer.opens == 0:
                 begun, outside = x, len(kept)
             if mode.truncated and layer.opens == mode.passes - 1:

@@ -67,7 +67,10 @@ def gradient(p: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("options", [{}, BETWEEN, dict(num_prelude=0, num_coda=0)])
+@pytest.mark.parametrize(
+    "options",
+    [{}, BETWEEN, dict(num_prelude=0, num_coda=0), dict(core_skips="looped", skip_gates=True)],
+)
 @pytest.mark.parametrize("passes", [1, 2, 3, 5])
 def test_it_starts_as_the_plain_loop(passes: int, options: dict[str, Any], dtype: str) -> None:
     """To the last bit, whatever the other parameters are, in either type of the stream."""
