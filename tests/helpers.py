@@ -320,6 +320,64 @@ def train_only(trainer: tg.Trainer, folder: Path) -> None:
     trainer.train(tg.Reporter(trainer.config, log), checkpoints, no_score)
 
 
+def make_steps(trainer: tg.Trainer, last: int) -> None:
+    """Trains until `last` steps are made, as if they took no time."""
+    for step in range(trainer.step, last):
+        trainer.train_step(step, 0.0, trainer.batches.micro(step))
+        trainer.step = step + 1
+
+
+def check_resume(config: tg.Config, folder: Path, saved: int, last: int) -> tg.Trainer:
+    """A run goes on from its checkpoint to the last bit, whatever it began with; its trainer.
+
+    With a seed alone a run would come to the same state without a checkpoint.
+    """
+    trainer, log = tg.make_trainer(config, one_rank()), tg.Log(folder / "run", True)
+    log.folder.mkdir()
+    make_steps(trainer, saved)
+    state = [t.clone() for t in trainer.state()]
+    checkpoints = tg.Checkpoints(config, trainer.world, trainer.batches.tokens.total, log)
+    with checkpoints.kept(trainer):
+        checkpoints.save(trainer)
+    make_steps(trainer, last)
+    (path,) = log.folder.glob("*.ckpt")
+    config = replace(config, resume=str(path))
+    again = tg.make_trainer(config, one_rank())
+    for t in again.state():
+        t.fill_(0.5)
+    tg.restore(again, tg.find_checkpoint(config, again, []), log)
+    assert again.step == saved
+    assert all(t.equal(was) for t, was in zip(again.state(), state, strict=True))
+    make_steps(again, last)
+    assert all(t.equal(one) for t, one in zip(again.state(), trainer.state(), strict=True))
+    return trainer
+
+
+def check_stored(model: tg.GPT, config: tg.Config, ids: torch.Tensor) -> tg.GPT:
+    """What an artifact gives back: rounded weights, in the function that was trained.
+
+    The second is told by the score of the same weights in a model that never was in an artifact.
+    """
+    read, found, _ = tg.load_model(tg.pack(model, config), "here")
+    assert found == config.architecture()
+    assert read.scoring.passes == (config.eval_passes or config.num_loops)
+    for (name, p), stored in zip(model.named_parameters(), read.parameters(), strict=True):
+        expected = p.detach().half().float()
+        if tg.role_of(p).bits:
+            expected = tg.dequantize_rows(*tg.store(p, config, None).tensors)
+        assert stored.equal(expected), name
+    same = tg.GPT(config.architecture())
+    same.load_state_dict(read.state_dict())
+    assert score_of(read, ids).equal(score_of(same, ids))
+    return read
+
+
+@torch.no_grad()
+def score_of(model: tg.GPT, ids: torch.Tensor) -> torch.Tensor:
+    """The loss of ids [B, T] with the passes that a model is scored with."""
+    return model(ids, ids.roll(-1, 1), model.scoring)
+
+
 def flat(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     """Copies of tensors as one vector."""
     return torch.cat([t.detach().flatten() for t in tensors])

@@ -203,13 +203,16 @@ def without_gradient(model: tg.GPT, config: tg.Config) -> set[str]:
         for name, p in model.named_parameters():
             if p.grad is not None:
                 got[name] |= p.grad != 0
-    idle = set()
-    for name, p in model.named_parameters():
-        rows = got[name].flatten(1).any(1) if p.dim() > 1 else got[name]
-        learns = rows.all() if role_name(p) in ("table", "scalar") else rows.any()
-        if not learns:
-            idle.add(name)
-    return idle
+    return {name for name, p in model.named_parameters() if not reached(p, got[name])}
+
+
+def reached(p: Tensor, where: Tensor) -> bool:
+    """Whether that happened to a parameter which happened at these of its elements.
+
+    To tables and vectors it has to happen in every row.
+    """
+    rows = where.flatten(1).any(1) if p.dim() > 1 else where
+    return bool(rows.all() if role_name(p) in ("table", "scalar") else rows.any())
 
 
 def preset_config(system: str) -> tg.Config:

@@ -1,7 +1,8 @@
 """A run of several steps against its optimizers written out in float64: every weight, every step.
 
 Everything is on that the optimizers have: rows normalised before Newton-Schulz, clipping of the
-averaged gradient, decay by role, and momentum, learning rate and passes by fractions of the run.
+averaged gradient, decay by role, and momentum, learning rate and passes by fractions of the run;
+in one run a smaller rate of the core, too.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -85,7 +86,7 @@ def orthogonalised(u: Array, coefficients: Array) -> Array:
 class Reference:
     """The weights, moments and average of a run; `step` makes one update of all of them."""
 
-    def __init__(self, model: tg.GPT, coefficients: Array) -> None:
+    def __init__(self, model: tg.GPT, coefficients: Array, core_power: float) -> None:
         named = dict(model.named_parameters())
         self.roles = {name: role_name(p) for name, p in named.items()}
         self.parts = {name: [len(part) for part in tg.parts_of(p)] for name, p in named.items()}
@@ -95,9 +96,9 @@ class Reference:
         self.second = {name: np.zeros_like(w) for name, w in self.weights.items()}
         self.made = dict.fromkeys(self.weights, 0)  # updates by Adam, of each
         self.average: dict[str, Array] = {}
-        self.coefficients = coefficients
+        self.coefficients, self.core_power = coefficients, core_power
 
-    def step(self, gradients: Mapping[str, Array], fraction: float) -> None:
+    def step(self, gradients: Mapping[str, Array], fraction: float, passes: int) -> None:
         """`fraction` of the run is behind; a parameter without a gradient stays as it is."""
         norm = np.sqrt(sum((g * g).sum() for g in gradients.values()))
         assert norm > 0.31, "it is clipped"
@@ -106,6 +107,8 @@ class Reference:
         for name, gradient in gradients.items():
             role, g = self.roles[name], gradient * 0.3 / (norm + 1e-6)
             lr = RATES[role] * factor
+            if role == "core matrix":
+                lr *= passes**-self.core_power
             decays = g != 0 if role in ("table", "scalar") else 1  # where it is used
             self.weights[name] *= 1 - lr * DECAYS[role] * decays
             if "matrix" in role:
@@ -171,7 +174,7 @@ def watched(
         watch.check(trainer)
         micro, passed = list(micro), sum(SECONDS[:number])
         gradients = mean_gradients(trainer.model, micro, mode)
-        watch.reference.step(gradients, passed / CAP)
+        watch.reference.step(gradients, passed / CAP, mode.passes)
         watch.modes.append(mode.passes)
         train_step(trainer, number, seconds, micro, mode)
         clock.now += SECONDS[number]
@@ -179,18 +182,20 @@ def watched(
     return step
 
 
-@pytest.mark.parametrize("polar", [False, True])
+@pytest.mark.parametrize("polar, core_power", [(False, 0.0), (True, 0.5)])
 def test_every_weight_is_where_the_formulas_put_it(
-    polar: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    polar: bool, core_power: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = np.random.default_rng(2).integers(2, 32, 800)
     paths = dict(DATA_PATH=str(write_shards(tmp_path, "train", ids)), LOG_DIR=str(tmp_path))
-    config = tg.Config.from_env(ENV | paths | {"MUON_POLAR": str(int(polar))})
+    given = {"MUON_POLAR": str(int(polar)), "CORE_LR_POWER": str(core_power)}
+    config = tg.Config.from_env(ENV | paths | given)
     trainer = tg.make_trainer(config, one_rank())
     generator = torch.Generator().manual_seed(3)
     for p in trainer.params:  # as initialised, residual branches are zero and have no gradient
         p.data += 0.1 * torch.randn(p.shape, generator=generator)
-    watch, clock = Watch(Reference(trainer.model, POLAR if polar else ALIKE), []), ManualTime()
+    reference = Reference(trainer.model, POLAR if polar else ALIKE, core_power)
+    watch, clock = Watch(reference, []), ManualTime()
     monkeypatch.setattr(tg, "time", clock)
     monkeypatch.setattr(tg.Trainer, "train_step", watched(tg.Trainer.train_step, watch, clock))
     log = tg.Log(tmp_path, True)
