@@ -102,6 +102,67 @@ def test_blocks_are_one_graph_at_any_depth(
     assert counter.frame_count == 2
 
 
+# What acts around a layer, or between passes: no reason for a graph more.
+AROUND: dict[str, Any] = dict(
+    loop_lanes=2,
+    mlp_pool=3,
+    core_branch_scale=1.5,
+    mix_init=3.0,
+    pass_scale_init=0.5,
+    feedback_rank=2,
+    interpass_norm=True,
+    truncate_fraction=0.5,
+    eval_passes=3,
+)
+
+
+def made_by(config: tg.Config, counter: Any) -> int:
+    """The graphs that every mode of a run and of its scores makes; none when it comes again.
+
+    They compute what the model does.
+    """
+    model = noisy_model(config.architecture(), 0.05)
+    modes, made = [*tg.training_modes(config), model.scoring], []
+    compiled = tg.Compiler(config, one_rank()).forward(model)
+    pair = documents(0), documents(1)
+    for _ in range(2):
+        for mode in modes:
+            loss = compiled(*pair, mode)
+            loss.backward()
+            assert loss.item() == pytest.approx(model(*pair, mode).item(), abs=1e-5)
+        made.append(counter.frame_count)
+    assert made[0] == made[1]
+    return made[0]
+
+
+@pytest.mark.parametrize(
+    ("values", "more"),
+    [
+        (AROUND | dict(core_skips="by_position", skip_gates=True), 0),
+        (AROUND | dict(core_skips="looped", skip_gates=True), 0),
+        (dict(mix_once_a_pass=True), 1),  # a layer without a mix
+    ],
+    ids=["by_position", "looped", "mix once"],
+)
+def test_mechanisms_of_the_loop_make_no_graphs(
+    values: dict[str, Any], more: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block and the loss are compiled once each, at 1, 2 and 3 passes, truncated or not."""
+    counter = counting(monkeypatch)
+    loop = tg.layers(1, 2, 2, 1) | dict(passes_schedule="0:1,0.2:2", compile="block")
+    config = small_config({}, **loop | values)
+    assert made_by(config, counter) == 2 + more
+
+
+def test_a_whole_model_is_a_graph_for_each_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all that happens between passes: no break in it, and one graph more if truncated."""
+    counter = counting(monkeypatch)
+    values = AROUND | dict(mlp_pool=0, eval_passes=0, mix_once_a_pass=True, compile="model")
+    config = small_config({}, **tg.layers(0, 1, 2, 0) | values)
+    assert len({*tg.training_modes(config)}) == 2
+    assert made_by(config, counter) == 2
+
+
 def test_rates_and_momentum_make_no_new_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     counter = counting(monkeypatch)
     params = [tg.parameter("matrix", torch.randn(shape)) for shape in ((8, 8), (8, 16), (16, 8))]
@@ -269,6 +330,21 @@ def test_warm_up_compiles_what_training_runs(corpus: dict[str, str]) -> None:
     for step in range(2):
         trainer.train_step(step, 1.0, trainer.batches.micro(step))
     assert counter.frame_count == 1
+
+
+def test_a_refit_compiles_nothing(
+    corpus: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where every step of training rounds, its mode is none of theirs, and the warm-up's yet."""
+    counter = counting(monkeypatch)
+    monkeypatch.setattr(tg.Compiler, "newton_schulz", lambda _: tg.newton_schulz)  # has no say here
+    rounds = dict(QAT_FRACTION="1", REFIT_STEPS="1", COMPILE="block", PRESET="Bp,tiny")
+    trainer = real_trainer(corpus | SMALL | NARROW | rounds | {"NUM_SHARED": "1"})
+    trainer.warm_up()
+    made = counter.frame_count
+    assert made
+    tg.refit(trainer, {}, tg.Log(tmp_path, True))
+    assert counter.frame_count == made
 
 
 MODES = [
