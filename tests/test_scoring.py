@@ -5,7 +5,8 @@ import json
 import math
 import threading
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -512,11 +513,21 @@ def test_a_run_scores_its_artifact(trained: tuple[Path, dict[str, Any]]) -> None
     assert size < score, "whether it fits is said before it is scored"
 
 
+def loss_at(passes: int, path: Path, env: Mapping[str, str]) -> float:
+    """The loss of an artifact's values in a model that has this EVAL_PASSES."""
+    read, a, _ = tg.load_model(path.read_bytes(), str(path))
+    model = tg.GPT(replace(a, eval_passes=passes))
+    model.load_state_dict(read.state_dict())
+    config = replace(tg.Config.from_env(env), **asdict(a))
+    scored = functools.partial(model, mode=tg.Mode(passes or a.num_loops))
+    return tg.Scorer(config, one_rank()).score(scored).val_loss
+
+
 @pytest.mark.bits
 def test_eval_only_scores_an_artifact_again(
     trained: tuple[Path, dict[str, Any]], corpus: dict[str, str], tmp_path: Path
 ) -> None:
-    """The same figures to the last digit; by each mode; and with more passes, other ones."""
+    """The same figures to the last digit; by each mode; and with more passes, those of a model."""
     path, before = trained
     env = corpus | {"EVAL_ONLY": str(path), "VAL_BATCH_SIZE": "4096", "MICRO_BATCH_TOKENS": "2048"}
     ttt = run_here(env | EVAL, tmp_path)
@@ -531,13 +542,16 @@ def test_eval_only_scores_an_artifact_again(
     contiguous = [result["roundtrip"]["val_loss"] for result in (plain, sliding, ttt)]
     assert contiguous == contiguous[:1] * 3
     assert sliding["sliding"]["val_loss"] != ttt["ttt"]["val_loss"]
+    expected = {passes: loss_at(passes, path, env) for passes in (0, 4)}
+    assert expected[0] != expected[4]
+    assert plain["roundtrip"]["val_loss"] == pytest.approx(expected[0], abs=1e-9)
     for more in ({"EVAL_STRIDE": "16"}, EVAL):
         deeper = run_here(
             env | more | {"EVAL_PASSES": "4", "RUN_ID": f"deeper{len(more)}"}, tmp_path
         )
         check_modes(deeper, "roundtrip", "ttt" if "TTT_LR" in more else "sliding")
         assert deeper["config"]["eval_passes"] == 4
-        assert deeper["roundtrip"]["val_loss"] != plain["roundtrip"]["val_loss"]
+        assert deeper["roundtrip"]["val_loss"] == pytest.approx(expected[4], abs=1e-9)
 
 
 def test_passes_over_a_core_that_an_artifact_lacks_are_refused(tmp_path: Path) -> None:
