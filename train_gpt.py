@@ -20,6 +20,7 @@ operands and the residual stream are DTYPE. "PR n" is pull request n of openai/p
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import ctypes
 import datetime
@@ -570,7 +571,8 @@ class Config(Architecture):
     matrix_lr: float = option(0.04, "Muon's learning rate of matrices.")
     core_lr_power: float = option(
         0.0,
-        "Muon's learning rate of the core's matrices is divided by a step's passes to this power.",
+        "Muon's learning rate of a matrix is divided by its uses in a forward pass to this power: "
+        "the passes, or fewer for MLPs of SHARE_ATTN_ONLY and MLP_POOL.",
         high=4,
         needs="num_shared num_loops>1",
     )
@@ -1885,17 +1887,29 @@ class GPT(nn.Module):
             return torch.addcmul(x, kept, weight)
         return torch.lerp(kept * weight, x, torch.sigmoid(self.skip_gate[row]).to(x.dtype))
 
-    def idle(self, passes: int) -> list[nn.Parameter]:
-        """Parameters that no layer uses in so many passes over the core, and in others does."""
-        plan = self.plans[passes]
+    def idle(self, mode: Mode) -> list[nn.Parameter]:
+        """Parameters that have no gradient in this mode, and in others do."""
+        plan = [*self.plans[mode.passes]]
+        if mode.truncated:  # the gradient goes around the passes before the last one
+            last = next(i for i, layer in enumerate(plan) if layer.opens == mode.passes - 1)
+            plan[last] = plan[last]._replace(skip=NONE)  # is added before that begins
+            plan = [layer for layer in plan[:last] if not layer.core] + plan[last:]
         used = {layer.mlp for layer in plan}
         mlps = [p for i, mlp in enumerate(self.mlp) if i not in used for p in mlp.parameters()]
         taken = {layer.skip for layer in plan}
         rows = [row for row in range(len(self.skip)) if row not in taken]
         skips = [self.skip[row] for row in rows]
         gates = [self.skip_gate[row] for row in rows if self.gated_skips]
-        between = self.core.unused_in_one_pass() if passes == 1 else []
+        between = self.core.unused_in_one_pass() if mode.passes == 1 else []
         return [*mlps, *skips, *gates, *between]
+
+    def uses(self, passes: int) -> collections.Counter[nn.Parameter]:
+        """How many effective layers multiply by each matrix."""
+        count: collections.Counter[nn.Parameter] = collections.Counter()
+        for layer in self.plans[passes]:
+            attn, mlp = self.attn[layer.attn], self.mlp[layer.mlp]
+            count.update(m.weight for m in (attn.qkv, attn.proj, mlp.fc, mlp.proj))
+        return count
 
     def penalty(self, mode: Mode, starts: list[Tensor], ends: list[Tensor]) -> Tensor | float:
         """The weighted mean penalty on growth over all passes, or over each; 0 without a core."""
@@ -1979,11 +1993,11 @@ class Muon(torch.optim.Optimizer):
         row_norm: bool = False,
         polar: bool = False,
     ) -> None:
-        # Of the core's learning rate: a step has a fixed length, and moves the function as often as
-        # its matrix is used.
-        super().__init__(params, dict(lr=lr, momentum=momentum, core_factor=1.0))
+        super().__init__(params, dict(lr=lr, momentum=momentum))
         self.steps, self.decay, self.row_norm, self.polar = steps, decay, row_norm, polar
-        self.resting: set[nn.Parameter] = set()  # what a step leaves as it is, decay and all
+        # Of learning rates, 1 where there is none; with 0 a step leaves a matrix as it is, decay
+        # and all.
+        self.factors: dict[nn.Parameter, float] = {}
         self.state.update({p: dict(velocity=torch.zeros_like(p)) for p in params})
         self.dtype = torch.bfloat16 if params[0].is_cuda else torch.float32
         self.iterate: Callable[..., Tensor] = newton_schulz
@@ -1992,7 +2006,7 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             params = group["params"]
-            rates = [group["lr"] * self.factor(p, group["core_factor"]) for p in params]
+            rates = [group["lr"] * self.factors.get(p, 1.0) for p in params]
             grads = [p.grad for p in params]
             velocities = [self.state[p]["velocity"] for p in params]
             torch._foreach_mul_(params, [1 - rate * self.decay for rate in rates])
@@ -2003,12 +2017,6 @@ class Muon(torch.optim.Optimizer):
                 normalise_rows(directions)
             for stack in self.stacks(params, directions, rates):
                 self.apply(stack)
-
-    def factor(self, p: nn.Parameter, of_core: float) -> float:
-        """What the learning rate of `p` is multiplied by."""
-        if p in self.resting:
-            return 0.0
-        return of_core if role_of(p) is ROLES["core matrix"] else 1.0
 
     def stacks(
         self, params: list[nn.Parameter], directions: Iterable[Tensor], rates: list[float]
@@ -3132,10 +3140,9 @@ class Trainer:
         self.gradients = Gradients(self.params)
         several = world.on_cuda and world.size > 1
         self.reduced = torch.cuda.Event(blocking=True) if several else None  # the last all-reduce
-        # What a number of passes leaves out has no gradient there, so no decay either. Matrices
-        # keep one of 0, so that Muon's stacks, which are compiled, have one size.
-        idle = [p for passes in model.plans for p in model.idle(passes)]
-        self.homes = {p: p.grad for p in idle if role_of(p).optimizer == "adam"}
+        # What a mode leaves out has no gradient there, so no decay either. Matrices keep one of 0,
+        # so that Muon's stacks, which are compiled, have one size.
+        self.homes = {p: p.grad for p in self.params if role_of(p).optimizer == "adam"}
         for p in self.params:
             world.broadcast(p.data)  # unlike processors may draw unlike weights
         self.reset()
@@ -3170,7 +3177,7 @@ class Trainer:
         if config.grad_clip_norm:
             self.grad_norm = gradients.clip(config.grad_clip_norm)
         self.lr_factor = lr_factor(config, step, seconds)
-        self.set_rates(self.lr_factor, muon_momentum(config, step, seconds), mode.passes)
+        self.set_rates(self.lr_factor, muon_momentum(config, step, seconds), mode)
         for optimizer in self.optimizers:
             optimizer.step()
         if config.reference_bf16:
@@ -3180,7 +3187,7 @@ class Trainer:
         """Loss and gradient of a step, from this rank's micro-batches and the other ranks."""
         gradients = self.gradients
         gradients.zero()
-        idle = set(self.model.idle(mode.passes))
+        idle = set(self.model.idle(mode))
         for p, gradient in self.homes.items():
             p.grad = None if p in idle else gradient
         parts = self.batches.accumulation * self.world.size
@@ -3196,14 +3203,16 @@ class Trainer:
         if self.reduced:
             self.reduced.record()
 
-    def set_rates(self, factor: float, momentum: float, passes: int) -> None:
+    def set_rates(self, factor: float, momentum: float, mode: Mode) -> None:
         for optimizer, rates in zip(self.optimizers, self.base_lrs):
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate * factor
         for group in self.optimizers.muon.param_groups:
             group["momentum"] = momentum
-            group["core_factor"] = passes**-self.config.core_lr_power
-        self.optimizers.muon.resting = set(self.model.idle(passes))
+        # A step has a fixed length, and moves the function as often as its matrix is used.
+        power, uses = self.config.core_lr_power, self.model.uses(mode.passes)
+        factors = {p: count**-power for p, count in uses.items()}
+        self.optimizers.muon.factors = factors | dict.fromkeys(self.model.idle(mode), 0.0)
 
     @torch.no_grad()
     def round_to_bfloat16(self) -> None:
@@ -5350,13 +5359,9 @@ def flops_per_token(model: GPT, length: int, passes: int) -> float:
 
     Attention multiplies (T + 1) / 2 keys and values on average; a backward pass costs two forward.
     """
-    width, used = model.tok_emb.shape[1], model.tok_emb.numel()
-    plan = model.plans[passes]
-    for layer in plan:
-        attn, mlp = model.attn[layer.attn], model.mlp[layer.mlp]
-        matrices = (attn.qkv, attn.proj, mlp.fc, mlp.proj)
-        used += sum(matrix.weight.numel() for matrix in matrices)
-    return 6.0 * used + len(plan) * 12.0 * width * (length + 1) / 2
+    width, layers = model.tok_emb.shape[1], len(model.plans[passes])
+    used = model.tok_emb.numel() + sum(n * p.numel() for p, n in model.uses(passes).items())
+    return 6.0 * used + layers * 12.0 * width * (length + 1) / 2
 
 
 def speed(trainer: Trainer) -> str:

@@ -155,7 +155,7 @@ def test_loss_and_gradients_are_those_written_down(kind: str, passes: int) -> No
     loss.backward()
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    idle = {id(p) for p in model.idle(passes)}
+    idle = {id(p) for p in model.idle(tg.Mode(passes))}
     for name, p in model.named_parameters():
         gradient = plain.w[name].grad
         assert (id(p) in idle) == (gradient is None) == (p.grad is None), name

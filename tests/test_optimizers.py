@@ -240,6 +240,76 @@ def test_what_no_pass_has_used_yet_does_not_decay(passes: int) -> None:
     assert (waiting > 0) == (passes < config.num_loops)
 
 
+MODES = [tg.Mode(1), tg.Mode(2), tg.Mode(3), tg.Mode(2, truncated=True), tg.Mode(3, truncated=True)]
+MLPS: list[dict[str, Any]] = [{}, dict(share_attn_only=True), dict(mlp_pool=5)]
+
+
+def looped_config(**values: Any) -> tg.Config:
+    """Two layers before, in and behind a core that is run three times."""
+    return small_config({}, **STACK | dict(num_coda=2, eval_passes=0) | values)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("skips, mlps", [*zip(("all", "looped", "by_position"), MLPS)], ids=str)
+def test_what_has_no_gradient_in_a_mode_stays_as_it_is(
+    skips: str, mlps: dict[str, Any], mode: tg.Mode
+) -> None:
+    """Under any decay; it is what `idle` names, and everything else moves."""
+    between = dict(pass_scale_init=0.5, feedback_rank=2, skip_gates=True)
+    decays = dict(muon_wd=0.5, scalar_wd=0.5, adam_wd=0.5)
+    config = looped_config(core_skips=skips, **mlps, **between, **decays)
+    model = noisy_model(config.architecture())
+    pair = documents(0), documents(1)
+    model(*pair, mode).backward()
+    without = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()}
+    idle = {id(p) for p in model.idle(mode)}
+    assert {n for n, p in model.named_parameters() if id(p) in idle} == without
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    trainer = stub_trainer(config, model)
+    trainer.train_step(0, 0.0, [pair], mode)
+    assert {n for n, p in model.named_parameters() if p.equal(before[n])} == without
+    assert trainer.gradients.complete()
+
+
+def count_products(model: tg.GPT, mode: tg.Mode) -> dict[str, int]:
+    """How often a forward pass calls each matrix."""
+    counts: dict[str, int] = {}
+    hooks = []
+    for name, module in model.named_modules():
+        if isinstance(module, tg.Matrix):
+            key = f"{name}.weight"
+
+            def count(*_: Any, key: str = key) -> None:
+                counts[key] = counts.get(key, 0) + 1
+
+            hooks.append(module.register_forward_hook(count))
+    model.hidden(documents(), mode)
+    for hook in hooks:
+        hook.remove()
+    return counts
+
+
+@pytest.mark.parametrize("passes", [1, 2, 3])
+@pytest.mark.parametrize("mlps", MLPS, ids=str)
+def test_a_matrix_moves_less_the_more_often_a_pass_uses_it(
+    mlps: dict[str, Any], passes: int
+) -> None:
+    """CORE_LR_POWER: its step and its decay; one that is used once moves as without."""
+    moves = []
+    for power in (0.0, 0.5):
+        config = looped_config(core_lr_power=power, muon_wd=0.5, matrix_lr=0.1, **mlps)
+        model = noisy_model(config.architecture())
+        uses = count_products(model, tg.Mode(passes))
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        pair = documents(0), documents(1)
+        stub_trainer(config, model).train_step(0, 0.0, [pair], tg.Mode(passes))
+        moves.append({n: p.detach() - before[n] for n, p in model.named_parameters() if n in uses})
+    assert max(uses.values()) == passes and min(uses.values()) == 1
+    for name, count in uses.items():
+        expected = moves[0][name] * count**-0.5
+        torch.testing.assert_close(moves[1][name], expected, rtol=1e-4, atol=1e-6, msg=name)
+
+
 @pytest.mark.parametrize("kv_heads", [1, 4])
 def test_orthogonal_initial_values(kv_heads: int) -> None:
     """Rows or columns of q, k, v and W1 are orthonormal, each alone; what begins at 0 stays 0."""
