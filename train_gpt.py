@@ -106,9 +106,9 @@ def option(
 
     Numbers are at least 0 unless `low` says otherwise. `needs` lists what must hold for the option
     to act, as in "num_shared !tie_embeddings num_loops>1 average=ema !core_skips=none"; of "a|b",
-    one is enough. `neutral` is the value that switches a technique off, given where that is not the
-    default. 0, "" and none count as off, too; 0 does not with `zero_acts`. `group` opens a group of
-    --help.
+    one is enough. `neutral` is the value that switches a technique off, given where the default
+    does not, or is none of 0, "" and none: these count as off, too, but 0 does not with
+    `zero_acts`. `group` opens a group of --help.
     """
     return field(
         default=default,
@@ -183,10 +183,11 @@ class Architecture:
     num_coda: int = option(1, "Layers after the core.", low=0, high=256, needs="num_shared")
     core_skips: Literal["none", "all", "published", "looped", "by_position"] = option(
         "none",
-        "U-Net skips: all from the prelude to the coda, or half of them, as PR 1230 published; or "
-        "looped, from the first half of all effective layers to the second, with weights for each "
-        "pair of layers and visits; by_position has them for places in the second half (PR 1394).",
-        needs="num_shared num_prelude num_coda",
+        "U-Net skips. all: from the prelude to the coda, of which neither is empty; published: "
+        "half of those (PR 1230). looped: from the first half of all effective layers to the "
+        "second, with weights for each pair of layers and visits; by_position: with weights for "
+        "places in the second half (PR 1394).",
+        needs="num_shared",
     )
     skip_gates: bool = option(
         False,
@@ -260,7 +261,6 @@ class Architecture:
         low=-16,
         high=16,
         needs="use_birkhoff_mix",
-        neutral=0.0,
     )
     mix_once_a_pass: bool = option(
         False, "Mix x0 into the core only where a pass begins.", needs="num_shared"
@@ -414,14 +414,23 @@ class Architecture:
 
 def check_range(f: Field, value: Any) -> None:
     """InputError if a number is outside the bounds of its option."""
-    low, high = f.metadata["low"], min(f.metadata["high"], 3.4e38)
+    low, high = f.metadata["low"], min(f.metadata["high"], LARGEST)
     if isinstance(value, (int, float)):
-        span = f"{low} to {high}" if high < 3.4e38 else f"at least {low}"
-        require(low <= value <= high, f"{f.name.upper()}={value} is out of range: {span}")
+        fits = low <= value <= high
+        require(fits, f"{f.name.upper()}={value} is out of range: {range_text(f)}")
+
+
+LARGEST = 3.4e38  # of float32
+
+
+def range_text(f: Field) -> str:
+    """The bounds of a number."""
+    low, high = f.metadata["low"], f.metadata["high"]
+    return f"{low} to {high}" if high < LARGEST else f"at least {low}"
 
 
 def neutral_values(kind: type[Architecture]) -> dict[str, Any]:
-    """The values that switch techniques off, of those options that are on by default."""
+    """The values that switch techniques off, of those options that name one."""
     found = {f.name: f.metadata["neutral"] for f in fields(kind)}
     return {name: value for name, value in found.items() if value is not None}
 
@@ -500,7 +509,7 @@ class Config(Architecture):
 
     iterations: int = option(20000, "Optimizer steps, at most.", group="Training")
     max_wallclock_seconds: float = option(
-        600.0, "Seconds of training, calibration included; 0 means no limit."
+        600.0, "Seconds of training, with GPTQ's calibration and the refit; 0 means no limit."
     )
     passes_schedule: str = option(
         "",
@@ -516,7 +525,10 @@ class Config(Architecture):
         needs="num_shared num_loops>1 !jacobian_weight",
     )
     jacobian_weight: float = option(
-        0.0, "Weight of the penalty on growth of the state in the core.", needs="num_shared"
+        0.0,
+        "Weight of the penalty on growth of the state in the core, which is in train_loss but not "
+        "in val_loss.",
+        needs="num_shared",
     )
     jacobian_per_pass: bool = option(
         False,
@@ -547,7 +559,11 @@ class Config(Architecture):
     )
     train_batch_tokens: int = option(524288, "Tokens of a step, all ranks together.", low=1)
     micro_batch_tokens: int = option(65536, "Tokens of a rank's forward pass, at most.", low=1)
-    val_batch_size: int = option(524288, "Tokens of a validation batch, all ranks together.", low=1)
+    val_batch_size: int = option(
+        524288,
+        "Tokens of a validation batch, all ranks together; of a rank MICRO_BATCH_TOKENS at most.",
+        low=1,
+    )
     val_loss_every: int = option(1000, "Steps between validations; 0: only at the end.")
     train_log_every: int = option(200, "Steps between log lines, after the first ten.", low=1)
 
@@ -669,9 +685,10 @@ class Config(Architecture):
     embed_bits: int = option(8, "Bits of a stored embedding element.", low=2, high=8)
     quant_clip: Literal["percentile", "matrix", "row", "sdclip"] = option(
         "percentile",
-        "Where rows saturate. percentile: at QUANT_CLIP_PERCENTILE of the row. matrix, row: where "
-        "the squared error of the matrix or row is least. sdclip: at so many standard deviations "
-        "of the row as MATRIX_CLIP_SIGMAS and EMBED_CLIP_SIGMAS say.",
+        "Where rows saturate. percentile: at QUANT_CLIP_PERCENTILE of the row. matrix, row: those "
+        "of matrices where the squared error of the matrix or row is least. sdclip: those of "
+        "matrices, token embedding and output projection at so many standard deviations of the row "
+        "as MATRIX_CLIP_SIGMAS and EMBED_CLIP_SIGMAS say. All others as with percentile.",
     )
     matrix_clip_sigmas: float = option(
         12.85,
@@ -689,7 +706,11 @@ class Config(Architecture):
         needs="quant_clip=sdclip",
     )
     quant_clip_percentile: float = option(
-        99.99984, "Percentile of |w| in a row beyond which weights saturate.", low=50, high=100
+        99.99984,
+        "Percentile of |w| in a row beyond which weights saturate, of all rows that QUANT_CLIP has "
+        "no other rule for.",
+        low=50,
+        high=100,
     )
     quant_scale_floor: float = option(
         0.0, "Smallest step of int8 rounding; PR 855 has 1/127 = 0.00787.", low=0, high=1
@@ -793,6 +814,11 @@ class Config(Architecture):
                 f"{name.upper()} cannot act here: EVAL_ONLY trains nothing and takes the model "
                 "from the artifact",
             )
+        if explicit.get("core_skips") in ("all", "published"):
+            unmet = [text for text in map(config.unmet_need, ("num_prelude", "num_coda")) if text]
+            require(
+                not unmet, f"CORE_SKIPS={config.core_skips} cannot act here: {', '.join(unmet)}"
+            )
         return config
 
     def __post_init__(self) -> None:
@@ -805,8 +831,12 @@ class Config(Architecture):
             self.resume != "auto" or self.run_id, "RESUME=auto needs the RUN_ID of the checkpoints"
         )
         require(
-            self.run_id == Path(self.run_id).name,
+            self.run_id == Path(self.run_id).name and self.run_id != "..",
             f"RUN_ID={self.run_id} is a path: RUN_ID names a folder in LOG_DIR",
+        )
+        require(
+            not -1 < self.gptq_seconds < 0,
+            f"GPTQ_SECONDS={self.gptq_seconds} is neither -1 nor a number of seconds",
         )
         require(
             not cap or self.training_seconds,
@@ -864,9 +894,10 @@ class Config(Architecture):
         starts = [when for when, _ in schedule]
         counts = [passes for _, passes in schedule]
         ascending = starts[0] == 0 and starts == sorted(set(starts))
+        finite = all(map(math.isfinite, starts))  # nothing is before or after nan
         one_unit = len({when < 1 for when in starts[1:]}) < 2
         require(
-            ascending and one_unit and 1 <= min(counts) <= max(counts) <= n,
+            finite and ascending and one_unit and 1 <= min(counts) <= max(counts) <= n,
             f"PASSES_SCHEDULE={self.passes_schedule} does not ascend from 0 with 1 to "
             f"NUM_LOOPS={n} passes, as 0:1,0.6:{n} would",
         )
@@ -959,15 +990,14 @@ def explicit_options(env: Mapping[str, str]) -> dict[str, Any]:
 
 
 EVAL_OPTIONS = frozenset(
-    """preset eval_only data_path tokenizer_path log_dir run_id device compile attn_backend
+    """preset eval_only data_path tokenizer_path log_dir run_id tracker device compile attn_backend
     fused_mlp deterministic rank_timeout_seconds val_batch_size micro_batch_tokens size_limit_bytes
     eval_passes eval_stride eval_limit_seconds ttt_lr ttt_epochs ttt_chunk_tokens ttt_momentum
     ttt_grad_clip""".split()
 )
 # What may differ between a checkpoint and the run that goes on from it; ITERATIONS may grow, too.
 MAY_DIFFER = EVAL_OPTIONS | frozenset(
-    """tracker resume save_every warmup_steps val_loss_every train_log_every
-    max_skipped_steps""".split()
+    """resume save_every warmup_steps val_loss_every train_log_every max_skipped_steps""".split()
 )
 # How a model is rounded and packed, which training sees in QAT alone.
 EXPORT_OPTIONS = frozenset(
@@ -5005,10 +5035,12 @@ def hanging(head: str, body: str, width: int) -> str:
 
 
 def option_text(f: Field, width: int = 80) -> str:
-    """What `--help` says of an option: type or choices, default, meaning, needs, bounds."""
+    """What `--help` says of an option: default, type and bounds, or choices, meaning, needs."""
     kind = option_types()[f.name]
     choices = ("0", "1") if kind is bool else get_args(kind)
-    takes = "|".join(choices) if choices else {int: "integer", float: "number"}.get(kind, "text")
+    takes = "|".join(choices) or "text"
+    if kind in (int, float):
+        takes = f"{'integer' if kind is int else 'number'}, {range_text(f)}"
     lines = [f"  {f.name.upper()}={show(f.default)}  ({takes})"]
     lines.append(hanging("      ", f.metadata["help"], width))
     if f.metadata["needs"]:

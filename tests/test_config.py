@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 import re
 import subprocess
 import sys
@@ -278,6 +279,11 @@ def test_integers_beyond_floating_point(name: str) -> None:
         # An MLP of width 0.
         (dict(MODEL_DIM=12, NUM_HEADS=2, NUM_KV_HEADS=1, MLP_MULT=0.01), ["MLP_MULT"]),
         (dict(SEED=2**64), ["SEED"]),  # more than the random generator takes
+        (dict(PASSES_SCHEDULE="0:1,nan:3"), ["PASSES_SCHEDULE=0:1,nan:3"]),
+        (dict(PASSES_SCHEDULE="0:1,inf:3"), ["PASSES_SCHEDULE=0:1,inf:3"]),
+        (dict(RUN_ID=".."), ["RUN_ID=.."]),  # would write beside LOG_DIR
+        (dict(RUN_ID="."), ["RUN_ID=."]),
+        (dict(GPTQ_BATCHES=1, GPTQ_SECONDS=-0.5), ["GPTQ_SECONDS=-0.5", "-1"]),
         (dict(BETA1=1), ["BETA1"]),  # the mean of the gradients would never move
         (dict(BETA2=1), ["BETA2"]),
     ],
@@ -396,6 +402,7 @@ def test_one_condition_of_two_is_enough() -> None:
             "MUON_MOMENTUM_WARMUP_FRACTION=0.3",
         ),
         (dict(CORE_SKIPS="all", NUM_CODA=0), "NUM_CODA=0"),
+        (dict(CORE_SKIPS="published", NUM_PRELUDE=0), "NUM_PRELUDE=0"),
         (dict(SKIP_GATES=1), "CORE_SKIPS=none"),
         (dict(VE_DIM=8), "VE_LAYERS="),
         (dict(NUM_SHARED=0, CORE_SKIPS="all"), "NUM_SHARED=0"),
@@ -424,6 +431,9 @@ def test_known_inert_combinations(env: dict[str, Any], other: str) -> None:
         dict(TIE_EMBEDDINGS=0, VE_LAYERS="4", TIED_EMBED_LR=0.1),
         dict(PRESET="naive", SKIP_GATES=1),  # a flat U-Net has skips
         dict(PRESET="frontier", TRUNCATE_FRACTION=0.36),
+        dict(CORE_SKIPS="looped", NUM_PRELUDE=0, NUM_CODA=0),
+        dict(CORE_SKIPS="by_position", NUM_PRELUDE=0, NUM_CODA=0),
+        dict(TRACKER="tensorboard", EVAL_ONLY="model.ptz"),  # scores are sent
         dict(QUANT_CLIP="sdclip", MATRIX_CLIP_SIGMAS=0),
         dict(PRESET="naive", EVAL_ONLY="model.ptz", EVAL_PASSES=2),  # the artifact may have a core
     ],
@@ -586,6 +596,10 @@ def test_help_explains_every_option_and_preset() -> None:
     assert max(map(len, text.splitlines())) <= 80
     for name, f in FIELDS.items():
         assert f"  {name}={tg.show(f.default)}  (" in text
+        if name in NUMBERS:  # its bounds are those of `outside`
+            low, high = f.metadata["low"], f.metadata["high"]
+            bounds = f"{low} to {high}" if high < math.inf else f"at least {low}"
+            assert re.search(rf"^  {name}=.*, {re.escape(bounds)}\)$", text, re.MULTILINE), name
         assert re.fullmatch(r"\S.*[.]", f.metadata["help"]), name
         assert tg.answer(["--help", name.lower()]).startswith(f"  {name}=")
     for name in (*tg.SYSTEMS, *tg.SCALES):
