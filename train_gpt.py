@@ -475,7 +475,8 @@ class Config(Architecture):
     compile: Literal["auto", "model", "block", "off"] = option(
         "auto",
         "Compile the whole model, one block, or nothing; auto: on CUDA the model, or the block "
-        "where growth would need more than two graphs; off on CPUs.",
+        "where training has more than two modes (passes, rounding, truncation, refit), each of "
+        "which is a graph; off on CPUs.",
     )
     attn_backend: Literal["auto", "cudnn", "flash", "math"] = option(
         "auto", "Attention kernel; auto takes the first of these that can run the shapes."
@@ -1228,6 +1229,11 @@ class Mode(NamedTuple):
     truncated: bool = False  # the gradient goes around all passes but the last
 
 
+def scored_mode(a: Architecture) -> Mode:
+    """How a model is validated at the end, calibrated, refitted and scored."""
+    return Mode(a.eval_passes or a.num_loops)
+
+
 def max_level(bits: int) -> int:
     """The largest integer of symmetric rounding to `bits`."""
     return 2 ** (bits - 1) - 1
@@ -1801,9 +1807,9 @@ class GPT(nn.Module):
         self, a: Architecture, tied_embed_std: float = 0.0, orthogonal: bool = False
     ) -> None:
         super().__init__()
-        trained, scored = make_plan(a), a.eval_passes or a.num_loops
-        self.plans = {p: make_plan(a, p) for p in range(1, max(a.num_loops, scored) + 1)}
-        self.scoring = Mode(scored)
+        trained, self.scoring = make_plan(a), scored_mode(a)
+        most = max(a.num_loops, self.scoring.passes)
+        self.plans = {p: make_plan(a, p) for p in range(1, most + 1)}
         self.dtype: torch.dtype = getattr(torch, a.dtype)
         self.softcap, self.smear, self.buckets = a.logit_softcap, a.smear_gate, a.bigram_vocab_size
         V, D = a.vocab_size, a.model_dim
@@ -3077,15 +3083,14 @@ def rounding_of(config: Config, role: str) -> Rounding:
 
 
 def training_modes(config: Config) -> list[Mode]:
-    """Every mode that a step may have."""
+    """Every mode that a step may have, once."""
     first, last = training_mode(config, 0, 0.0), training_mode(config, config.iterations, 0.0)
     first, last = first._replace(truncated=False), last._replace(truncated=False)
     roundings = [first] if first._replace(passes=last.passes) == last else [first, last]
     modes = [mode._replace(passes=passes) for mode in roundings for _, passes in config.schedule()]
-    refit = Mode(config.num_loops)
-    if config.refit_steps and refit not in modes:
-        modes.append(refit)
-    return [*truncated_modes(config, first), *modes]
+    if config.refit_steps:
+        modes.append(scored_mode(config))
+    return [*dict.fromkeys(truncated_modes(config, first) + modes)]
 
 
 def truncated_modes(config: Config, mode: Mode) -> list[Mode]:
@@ -3105,6 +3110,7 @@ class Clock:
         past = progress or Progress()
         self.step, self.seconds = past.step, past.seconds  # of the last reading
         self.per_step, self.due = past.per_step, past.due  # when the next reading is due
+        self.most = past.most  # seconds that `furthest` has said
         self.world, self.cap = world, cap or math.inf
         self.signal = ""
         self.start()
@@ -3133,6 +3139,11 @@ class Clock:
     def estimate(self, step: int) -> float:
         """Seconds spent on `step` steps, without meeting other ranks."""
         return self.seconds + (step - self.step) * self.per_step
+
+    def furthest(self, step: int) -> float:
+        """The estimate, or an earlier one that was more: no reading puts a mode back that began."""
+        self.most = max(self.most, self.estimate(step))
+        return self.most
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -3333,7 +3344,7 @@ class Trainer:
                         checkpoints.end(self)
                     mode = self.model.scoring
                     if not why:
-                        mode = Mode(training_mode(config, self.step, seconds).passes)
+                        mode = Mode(self.mode().passes)
                     score = validate(self, seconds, mode)
                 if why:
                     return Trained(seconds, score, why)
@@ -3347,7 +3358,7 @@ class Trainer:
     def next_step(self, reporter: Reporter) -> None:
         step, seconds = self.step, self.clock.estimate(self.step)
         self.world.enter(f"step {step + 1}", training=True)
-        mode = training_mode(self.config, step, seconds)
+        mode = self.mode()
         reporter.mode(step, mode)
         if step + 1 < self.config.iterations:
             self.batches.read_ahead(step + 1)  # while the device makes this step
@@ -3356,6 +3367,10 @@ class Trainer:
         self.step = step + 1  # from here on a checkpoint is of this step
         if reporter.wants(self.step) or self.step >= self.clock.due:
             reporter.step(self)
+
+    def mode(self) -> Mode:
+        """That of the next step."""
+        return training_mode(self.config, self.step, self.clock.furthest(self.step))
 
     def state(self) -> list[Tensor]:
         """All tensors that training changes, in a fixed order.
@@ -3373,9 +3388,8 @@ class Trainer:
     def progress(self) -> Progress:
         clock = self.clock
         seconds = clock.estimate(self.step)
-        return Progress(
-            self.step, self.average.count, seconds, clock.per_step, clock.due, self.capped
-        )
+        counts = self.step, self.average.count
+        return Progress(*counts, seconds, clock.per_step, clock.due, self.capped, clock.most)
 
     def go_on_from(self, progress: Progress) -> None:
         """Takes over the counters of a checkpoint whose tensors are in `state` already."""
@@ -3590,22 +3604,23 @@ class Progress(NamedTuple):
     per_step: float = 0.0  # seconds
     due: int = 1  # step at which the clock is read next
     capped: bool = False  # the time was up: no step follows, whatever is reserved for export now
+    most: float = 0.0  # seconds by which modes have gone
 
     @classmethod
     def from_json(cls, values: dict[str, Any], iterations: int) -> Progress:
         """From a checkpoint's header; ValueError if it is malformed."""
-        values = {"capped": False} | values  # of a script that did not note it yet
+        values = {"capped": False, "most": 0.0} | values  # of a script that did not note them yet
         require(values.keys() == set(cls._fields), f"counters {sorted(values)}")
         require(isinstance(values["capped"], bool), f"counters capped {values['capped']!r:.80}")
-        seconds, per_step = float(values["seconds"]), float(values["per_step"])
+        seconds, per_step, most = (float(values[name]) for name in ("seconds", "per_step", "most"))
         step, averaged, due = (int(values[name]) for name in ("step", "averaged", "due"))
         require(
             0 <= step <= iterations and 0 <= averaged <= step and 0 <= due < 1 << 32,
             f"counters step {step}, averaged {averaged}, due {due}",
         )
-        good = all(0 <= x < 1e9 for x in (seconds, per_step))
-        require(good, f"counters seconds {seconds}, per_step {per_step}")
-        return cls(step, averaged, seconds, per_step, due, values["capped"])
+        good = all(0 <= x < 1e9 for x in (seconds, per_step, most))
+        require(good, f"counters seconds {seconds}, per_step {per_step}, most {most}")
+        return cls(step, averaged, seconds, per_step, due, values["capped"], most)
 
 
 class Checkpoint(NamedTuple):
@@ -5400,8 +5415,7 @@ def speed(trainer: Trainer) -> str:
     """Tokens/s at the end of training, beside those published with the preset, and MFU."""
     config, world = trainer.config, trainer.world
     rate = config.train_batch_tokens / max(trainer.clock.per_step, 1e-9)
-    passes = training_mode(config, trainer.step, trainer.clock.seconds).passes
-    flops = flops_per_token(trainer.model, config.train_seq_len, passes)
+    flops = flops_per_token(trainer.model, config.train_seq_len, trainer.mode().passes)
     text = f"speed:{rate:,.0f} tokens/s flops_per_token:{flops / 1e6:.1f}M"
     name = torch.cuda.get_device_name() if world.on_cuda else ""
     peak = next((peak for chip, peak in PEAK_FLOPS.items() if chip in name), 0.0)
@@ -5595,7 +5609,7 @@ def refit(trainer: Trainer, hessians: Mapping[str, Tensor], log: Log) -> float:
     with as_stored(dict(trainer.model.named_parameters()), config, hessians):
         spent, per_step = seconds(), 0.0
         while step < config.refit_steps and spent + per_step < limit:
-            trainer.sum_gradients(trainer.batches.micro(first + step), Mode(config.num_loops))
+            trainer.sum_gradients(trainer.batches.micro(first + step), trainer.model.scoring)
             trainer.skipped.mask(trainer.gradients, first + step)
             done = max(step / config.refit_steps, spent / limit)
             adam.param_groups[0]["lr"] = config.refit_lr * (1 - done)
@@ -5689,8 +5703,7 @@ def train_and_export(
         log(speed(trainer))
         peak = torch.cuda.max_memory_allocated() >> 20 if world.on_cuda else 0
         log(f"peak memory allocated: {peak} MiB")
-        last = training_mode(trainer.config, trainer.step, trained.seconds)
-        if last.passes != config.schedule()[-1][1]:
+        if trainer.mode().passes != config.schedule()[-1][1]:
             log(f"warning: PASSES_SCHEDULE={config.passes_schedule} did not come to its last entry")
         result = export(trainer, trained, validation, log)
         return trainer, log, result | dict(gptq_reserve_seconds=reserved)

@@ -1,9 +1,12 @@
 """What is done in which step: learning rates, momentum, passes over the core, rounding."""
 
+import json
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers import one_rank
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stack_written_out import STACK
@@ -126,6 +129,43 @@ def test_every_mode_is_warmed_up_once(late: dict[str, Any], count: int) -> None:
         **STACK, passes_schedule="0:1,0.6:2,0.8:3", iterations=100, warmdown_iters=50, **late
     )
     assert len(tg.training_modes(config)) == len(set(tg.training_modes(config))) == count
+
+
+def test_passes_that_come_again_are_one_mode() -> None:
+    """Two graphs are few enough to compile the whole model."""
+    config = tg.Config(**STACK, passes_schedule="0:1,0.3:3,0.6:1,0.8:3")
+    assert [mode.passes for mode in tg.training_modes(config)] == [1, 3]
+    gpu: Any = SimpleNamespace(on_cuda=True)
+    assert tg.Compiler(config, gpu).level == "model"
+    again = replace(config, passes_schedule="0:3,0.2:1,0.4:3", truncate_fraction=0.5)
+    modes = tg.training_modes(again)
+    assert len(modes) == len(set(modes)) == 3
+
+
+def test_a_refit_is_warmed_up_at_the_passes_that_are_scored() -> None:
+    config = tg.Config(**STACK | dict(eval_passes=2), refit_steps=5)
+    assert tg.training_modes(config) == [tg.Mode(3), tg.Mode(2)]
+    assert tg.training_modes(replace(config, eval_passes=0)) == [tg.Mode(3)]
+
+
+def test_a_mode_that_began_is_not_put_back() -> None:
+    """A slow spell before a reading lets estimates run ahead of the next one; resumed or not."""
+    config = tg.Config(
+        **STACK, passes_schedule="0:1,0.5:3", max_wallclock_seconds=40.0, iterations=10**6
+    )
+    clock = tg.Clock(one_rank(), 40.0, tg.Progress(step=10, seconds=10.0, per_step=2.0, due=18))
+
+    def passes(step: int, clock: tg.Clock) -> int:
+        return tg.training_mode(config, step, clock.furthest(step)).passes
+
+    assert [passes(step, clock) for step in (10, 14, 15)] == [1, 1, 3]
+    clock.seconds, clock.per_step = 19.0, 0.1  # a reading: less time has passed than was expected
+    assert clock.estimate(15) < 20 and passes(16, clock) == 3
+    assert clock.estimate(16) < 20, "what is reported is not more than was measured"
+    past = tg.Progress(step=16, seconds=clock.estimate(16), per_step=0.1, due=20, most=clock.most)
+    read = tg.Progress.from_json(json.loads(json.dumps(past._asdict())), config.iterations)
+    assert passes(16, tg.Clock(one_rank(), 40.0, read)) == 3
+    assert passes(16, tg.Clock(one_rank(), 40.0, read._replace(most=0.0))) == 1
 
 
 def test_passes_by_step_fraction_and_clock() -> None:
