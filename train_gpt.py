@@ -722,8 +722,8 @@ class Config(Architecture):
     )
     gptq_seconds: float = option(
         10.0,
-        "Seconds of MAX_WALLCLOCK_SECONDS reserved for GPTQ's calibration; -1: as many as a trial "
-        "before training takes, and a tenth more.",
+        "Seconds of MAX_WALLCLOCK_SECONDS reserved for GPTQ's calibration, and for its rounding if "
+        "a refit follows; -1: as many as a trial before training takes, and a tenth more.",
         low=-1,
         needs="gptq_batches max_wallclock_seconds",
     )
@@ -752,7 +752,8 @@ class Config(Architecture):
     )
     refit_seconds: float = option(
         5.0,
-        "Seconds of MAX_WALLCLOCK_SECONDS reserved for the refit, which ends with them.",
+        "Seconds of MAX_WALLCLOCK_SECONDS reserved for the refit's steps, which end with them, or "
+        "earlier where rounding takes more than what calibration leaves of GPTQ_SECONDS.",
         needs="refit_steps max_wallclock_seconds",
     )
     codec: Literal["zlib", "lzma", "brotli"] = option(
@@ -5519,23 +5520,36 @@ RESERVE_TRIAL = 4  # micro-batches a rank
 
 
 def measure_reserve(trainer: Trainer, log: Log) -> float:
-    """For GPTQ_SECONDS=-1, puts the seconds that calibration will take into the trainer's options.
+    """For GPTQ_SECONDS=-1, puts the seconds that GPTQ will take into the trainer's options.
 
-    That is by a trial, off the clock, whose sums are not kept. Returns the seconds reserved.
+    That is by a trial, off the clock, whose sums are not kept: of calibration, and of rounding if a
+    refit follows. Returns the seconds reserved.
     """
     config = trainer.config
     if not config.gptq_batches or not config.max_wallclock_seconds:
         return 0.0
     if config.gptq_seconds < 0:
         trainer.world.enter("trial of GPTQ's calibration")
-        sum_moments(trainer, 1)  # the first one loads and tunes kernels
+        sums, _ = sum_moments(trainer, 1)  # the first one loads and tunes kernels
         count = min(config.gptq_batches, RESERVE_TRIAL)
         _, seconds = sum_moments(trainer, count)
-        seconds *= 1.1 * config.gptq_batches / count
+        seconds *= config.gptq_batches / count
+        if config.refit_steps:
+            time_to_round(trainer, dict(itertools.islice(sums.items(), 1)))  # likewise
+            seconds += time_to_round(trainer, sums)
+        seconds *= 1.1
         log(f"gptq_reserve batches:{config.gptq_batches} time:{1e3 * seconds:.0f}ms")
         trainer.config = replace(config, gptq_seconds=seconds)
         trainer.clock = Clock(trainer.world, trainer.config.training_seconds)
     return trainer.config.gptq_seconds
+
+
+def time_to_round(trainer: Trainer, hessians: Mapping[str, Tensor]) -> float:
+    """Seconds in which all parameters are rounded, by GPTQ those that have a Hessian."""
+    began = time.perf_counter()
+    with as_stored(dict(trainer.model.named_parameters()), trainer.config, hessians):
+        trainer.world.synchronize()
+    return trainer.world.on_main(lambda: time.perf_counter() - began)
 
 
 def in_thread(work: Callable[[], Any]) -> Any:
@@ -5584,11 +5598,21 @@ def not_rounded(trainer: Trainer) -> list[nn.Parameter]:
     return [p for p in trainer.params if not role_of(p).bits]
 
 
-def refit(trainer: Trainer, hessians: Mapping[str, Tensor], log: Log) -> float:
+def end_of_refit(config: Config, rounded: float, before: float) -> float:
+    """When a refit ends, in seconds since it began, of which rounding took the first.
+
+    Those are of the time reserved for GPTQ. Where that was not enough, the steps have less than
+    REFIT_SECONDS: with what came `before`, nothing is to pass MAX_WALLCLOCK_SECONDS.
+    """
+    cap = config.max_wallclock_seconds
+    return min(rounded + config.refit_seconds, cap - before) if cap else math.inf
+
+
+def refit(trainer: Trainer, hessians: Mapping[str, Tensor], log: Log, before: float = 0.0) -> float:
     """Tunes `not_rounded` parameters to the rounded matrices, on training data that comes next.
 
     The matrices themselves are as before afterwards, and so are rounded to the same integers
-    again. It ends a step before REFIT_SECONDS are over. The seconds it took.
+    again. Training and calibration took the seconds `before`; it returns those it took itself.
     """
     config, world = trainer.config, trainer.world
     if not config.refit_steps:
@@ -5600,18 +5624,19 @@ def refit(trainer: Trainer, hessians: Mapping[str, Tensor], log: Log) -> float:
         world.synchronize()
         return world.on_main(lambda: time.perf_counter() - began)
 
-    limit = config.refit_seconds if config.max_wallclock_seconds else math.inf
     betas = config.beta1, config.beta2
     adam = torch.optim.Adam(not_rounded(trainer), betas=betas, eps=config.adam_eps)
     calibrated = math.ceil(config.gptq_batches / trainer.batches.accumulation)
     first = trainer.step + calibrated  # rounding has not seen these batches either
     step, loss = 0, math.nan
     with as_stored(dict(trainer.model.named_parameters()), config, hessians):
-        spent, per_step = seconds(), 0.0
+        rounded = spent = seconds()
+        limit = end_of_refit(config, rounded, before)
+        per_step = trainer.clock.per_step  # of training, whose steps do more
         while step < config.refit_steps and spent + per_step < limit:
             trainer.sum_gradients(trainer.batches.micro(first + step), trainer.model.scoring)
             trainer.skipped.mask(trainer.gradients, first + step)
-            done = max(step / config.refit_steps, spent / limit)
+            done = max(step / config.refit_steps, (spent - rounded) / (limit - rounded))
             adam.param_groups[0]["lr"] = config.refit_lr * (1 - done)
             adam.step()
             loss = trainer.gradients.loss.item()
@@ -5619,8 +5644,13 @@ def refit(trainer: Trainer, hessians: Mapping[str, Tensor], log: Log) -> float:
             now = seconds()
             spent, per_step = now, now - spent
     if step < config.refit_steps:
-        log(f"REFIT_SECONDS={limit} have no time for more of REFIT_STEPS={config.refit_steps}")
-    log(f"refit steps:{step} train_loss:{loss:.4f} time:{1e3 * spent:.0f}ms")
+        log(
+            f"REFIT_SECONDS={config.refit_seconds} of MAX_WALLCLOCK_SECONDS="
+            f"{config.max_wallclock_seconds} have no time for more of REFIT_STEPS="
+            f"{config.refit_steps}"
+        )
+    times = f"rounding:{1e3 * rounded:.0f}ms time:{1e3 * spent:.0f}ms"
+    log(f"refit steps:{step} train_loss:{loss:.4f} {times}")
     return spent
 
 
@@ -5635,7 +5665,7 @@ def export(trainer: Trainer, trained: Trained, validation: Validation, log: Log)
             taken = f"the average of {average.count}" if average.count else "the last"
             log(f"AVERAGE={config.average} exports {taken}")
             score = validation(trainer, seconds, trainer.model.scoring, weights=config.average)
-        seconds += refit(trainer, hessians, log)
+        seconds += refit(trainer, hessians, log, seconds)
         if 0 < config.max_wallclock_seconds < seconds:
             log.object(f"training, calibration and refit took {seconds:.1f} s")
         world.enter("export")
