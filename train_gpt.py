@@ -2220,15 +2220,18 @@ def input_moments(
     """
     sums: dict[str, Tensor] = {}
 
-    def add(name: str, x: Tensor) -> None:
-        sums[name] = sums.get(name, 0.0) + x.T @ x
+    def add(name: str, x: Tensor, gain: Tensor | None = None) -> None:
+        """Of x, or of x with a gain [c], which TF32 would round."""
+        moment = x.T @ x
+        if gain is not None:
+            moment = moment * torch.outer(gain, gain)
+        sums[name] = sums.get(name, 0.0) + moment
 
     def watch(name: str, matrix: Matrix) -> Any:
         def add_input(_: nn.Module, args: tuple[Any, ...]) -> None:
             x, factor = args[0].flatten(0, -2).float(), torch.as_tensor(args[1])
-            if factor.dim() == 1:  # a gain on the weight's columns acts on its input
-                x = x * factor
-            add(name, x)
+            # A gain on the weight's columns acts on its input.
+            add(name, x, factor if factor.dim() == 1 else None)
 
         return matrix.register_forward_pre_hook(add_input)
 
@@ -5497,6 +5500,7 @@ def calibrate(trainer: Trainer, log: Log) -> tuple[dict[str, Tensor], float]:
     count = trainer.config.gptq_batches
     if not count:
         return {}, 0.0
+    trainer.world.enter("calibration of GPTQ")
     hessians, seconds = sum_moments(trainer, count)
     log(f"gptq_calibration batches:{count} time:{1e3 * seconds:.0f}ms")
     return hessians, seconds

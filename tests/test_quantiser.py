@@ -273,7 +273,9 @@ def test_calibration_sums_over_passes_and_micro_batches(name: str) -> None:
             yield ids, ids
 
     lines: Any = []
-    sums, _ = tg.calibrate(calibrating(3, model, micro), lines.append)
+    trainer = calibrating(3, model, micro)
+    sums, _ = tg.calibrate(trainer, lines.append)
+    assert trainer.world.place == "calibration of GPTQ", "where a rank that is lost is looked for"
     assert asked == [7, 8] and lines[0].startswith("gptq_calibration batches:3 ")
     reference = Written(exact, a, tg.Mode(3))
     for row in batches[:3].flatten(0, 1).tolist():
@@ -327,7 +329,7 @@ def test_calibration_of_the_head_is_of_the_last_state(tied: bool) -> None:
     trainer.config = replace(trainer.config, gptq_embed=True)
     one = one_rank()
     trainer.world = SimpleNamespace(
-        all_reduce=twice, synchronize=one.synchronize, on_main=one.on_main
+        all_reduce=twice, synchronize=one.synchronize, on_main=one.on_main, enter=one.enter
     )
     sums, _ = tg.calibrate(trainer, lines.append)
     name = "tok_emb" if tied else "lm_head"
