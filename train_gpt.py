@@ -772,7 +772,9 @@ class Config(Architecture):
         group="Evaluation",
     )
     eval_limit_seconds: float = option(
-        600.0, "Seconds of all evaluations together; a slower run is no submission."
+        600.0,
+        "Seconds of all evaluations together; a slower run is no submission. Reading the artifact "
+        "and warming up, which compiles, do not count.",
     )
     ttt_lr: float = option(0.0, "SGD's learning rate of score-first test-time training; 0: none.")
     ttt_epochs: int = option(3, "Passes over a chunk after it was scored.", low=1, needs="ttt_lr")
@@ -5335,11 +5337,14 @@ def score_artifact(
     elif config.eval_stride:
         names.append("sliding")
     forward = functools.partial(compiler.forward(model), mode=model.scoring)
-    scores = {}
+    scores, warming = {}, 0.0
     for name in names:
         learner = Learner(model, forward, config, world) if name == "ttt" else None
+        began = time.perf_counter()
         if compiler.level != "off":
             scorer.warm_up(forward, learner)
+            world.synchronize()
+        warming += time.perf_counter() - began
         stride = 0 if name == "roundtrip" else config.eval_stride
         score = scores[name] = scorer.score(forward, stride, learner)
         loss, bpb = score.val_loss, score.val_bpb
@@ -5349,6 +5354,8 @@ def score_artifact(
         log(f"{label}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
         if not math.isfinite(loss):
             raise Ended(EXIT_NON_FINITE, f"the {name} score is not finite")
+    spent = sum(score.eval_seconds for score in scores.values())
+    log(f"evaluations time:{1e3 * spent:.0f}ms warm_up:{1e3 * warming:.0f}ms (not counted)")
     return scores
 
 

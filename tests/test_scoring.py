@@ -21,6 +21,7 @@ from helpers import (
     GROWING,
     GROWTH,
     HANG,
+    ManualTime,
     data_config,
     fork_ranks,
     log_of,
@@ -521,6 +522,26 @@ def loss_at(passes: int, path: Path, env: Mapping[str, str]) -> float:
     config = replace(tg.Config.from_env(env), **asdict(a))
     scored = functools.partial(model, mode=tg.Mode(passes or a.num_loops))
     return tg.Scorer(config, one_rank()).score(scored).val_loss
+
+
+def test_warming_up_is_told_and_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = ManualTime()
+    lines: list[str] = []
+    monkeypatch.setattr(tg, "time", clock)
+
+    def warm_up(*_: Any) -> None:
+        clock.now += 7
+
+    model: Any = SimpleNamespace(scoring=tg.Mode(1))
+    scored = tg.Score(1.0, 1.0, 1, 1, 2.0)
+    scorer: Any = SimpleNamespace(world=one_rank(), warm_up=warm_up, score=lambda *_: scored)
+    config = replace(tg.Config(), eval_stride=16)
+    for level, warming in (("model", 14), ("off", 0)):
+        compiler: Any = SimpleNamespace(level=level, forward=lambda model: lambda *_, **__: None)
+        artifact = tg.Artifact(config, b"", model, "int8+zlib")
+        log: Any = lines.append
+        assert tg.score_artifact(scorer, artifact, compiler, log).keys() == {"roundtrip", "sliding"}
+        assert lines[-1] == f"evaluations time:4000ms warm_up:{1000 * warming}ms (not counted)"
 
 
 @pytest.mark.bits
