@@ -1960,7 +1960,8 @@ class GPT(nn.Module):
         return mode.growth_weight * (sum(penalties) / len(penalties))
 
     def forward(self, ids: Tensor, targets: Tensor, mode: Mode, ops: Ops = PLAIN_OPS) -> Tensor:
-        """Mean cross-entropy in nats of targets [B, T] given ids [B, T]; -100 is left out."""
+        """What is minimised: mean cross-entropy in nats of targets [B, T] given ids [B, T], of
+        which -100 is left out, and the weighted penalty on growth."""
         x, penalty = self.hidden(ids, mode, ops)
         head = self.tok_emb if self.tied else self.lm_head  # the table as it is, not normalised
         return ops.loss(x.flatten(0, 1), head, targets.flatten(), self.softcap) + penalty
@@ -1969,6 +1970,116 @@ class GPT(nn.Module):
 def has_input_norm(a: Architecture, layer: Layer) -> bool:
     """Whether the MLP of `layer` is normalised at its input."""
     return not a.use_peri_norm or (a.unique_norms_input_norm and layer.gain != NONE)
+
+
+def triton_module() -> Any:
+    try:
+        return importlib.import_module("triton")
+    except ImportError:
+        raise InputError("FUSED_MLP=1 needs triton: pip install -U triton") from None
+
+
+@functools.cache
+def mlp_kernel() -> Any:
+    """The kernel of `fused_mlp`; a function, as its decorator and language are Triton's.
+
+    It has the activation inside: W1 x is not read again to be activated, and its gradient not for
+    the derivative.
+
+    It multiplies x [M, K] by w^T, w [N, K] with any strides, in tiles. In the forward pass the
+    product goes to z [M, N] and h = leaky_relu(z)^2 to out. In the backward pass the product is
+    the gradient of h; z is read, and its gradient goes to out.
+    """
+    triton = triton_module()
+    tl = importlib.import_module("triton.language")
+
+    @triton.jit
+    @no_type_check  # Triton compiles it, its types are not Python's
+    def product(
+        x,
+        w,
+        z,
+        out,
+        M,
+        N,
+        K,
+        w_row,
+        w_column,
+        BACKWARD: tl.constexpr,
+        SLOPE: tl.constexpr,
+        TILE: tl.constexpr,
+        STEP: tl.constexpr,
+    ):
+        across = tl.cdiv(N, TILE)  # tiles of a row are neighbours: they find x in the cache
+        row = tl.program_id(0) // across * TILE + tl.arange(0, TILE)[:, None].to(tl.int64)
+        column = tl.program_id(0) % across * TILE + tl.arange(0, TILE)[None, :]
+        total = tl.zeros((TILE, TILE), tl.float32)
+        for start in range(0, K, STEP):
+            k = start + tl.arange(0, STEP)
+            left = (row < M) & (k[None, :] < K)
+            right = (k[:, None] < K) & (column < N)
+            a = tl.load(x + row * K + k[None, :], left, other=0.0)
+            b = tl.load(w + column * w_row + k[:, None] * w_column, right, other=0.0)
+            total = tl.dot(a, b, total, input_precision="ieee")  # float32 stays float32
+        inside = (row < M) & (column < N)
+        if BACKWARD:
+            before = tl.load(z + row * N + column, inside, other=0.0).to(tl.float32)
+            result = total * 2 * tl.where(before > 0, before, SLOPE * SLOPE * before)
+        else:
+            rounded = total.to(z.dtype.element_ty)
+            tl.store(z + row * N + column, rounded, inside)
+            before = rounded.to(tl.float32)  # as the backward pass will find it
+            leaky = tl.where(before > 0, before, SLOPE * before)
+            result = leaky * leaky
+        tl.store(out + row * N + column, result.to(out.dtype.element_ty), inside)
+
+    return product
+
+
+@functools.cache
+def fused_mlp() -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
+    """W2 leaky_relu(W1 x)^2 of x [..., D], W1 [F, D] and W2 [D, F], with a gradient.
+
+    It is an operation of PyTorch, whose graphs take it as any other.
+    """
+    kernel = torch.library.wrap_triton(mlp_kernel())
+    # For sm_90 ptxas takes 118 registers a thread: nothing spills and two tiles are on a
+    # multiprocessor. Four warps would take 254 and spill. No GPU has timed it yet.
+    tile, step, warps = 128, 64, 8
+
+    def product(x: Tensor, w: Tensor, z: Tensor, slope: float, backward: bool) -> Tensor:
+        out = torch.empty_like(z)
+        (M, K), N = x.shape, len(w)
+        grid = (-(-M // tile) * -(-N // tile),)
+        sizes = M, N, K, *w.stride()
+        kernel[grid](x, w, z, out, *sizes, backward, slope, tile, step, num_warps=warps)
+        return out
+
+    @torch.library.triton_op("train_gpt::mlp", mutates_args=())
+    def mlp(x: Tensor, w1: Tensor, w2: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
+        """The result, and what the backward pass takes: W1 x and its activation."""
+        z = x.new_empty(len(x), len(w1))
+        h = product(x, w1, z, slope, False)
+        return F.linear(h, w2), z, h
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, w1, w2, ctx.slope = inputs
+        ctx.save_for_backward(x, w1, w2, *output[1:])
+        ctx.set_materialize_grads(False)  # nothing else takes z and h
+
+    def gradients(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        x, w1, w2, z, h = ctx.saved_tensors
+        grad = grad.contiguous()
+        dz = product(grad, w2.T, z, ctx.slope, True)
+        return dz @ w1, dz.T @ x, grad.T @ h, None
+
+    mlp.register_autograd(gradients, setup_context=keep)
+
+    def apply(x: Tensor, w1: Tensor, w2: Tensor, slope: float) -> Tensor:
+        out, _, _ = mlp(x.flatten(0, -2).contiguous(), w1, w2, slope)
+        return out.view(x.shape)
+
+    return apply
 
 
 # ---- 4. Optimizers -----------------------------------------------------------------------------
@@ -2573,7 +2684,7 @@ class Scorer:
     def chunks(self, stride: int, size: int) -> list[range]:
         """The windows whose first scored target lies in each `size` targets, a multiple of T."""
         ends = [*range(size, self.targets, size), self.targets]
-        # The first window scores T targets from the start, each further one the next `stride`.
+        # Window 0 scores targets 0 to T - 1, window w the `stride` from T + (w - 1) stride on.
         bounds = [0, *(1 + math.ceil((end - self.length) / stride) for end in ends)]
         return [range(a, b) for a, b in itertools.pairwise(bounds)]
 
@@ -3861,117 +3972,6 @@ def restore(trainer: Trainer, checkpoint: Checkpoint | None, log: Log) -> None:
     log(f"resumed from step:{trainer.step} of {name}")
 
 
-# ---- FUSED_MLP: the activation inside of the matrix products ----
-# W1 x is not read again to be activated, and its gradient is not read again for the derivative.
-
-
-def triton_module() -> Any:
-    try:
-        return importlib.import_module("triton")
-    except ImportError:
-        raise InputError("FUSED_MLP=1 needs triton: pip install -U triton") from None
-
-
-@functools.cache
-def mlp_kernel() -> Any:
-    """The kernel of `fused_mlp`; a function, as its decorator and language are Triton's.
-
-    It multiplies x [M, K] by w^T, w [N, K] with any strides, in tiles. In the forward pass the
-    product goes to z [M, N] and h = leaky_relu(z)^2 to out. In the backward pass the product is
-    the gradient of h; z is read, and its gradient goes to out.
-    """
-    triton = triton_module()
-    tl = importlib.import_module("triton.language")
-
-    @triton.jit
-    @no_type_check  # Triton compiles it, its types are not Python's
-    def product(
-        x,
-        w,
-        z,
-        out,
-        M,
-        N,
-        K,
-        w_row,
-        w_column,
-        BACKWARD: tl.constexpr,
-        SLOPE: tl.constexpr,
-        TILE: tl.constexpr,
-        STEP: tl.constexpr,
-    ):
-        across = tl.cdiv(N, TILE)  # tiles of a row are neighbours: they find x in the cache
-        row = tl.program_id(0) // across * TILE + tl.arange(0, TILE)[:, None].to(tl.int64)
-        column = tl.program_id(0) % across * TILE + tl.arange(0, TILE)[None, :]
-        total = tl.zeros((TILE, TILE), tl.float32)
-        for start in range(0, K, STEP):
-            k = start + tl.arange(0, STEP)
-            left = (row < M) & (k[None, :] < K)
-            right = (k[:, None] < K) & (column < N)
-            a = tl.load(x + row * K + k[None, :], left, other=0.0)
-            b = tl.load(w + column * w_row + k[:, None] * w_column, right, other=0.0)
-            total = tl.dot(a, b, total, input_precision="ieee")  # float32 stays float32
-        inside = (row < M) & (column < N)
-        if BACKWARD:
-            before = tl.load(z + row * N + column, inside, other=0.0).to(tl.float32)
-            result = total * 2 * tl.where(before > 0, before, SLOPE * SLOPE * before)
-        else:
-            rounded = total.to(z.dtype.element_ty)
-            tl.store(z + row * N + column, rounded, inside)
-            before = rounded.to(tl.float32)  # as the backward pass will find it
-            leaky = tl.where(before > 0, before, SLOPE * before)
-            result = leaky * leaky
-        tl.store(out + row * N + column, result.to(out.dtype.element_ty), inside)
-
-    return product
-
-
-@functools.cache
-def fused_mlp() -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
-    """W2 leaky_relu(W1 x)^2 of x [..., D], W1 [F, D] and W2 [D, F], with a gradient.
-
-    It is an operation of PyTorch, whose graphs take it as any other.
-    """
-    kernel = torch.library.wrap_triton(mlp_kernel())
-    # For sm_90 ptxas takes 118 registers a thread: nothing spills and two tiles are on a
-    # multiprocessor. Four warps would take 254 and spill. No GPU has timed it yet.
-    tile, step, warps = 128, 64, 8
-
-    def product(x: Tensor, w: Tensor, z: Tensor, slope: float, backward: bool) -> Tensor:
-        out = torch.empty_like(z)
-        (M, K), N = x.shape, len(w)
-        grid = (-(-M // tile) * -(-N // tile),)
-        sizes = M, N, K, *w.stride()
-        kernel[grid](x, w, z, out, *sizes, backward, slope, tile, step, num_warps=warps)
-        return out
-
-    @torch.library.triton_op("train_gpt::mlp", mutates_args=())
-    def mlp(x: Tensor, w1: Tensor, w2: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
-        """The result, and what the backward pass takes: W1 x and its activation."""
-        z = x.new_empty(len(x), len(w1))
-        h = product(x, w1, z, slope, False)
-        return F.linear(h, w2), z, h
-
-    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, w1, w2, ctx.slope = inputs
-        ctx.save_for_backward(x, w1, w2, *output[1:])
-        ctx.set_materialize_grads(False)  # nothing else takes z and h
-
-    def gradients(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        x, w1, w2, z, h = ctx.saved_tensors
-        grad = grad.contiguous()
-        dz = product(grad, w2.T, z, ctx.slope, True)
-        return dz @ w1, dz.T @ x, grad.T @ h, None
-
-    mlp.register_autograd(gradients, setup_context=keep)
-
-    def apply(x: Tensor, w1: Tensor, w2: Tensor, slope: float) -> Tensor:
-        out, _, _ = mlp(x.flatten(0, -2).contiguous(), w1, w2, slope)
-        return out.view(x.shape)
-
-    return apply
-
-
 # ---- 10. Ranks, logs and files -----------------------------------------------------------------
 
 KNOWN = (InputError, OSError)  # told in one line, others with their traceback
@@ -4289,7 +4289,10 @@ class Watchdog:
             self.asked, self.begun = 1, None
 
     def count(self) -> None:
-        """A round: what has not moved since the last one."""
+        """One round: `quiet` and `stuck` are for how many rounds beats and collectives stand still.
+
+        One that moved has its count back at 0.
+        """
         beats = self.beats
         self.rounds += 1
         for rank, beat in enumerate(beats):
