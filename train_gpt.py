@@ -1023,7 +1023,7 @@ class Layer(NamedTuple):
     attn: int  # index of the stored attention, and of the mix before it
     mlp: int  # index of the stored MLP
     gain: int = NONE  # row of the unique norm gains
-    core: bool = False  # part of the core, so its weights are used in every pass
+    core: bool = False  # part of the core, so its attention is used in every pass
     opens: int = NONE  # number of the pass over the core that begins here, 0 to NUM_LOOPS - 1
     closes: int = NONE  # number of the pass over the core that ends here
     push: bool = False  # U-Net: its output is kept for a later layer
@@ -1043,7 +1043,7 @@ def make_plan(a: Architecture, passes: int = 0) -> tuple[Layer, ...]:
     prelude, core, coda = sections(a)
     last = a.num_loops - 1
     pool = core_mlps(a)
-    values = {index: row for row, index in enumerate(a.listed("ve_layers"))}
+    value_rows = {index: row for row, index in enumerate(a.listed("ve_layers"))}
     parallel = a.listed("parallel_layers")
 
     def layer(index: int, row: int) -> Layer:
@@ -1051,7 +1051,7 @@ def make_plan(a: Architecture, passes: int = 0) -> tuple[Layer, ...]:
             row,
             attn=index,
             mlp=index if index < prelude else index + pool - core,
-            value=values.get(index, NONE),
+            value=value_rows.get(index, NONE),
             xsa=index >= a.stored_layers - a.xsa_last_n,
             parallel=index in parallel,
         )
@@ -3663,9 +3663,9 @@ class Reporter:
                 lr_factor=trainer.lr_factor,
                 grad_norm=norm.item() if norm.isfinite() else None,
             )
-        self.log.progress(self.progress(trainer, loss, seconds, speed))
+        self.log.progress(self.bar(trainer, loss, seconds, speed))
 
-    def progress(self, trainer: Trainer, loss: float, seconds: float, speed: float) -> str:
+    def bar(self, trainer: Trainer, loss: float, seconds: float, speed: float) -> str:
         """A bar of steps or of time, whichever ends first, and what is left."""
         step, iterations, clock = trainer.step, self.config.iterations, trainer.clock
         left = min((iterations - step) * clock.per_step, clock.cap - seconds)

@@ -883,7 +883,7 @@ def test_a_terminal_tells_what_follows_the_last_step(step: int, rest: str) -> No
     clock = SimpleNamespace(per_step=1.0, cap=math.inf)
     trainer = cast(tg.Trainer, SimpleNamespace(step=step, clock=clock))
     reporter = tg.Reporter(config, cast(tg.Log, None))
-    shown = reporter.progress(trainer, loss=3.0, seconds=float(step), speed=8e6)
+    shown = reporter.bar(trainer, loss=3.0, seconds=float(step), speed=8e6)
     assert shown.endswith(f"loss 3.000  {rest}  8,000,000 tokens/s")
     assert len(shown) < 80, "a line that a terminal breaks is not replaced as a whole"
 

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stack_written_out import COMPONENTS, STACK, Written, exact_model
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt as tg
 
@@ -307,6 +308,29 @@ def test_calibration_alone_takes_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KeyboardInterrupt):
         tg.input_moments(model, [pair, pair, pair])
     assert found == ["tf32", "tf32"] and products.fp32_precision == before != "tf32"
+
+
+class Float32Products(TorchDispatchMode):
+    """Notes what is multiplied in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operands: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.mm.default and args[0].dtype == torch.float32:
+            self.operands += args
+        return func(*args, **kwargs or {})
+
+
+def test_calibration_multiplies_what_tf32_does_not_round() -> None:
+    """A gain in float32 is no factor of a product's operands."""
+    a = tg.Architecture(**STACK | dict(ln_scale=True, dtype="bfloat16"))
+    ids = torch.randint(2, 64, (1, 24), generator=torch.Generator().manual_seed(0))
+    with Float32Products() as products:
+        sums = tg.input_moments(noisy_model(a), [(ids, ids)])
+    assert len(products.operands) >= 2 * len(sums) > 0
+    assert all(x.equal(x.bfloat16().float()) for x in products.operands)
 
 
 @pytest.mark.parametrize("tied", [True, False])
