@@ -148,6 +148,25 @@ def test_one_rank_and_two_ranks_agree(corpus: dict[str, str], tmp_path: Path) ->
 
 
 @pytest.mark.bits
+def test_ranks_agree_where_some_parameters_have_no_gradient(
+    corpus: dict[str, str], tmp_path: Path
+) -> None:
+    """With MLPs that only some passes use, a truncated gradient, and a refit of fewer passes."""
+    env = corpus | SMALL | CALM | NARROW | SHALLOW | dict(PRESET="T,tiny", ITERATIONS="6")
+    env |= dict(LOG_DIR=str(tmp_path), MICRO_BATCH_TOKENS="128", WARMUP_STEPS="1")
+    env |= dict(SHARE_ATTN_ONLY="1", CORE_SKIPS="by_position", CORE_LR_POWER="1", MUON_WD="0.5")
+    env |= dict(TRUNCATE_FRACTION="0.7", PASSES_SCHEDULE="0:1,2:2", SCALAR_WD="0.5")
+    env |= dict(REFIT_STEPS="2", EVAL_PASSES="1")
+    assert fork_ranks(env | {"RUN_ID": "one"}, 1).codes == [0]
+    ended = fork_ranks(env | {"RUN_ID": "two"}, 2)
+    assert ended.codes == [0, 0], ended.texts
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == 6 and one == pytest.approx(two, abs=1e-4)
+    scores = [result_of(tmp_path / name)["roundtrip"]["val_bpb"] for name in ("one", "two")]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+
+
+@pytest.mark.bits
 def test_ranks_fail_together(corpus: dict[str, str], tmp_path: Path) -> None:
     """Ranks that cannot share a batch; a token id, amid a run, that only the second one meets."""
     env = corpus | SMALL | NARROW | SHALLOW | dict(PRESET="T,tiny", RUN_ID="run")
