@@ -83,6 +83,19 @@ def test_a_tracker_that_fails_is_switched_off_and_named(
     assert warning is None or log.count(f"warning: {warning}\n") == 1
 
 
+def test_scores_of_an_artifact_go_to_a_tracker_again(
+    corpus: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[dict[str, Any]] = []
+    monkeypatch.setitem(sys.modules, "wandb", fake_wandb("", sent))
+    run(corpus, tmp_path, "wandb")
+    trained, _ = sent[-2:]
+    sent.clear()
+    env = corpus | dict(EVAL_ONLY=str(tmp_path / "run"), TRACKER="wandb", LOG_DIR=str(tmp_path))
+    assert tg.run(tg.Config.from_env(env | dict(RUN_ID="again")), tg.World({})) == 0
+    assert sent == [trained | {"step": 0}, {"finished": True}]
+
+
 def test_a_tracker_begins_before_the_clock(
     corpus: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
