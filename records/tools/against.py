@@ -22,8 +22,9 @@ the same differences; coloured is p < .05 after Holm.
 Rows that share a time make different numbers of steps. With runs of the
 baseline over other numbers of steps (--lengths), each row is also compared
 with what the baseline has at as many: a straight line in the logarithm of
-steps between its neighbours, taken to have the chance of one run. Rows with
-more steps than the longest or fewer than the shortest have no such figure.
+steps between its neighbours, taken to have the chance of one run. A row of
+which any run has more steps than the longest or fewer than the shortest has
+no such figure.
 """
 
 from __future__ import annotations
@@ -169,11 +170,14 @@ def by_length(runs: Iterable[Result]) -> dict[int, float]:
 
 
 def at_equal_steps(rows: Rows, after: Fit, lengths: Mapping[int, float]) -> Fit:
-    """Differences of `after`'s rows from the score that `lengths` have at their steps."""
+    """Differences of `after`'s rows from the score that `lengths` have at their steps.
+
+    A row of which one run is longer or shorter than all of them has none.
+    """
     changes = {}
     for name in after.changes:
         runs = rows[name].values()
-        if min(lengths) <= min(run.steps for run in runs) <= max(lengths):
+        if all(min(lengths) <= run.steps <= max(lengths) for run in runs):
             known = np.log(list(lengths)), list(lengths.values())
             change = fmean(run.post - np.interp(math.log(run.steps), *known) for run in runs)
             error = after.spread * math.sqrt(1 / len(runs) + 1)
