@@ -450,7 +450,8 @@ class Config(Architecture):
     )
     data_path: str = option(
         "./data/datasets/fineweb10B_sp1024",
-        "Folder of fineweb_{train,val}_*.bin; relative to the working directory, then the script.",
+        "Folder of fineweb_{train,val}_*.bin; relative to the working directory, then to the "
+        "script's folder, then to the one three above that.",
     )
     tokenizer_path: str = option(
         "./data/tokenizers/fineweb_1024_bpe.model",
@@ -2789,10 +2790,14 @@ ADVICE = (
 
 
 def find_file(name: str) -> Path:
-    """A file or folder that is named relative to the working directory or to this script."""
-    here = Path(name)
-    beside = Path(__file__).resolve().parent / name
-    return beside if beside.exists() and not here.exists() else here
+    """A file or folder that is named relative to the working directory or to this script.
+
+    A submission lies in records/<track>/<folder>/ and is started there or in the repository's root,
+    whose data it reads.
+    """
+    folder = Path(__file__).resolve().parent
+    places = (Path(), folder, *folder.parents[2:3])
+    return next((place / name for place in places if (place / name).exists()), Path(name))
 
 
 def open_shard(path: Path) -> np.ndarray:

@@ -33,6 +33,22 @@ pytestmark = pytest.mark.quick
 # ---- Shards
 
 
+def test_a_submission_finds_the_data_of_its_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is started in its own folder; nearer folders of the same name come first."""
+    home = tmp_path / "records" / "track_10min_16mb" / "a_submission"
+    monkeypatch.setattr(tg, "__file__", str(home / "train_gpt.py"))
+    for start in (home, tmp_path / "elsewhere"):
+        start.mkdir(parents=True)
+        monkeypatch.chdir(start)
+        name = f"./data/{start.name}"
+        assert tg.find_file(name) == Path(name), "as it was given"
+        for place in (tmp_path, home, start):
+            (place / name).mkdir(parents=True, exist_ok=True)
+            assert tg.find_file(name).resolve() == (place / name).resolve()
+
+
 @settings(max_examples=30)
 @given(st.lists(st.integers(0, 65535), min_size=1, max_size=50))
 def test_shard_round_trip(tmp_path_factory: pytest.TempPathFactory, tokens: list[int]) -> None:

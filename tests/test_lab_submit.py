@@ -123,10 +123,11 @@ def test_its_numbers_are_those_of_the_results(folder: Path, finished: Path) -> N
 def test_the_command_in_its_readme_makes_the_same_configuration(
     folder: Path, finished: Path
 ) -> None:
-    """Data and tokenizer too: these are not the default ones."""
+    """Data and tokenizer too: these are not the default ones. Its script is the folder's."""
     line = next(
         x for x in (folder / "README.md").read_text().splitlines() if x.endswith("train_gpt.py")
     )
+    assert shlex.split(line)[-1] == f"records/{folder.parent.name}/{folder.name}/train_gpt.py"
     env = dict(word.split("=", 1) for word in shlex.split(line) if "=" in word)
     made = tg.Config.from_env(env)
     config = asdict(made)
@@ -603,7 +604,7 @@ def write_figures(folder: Path, baseline: Path | None) -> None:
     logs = read_logs(folder)
     data = submit.submission(logs, given, read_logs(baseline) if baseline else [])
     (folder / "submission.json").write_text(json.dumps(data, indent=2))
-    (folder / "README.md").write_text(submit.readme(logs, data))
+    (folder / "README.md").write_text(submit.readme(logs, data, folder.name))
 
 
 def test_a_record_needs_its_margin_and_its_p(folder: Path) -> None:

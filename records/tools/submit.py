@@ -226,7 +226,7 @@ def data_variables(log: Log) -> dict[str, str]:
     return found
 
 
-def command(log: Log) -> str:
+def command(log: Log, script: str) -> str:
     """How the run is repeated: what its configuration changes of the defaults and can act in it."""
     settings, kinds = log.settings(), tg.option_types()
     known = {name: text for name, text in settings.items() if name.lower() in kinds}
@@ -244,10 +244,13 @@ def command(log: Log) -> str:
     python = "python"
     if ranks > 1:
         python = f"torchrun --standalone --nproc_per_node={ranks}"
-    return " ".join([*words, f"SEED={log.values['seed']:.0f}", python, "train_gpt.py"])
+    return " ".join([*words, f"SEED={log.values['seed']:.0f}", python, shlex.quote(script)])
 
 
-def readme(runs: Sequence[Log], made: dict[str, Any]) -> str:
+def readme(runs: Sequence[Log], made: dict[str, Any], folder: str) -> str:
+    """README.md of a submission whose folder has this name below that of its track."""
+    # The repository has another train_gpt.py in its root, where data/ is.
+    script = f"records/track_{made['track']}/{folder}/train_gpt.py"
     hardware = f"Hardware: {made['hardware']}; PyTorch {made['pytorch_version']}."
     return "\n".join(
         [
@@ -261,7 +264,9 @@ def readme(runs: Sequence[Log], made: dict[str, Any]) -> str:
             "",
             f"{hardware} Scores are those of the artifact, reloaded from disk.",
             "",
-            "    " + command(runs[0]),
+            "From the root of the repository:",
+            "",
+            "    " + command(runs[0], script),
             "",
         ]
     )
@@ -308,7 +313,7 @@ def fill(draft: Path, runs: Sequence[Log], given: argparse.Namespace) -> None:
     baseline = checks.read_baseline(given.baseline) if given.baseline else []
     made = submission(runs, given, baseline)
     (draft / "submission.json").write_text(json.dumps(made, indent=2) + "\n")
-    (draft / "README.md").write_text(readme(runs, made))
+    (draft / "README.md").write_text(readme(runs, made, draft.name))
 
 
 # ---- 3. Packing a script ------------------------------------------------------------------------
