@@ -3,6 +3,7 @@
 DRYRUN_PYTHON names a Python with a CUDA build of torch (records/tools/dryrun/README.md).
 """
 
+import fcntl
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from records.tools import gpu_check
+from records.tools import common, gpu_check
 from records.tools.dryrun import dryrun as dryrun_tool
 from records.tools.dryrun import roofline, standins
 from records.tools.dryrun.dryrun import title_of
@@ -32,6 +33,46 @@ sizes = st.integers(1, 1 << 16)
 def event(kind: str, name: str, *numbers: int, part: str = "forward") -> Event:
     a, b, c, d = (*numbers, 0, 0, 0, 0)[:4]
     return Event(part, kind, name, (a, b, c, d))
+
+
+# ---- the file of cases ---------------------------------------------------------------------------
+
+
+def test_cases_are_added_by_one_process_at_a_time_and_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "cases.json"
+    dryrun_tool.write_json(path, "first", [])
+    loads, write = json.loads, common.write_json
+
+    def held() -> bool:
+        with open(path) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+    def read_held(text: str) -> Any:
+        assert held()
+        return loads(text)
+
+    def write_held(*words: Any) -> None:
+        assert held()
+        write(*words)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(json, "loads", read_held)
+        patch.setattr(common, "write_json", write_held)
+        dryrun_tool.write_json(path, "second", [])
+        assert not held()
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            dryrun_tool.write_json(path, "third", [])
+    assert json.loads(path.read_text()) == {"first": [], "second": []}
 
 
 # ---- the trace -----------------------------------------------------------------------------------

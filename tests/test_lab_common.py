@@ -1,11 +1,14 @@
 """records/tools/common.py: logs of both forms, damaged files, output that nobody reads."""
 
+import argparse
+import fcntl
 import hashlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -136,6 +139,32 @@ def test_output_that_nobody_reads_does_not_end_the_work(full: bool) -> None:
     done = subprocess.run(command, cwd=common.ROOT, stdout=out, stderr=subprocess.PIPE, text=True)
     os.close(out)
     assert (done.returncode, done.stderr) == (0, "warning: done\n")
+
+
+def test_who_waited_for_a_file_holds_the_one_that_took_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, flock = tmp_path / "file", fcntl.flock
+
+    def late(file: IO[bytes], how: int) -> None:
+        """It is had only once the process that had it before has replaced the file."""
+        monkeypatch.setattr(fcntl, "flock", flock)
+        tg.write_atomically(path, b"new")
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with common.alone_with(path), open(path) as file:
+        assert file.read() == "new"
+        with pytest.raises(BlockingIOError):
+            flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@pytest.mark.parametrize("given", [0, [2, 0]])
+def test_a_number_that_is_too_small_is_named(given: object) -> None:
+    options = argparse.Namespace(val_tokens=given)
+    with pytest.raises(tg.InputError, match="^--val-tokens 0 is below 1$"):
+        common.require_at_least(options, val_tokens=1)
+    common.require_at_least(options, val_tokens=0)
 
 
 def test_what_differs_is_named_with_both_values() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import functools
 import hashlib
 import json
@@ -13,6 +14,7 @@ import socket
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -82,6 +84,15 @@ def add_settings(parser: argparse.ArgumentParser, help: str, name: str = "--set"
     parser.add_argument(
         name, nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=help
     )
+
+
+def require_at_least(options: argparse.Namespace, **least: int) -> None:
+    """InputError names an option, of one number or several, that is below its least value."""
+    for name, low in least.items():
+        given = getattr(options, name)
+        for value in given if isinstance(given, list) else [given]:
+            if value < low:
+                raise tg.InputError(f"--{name.replace('_', '-')} {value} is below {low}")
 
 
 # ---- 2. A run's files ----------------------------------------------------------------------------
@@ -240,6 +251,22 @@ def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file, as a whole or not at all; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tg.write_atomically(path, json.dumps(value, indent=1).encode() + b"\n")
+
+
+@contextmanager
+def alone_with(path: Path) -> Iterator[None]:
+    """Waits until no other process is in such a block of the same file; makes an empty one.
+
+    For files that are read, changed and replaced as a whole.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with open(path, "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            # While this one waited, another may have put a new file in the place of this.
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                yield
+                return
 
 
 def free_port() -> int:

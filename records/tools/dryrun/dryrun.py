@@ -96,7 +96,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def read_settings(options: argparse.Namespace) -> dict[str, str]:
-    """The script's options that were given."""
+    """The script's options that were given; InputError for numbers that are none of ranks."""
+    for name in ("ranks", "share"):
+        if getattr(options, name) < 1:
+            raise standins.InputError(f"--{name} {getattr(options, name)} is below 1")
     settings = {}
     for setting in options.set:
         name, sign, value = setting.partition("=")
@@ -153,7 +156,12 @@ def describe_kernels(table: list[roofline.Line], top: int) -> str:
 
 
 def write_json(path: Path, title: str, reports: Iterable[ModeReport]) -> None:
-    """Adds the reports of a case to a file of cases, or replaces them there."""
+    """Adds the reports of a case to a file of cases, or replaces them there.
+
+    Cases are added by several processes at a time, and any may be killed.
+    """
+    from records.tools import common  # imports torch, too
+
     modes: list[dict[str, Any]] = []
     for report in reports:
         groups = roofline.by_group(report.table).values()
@@ -163,9 +171,9 @@ def write_json(path: Path, title: str, reports: Iterable[ModeReport]) -> None:
         entry = report._asdict() | dict(kernels=kernels)
         del entry["table"]
         modes.append(entry)
-    cases = json.loads(path.read_text()) if path.exists() else {}
-    cases[title] = modes
-    path.write_text(json.dumps(cases, indent=1) + "\n")
+    with common.alone_with(path):
+        cases = json.loads(path.read_text() or "{}")  # the first one finds an empty file
+        common.write_json(path, cases | {title: modes})
 
 
 def run_all(options: argparse.Namespace) -> int:
