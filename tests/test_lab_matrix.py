@@ -366,6 +366,8 @@ def test_a_wrong_table_is_refused(text: str, message: str, tmp_path: Path) -> No
         (["BP"], "a series (did you mean Bp"),
         (["Xy_unlike"], "nor a series; `ablate.py list` shows them"),
         (["C", "--scale", "huge"], "--scale huge: there are tiny, micro"),
+        (["C", "--nproc", "0"], "--nproc 0 is below 1"),
+        (["C", "--seeds", "-1"], "--seeds -1 is below 1"),
     ],
 )
 def test_what_does_not_exist_is_refused_before_anything_starts(

@@ -895,6 +895,7 @@ def run_by_jobs(board: Board, options: argparse.Namespace) -> None:
 
 def plan(table: Table, options: argparse.Namespace) -> list[Run]:
     """The runs that are asked for, seed by seed; InputError if nothing like it exists."""
+    common.require_at_least(options, seeds=1, nproc=1)
     given, scale = common.pairs(options.set), table.scales.get(options.scale)
     if unknown := given.keys() - OPTIONS:
         names, hint = ", ".join(sorted(unknown)), did_you_mean(min(unknown), sorted(OPTIONS))

@@ -744,12 +744,25 @@ def late_graphs(result: dict[str, Any]) -> dict[str, int]:
     return late
 
 
+def check_numbers(args: argparse.Namespace) -> None:
+    """InputError names a number that nothing can be measured with."""
+    common.require_at_least(args, steps=1, warmup=0, curve=0)
+    if args.command == "export":
+        common.require_at_least(args, val_tokens=1)
+    if args.command == "ranks":
+        if args.count < 1:
+            raise tg.InputError(f"ranks {args.count} is below 1")
+        if args.link_gbs <= 0:
+            raise tg.InputError(f"--link-gbs {args.link_gbs:g} is not above 0")
+
+
 def main() -> int:
     words = sys.argv[1:]
     if not words or words[0].startswith("-") and words[0] not in ("-h", "--help"):
         words = ["plain", *words]
     args = make_parser().parse_args(words)
     try:
+        check_numbers(args)
         with tempfile.TemporaryDirectory() as folder:
             result = args.run(args, Path(folder))
     except Mismatch as error:

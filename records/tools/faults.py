@@ -409,7 +409,7 @@ def report(options: argparse.Namespace) -> None:
     for command, part in parts.items():
         if lines := read(options, command):
             text += [f"## {command}", "", *part(lines), ""]
-    (options.out / "report.md").write_text("\n".join(text))
+    tg.write_atomically(options.out / "report.md", "\n".join(text).encode())
 
 
 # ---- 5. The command ------------------------------------------------------------------------------
@@ -486,6 +486,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def work(options: argparse.Namespace) -> int:
+    common.require_at_least(options, runs=1, ranks=1)
     if options.command != "report":
         BASE["TOKENIZER_PATH"] = options.tokenizer
         prepare(options.data)

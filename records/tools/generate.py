@@ -140,10 +140,7 @@ def check(options: argparse.Namespace) -> Sampling:
     """How to draw; InputError for what cannot be drawn from, or a prompt that is not UTF-8."""
     if not 0 <= options.temperature < math.inf:
         raise tg.InputError(f"--temperature {options.temperature} is no number from 0 on")
-    for name in ("top_k", "tokens"):
-        if getattr(options, name) < 0:
-            flag = name.replace("_", "-")
-            raise tg.InputError(f"--{flag} {getattr(options, name)} is below 0")
+    common.require_at_least(options, top_k=0, tokens=0)
     if not 0 <= options.seed < 2**64:
         raise tg.InputError(f"--seed {options.seed} is not from 0 to 2^64 - 1")
     try:

@@ -165,8 +165,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def work(options: argparse.Namespace) -> int:
-    if options.tokens < 1:
-        raise tg.InputError(f"--tokens {options.tokens} is below 1")
+    common.require_at_least(options, tokens=1)
     config = tg.Config.from_env({"PRESET": "frontier"} | common.pairs(options.set))
     torch.set_num_threads(1)
     model = drawn(config, options.law)

@@ -221,6 +221,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def work(options: argparse.Namespace) -> int:
+    common.require_at_least(options, seeds=1)
     given, codecs = dict(GPTQ_BATCHES="8") | common.pairs(options.set), available()
     configs = []
     for seed in range(1, options.seeds + 1):
@@ -232,8 +233,7 @@ def work(options: argparse.Namespace) -> int:
         common.say(f"seed {config.seed}: val_bpb {before:.4f} before rounding")
         if options.out:
             common.write_json(options.out, runs)
-    if runs:
-        common.say(table(runs))
+    common.say(table(runs))
     return 0
 
 

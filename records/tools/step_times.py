@@ -101,8 +101,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def work(options: argparse.Namespace) -> int:
-    if options.steps < 1:
-        raise tg.InputError(f"--steps {options.steps} is below 1")
+    common.require_at_least(options, steps=1)
     for size in SIZES:
         found = size._asdict() | dict(
             milliseconds=measure(size, options.steps), versions=tg.versions(tg.World({}))
