@@ -1,5 +1,6 @@
 """records/tools/ablate.py: the table, what a run is given, a matrix that is stopped and goes on."""
 
+import contextlib
 import fcntl
 import functools
 import json
@@ -996,3 +997,62 @@ def test_submitit_runs_the_same_command(
     for told in ("1 made, 0 there already", "0 made, 1 there already"):
         assert call(monkeypatch, *words) == 0, capsys.readouterr()
         assert told in capsys.readouterr().out
+
+
+def test_what_an_interrupted_call_handed_in_is_waited_for(
+    fake: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By its job if that is queued, by its lock if it is at work; what ended is handed in again."""
+    submitit = pytest.importorskip("submitit")
+    handed: list[list[str]] = []
+    ended: set[str] = set()
+    rows = ["C", "E", "F"]
+
+    def job(folder: object, job_id: str) -> SimpleNamespace:
+        paths = SimpleNamespace(stderr=tmp_path / "stderr")
+        return SimpleNamespace(job_id=job_id, done=lambda: job_id in ended, paths=paths)
+
+    def hand_in(command: SimpleNamespace) -> SimpleNamespace:
+        handed.append(command.command)
+        return job("", str(len(handed)))
+
+    def executor(folder: Path, cluster: str) -> SimpleNamespace:
+        return SimpleNamespace(
+            update_parameters=lambda **_: None, batch=contextlib.nullcontext, submit=hand_in
+        )
+
+    def wait(then: Callable[[], object]) -> None:
+        """While jobs are waited for, this happens."""
+
+        def sleep(_: float) -> None:
+            monkeypatch.setattr(ablate, "time", time)
+            then()
+
+        monkeypatch.setattr(ablate, "time", SimpleNamespace(sleep=sleep, time=time.time))
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(submitit, "AutoExecutor", executor)
+    monkeypatch.setattr(submitit, "SlurmJob", job)
+    words = ["run", *rows, "--cluster", "slurm", "--out", str(tmp_path)]
+    wait(interrupt)
+    assert call(monkeypatch, *words) == 1 and len(handed) == 3
+    assert "interrupted; the same command goes on; jobs" in capsys.readouterr().out
+
+    at_work = contextlib.ExitStack()
+    at_work.enter_context(ablate.locked(tmp_path / "full" / "C" / "seed1337.lock"))
+
+    def make() -> None:
+        at_work.close()
+        assert ablate.main(["run", *rows, "--out", str(tmp_path)]) == 0
+        ended.update("234")
+
+    ended.update("13")
+    wait(make)
+    assert call(monkeypatch, *words) == 0
+    told = capsys.readouterr().out
+    assert "C seed 1337: waits for the process that is making it" in told
+    assert "E seed 1337: waits for job 2 of another call" in told
+    assert [words[words.index("run") + 1] for words in handed] == ["C", "E", "F", "F"]
+    assert not [*tmp_path.rglob("*.job")]

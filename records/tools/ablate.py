@@ -16,7 +16,8 @@ are left alone, and one that was cut off or failed goes on from its last
 checkpoint. One without a checkpoint, or whose files are damaged, is set aside
 and made again. It stops by itself at a run that ends with exit code 2 (bad
 input), as the others would end in the same way. Nothing ends if its own
-output goes to a closed pipe or a full disk.
+output goes to a closed pipe or a full disk. Jobs of --cluster slurm go on
+without the command, and the same command waits for those that have not ended.
 """
 
 from __future__ import annotations
@@ -858,6 +859,54 @@ def job_words(run: Run, options: argparse.Namespace) -> list[str]:
     return words
 
 
+Jobs = dict[Run, Any]  # submitit's; None: a process makes the run whose job is not known
+
+
+def in_progress(run: Run) -> bool:
+    """Whether another process is making a run."""
+    if not run.beside(".lock").exists():
+        return False
+    try:
+        with locked(run.beside(".lock")):
+            return False
+    except Busy:
+        return True
+
+
+def earlier_job(run: Run, cluster: str, folder: Path) -> Any:
+    """The job that another call handed in for a run, if it is queued or at work; else None.
+
+    Of a local job only the call that started it knows more than `in_progress` does.
+    """
+    import submitit
+
+    note = run.beside(".job")
+    told = common.read_result(note) if note.exists() else {}
+    if cluster != "slurm" or told.get("cluster") != cluster:
+        return None
+    job: Any = submitit.SlurmJob(folder, told["job_id"])
+    return None if job.done() else job
+
+
+def begun_before(board: Board, options: argparse.Namespace) -> Jobs:
+    """Tells what runs are there or being made; the jobs of the latter."""
+    jobs: Jobs = {}
+    for run in list(board.left):
+        job = None
+        if finished(run):
+            board.done(run, False)
+        elif job := earlier_job(run, options.cluster, options.out.resolve() / "jobs"):
+            jobs[run] = job
+            gone = f"if it is gone, remove {run.beside('.job')}"
+            board.say(f"{run}: waits for job {job.job_id} of another call ({gone})")
+        elif in_progress(run):
+            jobs[run] = None
+            board.say(f"{run}: waits for the process that is making it")
+        elif (run.folder / "result.json").exists():
+            board.say(f"{run}: {damage(run.folder)}; its job sets it aside and begins it again")
+    return jobs
+
+
 def run_by_jobs(board: Board, options: argparse.Namespace) -> None:
     """Hands every run that is not there to submitit, each as a job of its own; waits."""
     with told_if_missing("__main__"):  # runs on this machine do without it
@@ -870,23 +919,33 @@ def run_by_jobs(board: Board, options: argparse.Namespace) -> None:
     executor.update_parameters(
         **{name: int(v) if v.isdigit() else v for name, v in parameters.items()}
     )
-    for run in list(board.left):
-        if finished(run):
-            board.done(run, False)
-        elif (run.folder / "result.json").exists():
-            board.say(f"{run}: {damage(run.folder)}; its job sets it aside and begins it again")
-    jobs = {}
-    if board.left:  # submitit warns of an empty batch
+    jobs = begun_before(board, options)
+    new = [run for run in board.left if run not in jobs]
+    if new:  # submitit warns of an empty batch
         with executor.batch():
-            for run in board.left:
+            for run in new:
                 jobs[run] = executor.submit(CommandFunction(job_words(run, options)))
-    board.say(f"{len(jobs)} jobs, logs in {folder}")
+    for run in new:
+        note = dict(cluster=options.cluster, job_id=jobs[run].job_id)
+        common.write_json(run.beside(".job"), note)
+    board.say(f"{len(new)} jobs, logs in {folder}")
+    wait_for_jobs(board, jobs)
+
+
+def wait_for_jobs(board: Board, jobs: Jobs) -> None:
+    """Until every run has ended, by its job or by a process that its job has met."""
     while board.left:
-        for run in [run for run in board.left if jobs[run].done()]:
+        for run in list(board.left):
+            job = jobs[run]
+            if job is not None and not job.done() or in_progress(run):
+                continue
+            run.beside(".job").unlink(missing_ok=True)
             if finished(run):
                 board.done(run, True)
+            elif job is None:
+                board.failed(run, "the process that was making it ended without a result")
             else:
-                board.failed(run, "its job ended without a result", jobs[run].paths.stderr)
+                board.failed(run, "its job ended without a result", job.paths.stderr)
         time.sleep(0.2)
 
 
@@ -945,7 +1004,9 @@ def run_matrix(table: Table, options: argparse.Namespace) -> int:
         else:
             run_here(board)
     except KeyboardInterrupt:
-        board.say("interrupted; the same command goes on")
+        rest = "; jobs that were handed in go on (scancel ends one), and it waits for them"
+        slurm = options.cluster == "slurm"
+        board.say(f"interrupted; the same command goes on{rest if slurm else ''}")
     return board.summary()
 
 

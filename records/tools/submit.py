@@ -54,14 +54,14 @@ SET_ASIDE = re.compile(r"\.unfinished\d+$")  # by ablate.py
 def run_folders(paths: Sequence[Path]) -> list[Path]:
     """The folders among what a pattern such as seed* names; the rest is told and left out.
 
-    Beside a run's folder lie its lock and its console's output, which go without saying, and what
-    was set aside.
+    Beside a run's folder lie its lock, its job and its console's output, which go without saying,
+    and what was set aside.
     """
     folders = []
     for path in paths:
         if not path.exists():
             raise tg.InputError(f"{path} is not there")
-        if path.suffix in (".lock", ".console"):
+        if path.suffix in (".lock", ".console", ".job"):
             continue
         if path.is_dir() and not SET_ASIDE.search(path.name):
             folders.append(path)
