@@ -16,6 +16,8 @@ Exit codes: 0; 2 with one line for what the user can mend; 130 after Ctrl-C.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import functools
 import gzip
 import hashlib
@@ -657,6 +659,27 @@ def fill(options: Options, folder: Path, paths: list[Path], left_out: Skipped) -
     return result
 
 
+@contextlib.contextmanager
+def alone(out: Path) -> Iterator[Path]:
+    """The folder in which `out` is made: two runs would remove each other's files in it."""
+    partial, path = (out.with_name(f".{out.name}.{what}") for what in ("partial", "lock"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as lock:
+        refused = InputError(f"another make_shards.py is making --out {out}: wait for it")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise refused from None
+        if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+            raise refused  # it has just ended and removed this lock
+        try:
+            shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+            yield partial
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            path.unlink(missing_ok=True)
+
+
 def build(options: Options) -> None:
     """Makes the folder beside its destination and renames it when it is complete."""
     out, left_out = options.out, Skipped("files or folders")
@@ -665,20 +688,17 @@ def build(options: Options) -> None:
     paths = find(options.inputs, left_out)
     for line in left_out.lines():
         say(line)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     try:
-        partial.mkdir(parents=True)
-        result = fill(options, partial, paths, left_out)
-        os.rename(partial, out)
+        with alone(out) as partial:
+            partial.mkdir()
+            result = fill(options, partial, paths, left_out)
+            os.rename(partial, out)
     except OSError as error:
         raise InputError(f"cannot make {out}: {error}") from error
     except BrokenProcessPool as error:
         raise InputError(
             f"cannot make {out}: a worker was killed, as a rule for memory: give fewer --workers"
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     report(result)
     size = len(shards.load_tokenizer(out / MODEL))
     shortest = min(tally.tokens for tally in result.tallies.values())

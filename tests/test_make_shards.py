@@ -709,6 +709,25 @@ def test_killed_worker_is_one_line(
     assert not list(tmp_path.glob("*out*"))
 
 
+def test_a_second_run_does_not_touch_what_the_first_makes(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, folding: Path
+) -> None:
+    words = tmp_path / "a.jsonl", tmp_path / "out", "--tokenizer", str(folding)
+    write_jsonl(words[0], SHORT[:60])
+    fill = ms.fill
+
+    def meanwhile(options: Any, folder: Path, *rest: Any) -> Any:
+        monkeypatch.setattr(ms, "fill", fill)
+        assert run(*words) == 2
+        assert "another make_shards.py is making --out" in capsys.readouterr().err
+        assert folder.exists()
+        return fill(options, folder, *rest)
+
+    monkeypatch.setattr(ms, "fill", meanwhile)
+    assert run(*words) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", "out"}
+
+
 class OnTheSpot:
     """Stands in for work in another process: it is done when it is submitted."""
 
