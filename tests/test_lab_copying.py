@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import run_here
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 import train_gpt as tg
 from records.tools import copying
@@ -40,6 +41,24 @@ def test_kinds_are_those_of_the_definition(pieces: int) -> None:
             behind = [targets[s] for s in range(t) if ids[s] == ids[t]]
             expected = "copy" if targets[t] in behind else "change"
             assert copying.KINDS[kind] == (expected if behind else "new")
+
+
+class Largest(TorchFunctionMode):
+    """The number of elements of the largest tensor that is made."""
+
+    elements = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor):
+            self.elements = max(self.elements, made.numel())
+        return made
+
+
+def test_pairs_of_places_are_compared_in_few_windows_at_a_time() -> None:
+    with Largest() as largest:
+        copying.kinds(text(6, 2 * copying.BATCH + 1))
+    assert largest.elements == copying.BATCH * 40 * 40
 
 
 def copier(able: bool) -> Any:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +34,7 @@ with told_if_missing(__name__):
     from torch import Tensor
 
     import train_gpt as tg
-    from records.tools.common import markdown_table, read_result, run_tool, say
+    from records.tools.common import markdown_table, read_result, require_at_least, run_tool, say
     from records.tools.compare import folders
 
 KINDS = ("copy", "change", "new")
@@ -47,9 +48,19 @@ class Windows(NamedTuple):
     targets: Tensor
 
 
+def batches(text: Windows) -> Iterator[tuple[Tensor, Tensor]]:
+    """The text in parts of at most BATCH windows."""
+    ids, targets = text
+    return zip(ids.split(BATCH), targets.split(BATCH))
+
+
 def kinds(text: Windows) -> Tensor:
     """The index in KINDS of each target [windows, T]."""
-    ids, targets = text
+    return torch.cat([kinds_of_few(*part) for part in batches(text)])
+
+
+def kinds_of_few(ids: Tensor, targets: Tensor) -> Tensor:
+    """`kinds` of a batch: compares all pairs of places of a window."""
     earlier = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril(-1)
     same = (ids[:, :, None] == ids[:, None, :]) & earlier
     copied = (same & (targets[:, :, None] == targets[:, None, :])).any(-1)
@@ -79,7 +90,7 @@ def losses(model: tg.GPT, text: Windows) -> Tensor:
     """The loss of each target [windows, T], in nats."""
     head = getattr(model, "lm_head", model.tok_emb).float()
     found = []
-    for ids, targets in zip(*(part.split(BATCH) for part in text)):
+    for ids, targets in batches(text):
         h = model.hidden(ids, model.scoring)[0].float()
         logits = model.softcap * torch.tanh(h @ head.T / model.softcap)
         flat = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
@@ -105,6 +116,7 @@ def measure(folder: Path, options: argparse.Namespace) -> list[str]:
 
 
 def work(options: argparse.Namespace) -> int:
+    require_at_least(options, windows=1)
     runs = [folder for side in options.runs for folder in folders(side)]
     head = ["run", "all", *KINDS, "random, second time"]
     say("\n".join(markdown_table(head, [measure(folder, options) for folder in runs])))
