@@ -81,11 +81,11 @@ def test_exact_scores_give_phi_back(phi: float, steps: tuple[int, ...], tmp_path
 
 def test_noisy_scores_have_an_interval_that_holds_phi(tmp_path: Path) -> None:
     data = data_of(write(tmp_path, TRUTH, (100,), 0.002))
-    phis = worth.resample(data, worth.fit(data), 40, 0)
+    phis = worth.resample(data, worth.fit(data), worth.draw([data], 40)[0])
     low, high = np.quantile(phis, [0.025, 0.975])
     assert low < TRUTH.phi < high and 0.01 < high - low < 1
     louder = data_of(write(tmp_path / "louder", TRUTH, (100,), 0.008))
-    wide = worth.resample(louder, worth.fit(louder), 40, 0)
+    wide = worth.resample(louder, worth.fit(louder), worth.draw([louder], 40)[0])
     assert np.ptp(np.quantile(wide, [0.025, 0.975])) > high - low
 
 
@@ -94,13 +94,25 @@ def test_groups_are_told_and_compared(
 ) -> None:
     plain = write(tmp_path / "plain", TRUTH, (100,), 1e-4)
     better = write(tmp_path / "better", TRUTH._replace(phi=0.8), (100,), 1e-4)
-    words = ["--names", "plain,lanes", "--resamples", "40", plain, better]
+    words = ["--names", "plain,lanes,same", "--resamples", "40", plain, better, plain]
     told = say(*words, capsys=capsys, monkeypatch=monkeypatch)
     assert "plain: phi 0.55 (0." in told and "lanes: phi 0.80 (0." in told
     assert "3 passes 1.83 times" in told
     assert "phi of lanes less that of plain: +0.25 (0." in told
+    assert "phi of same less that of plain: +0.00 (0.00 to 0.00)" in told, "the runs are the same"
     once, core = weights_by_hand(48)
     assert f"| {once:,} | {core:,} | 3 | 1.00 | 2 |" in told
+
+
+def test_a_run_draws_alike_in_all_of_its_groups_and_others_do_not() -> None:
+    """Two groups share two runs, which stand at other places in them."""
+    x = np.ones(4)
+    groups = [
+        worth.Data(x, x, x, x, x, 1.0, [Path(name) for name in names]) for names in ("abcd", "cxya")
+    ]
+    first, second = worth.draw(groups, 9)
+    assert (first[:, 2] == second[:, 0]).all() and (first[:, 0] == second[:, 3]).all()
+    assert len({*first.flat, *second.flat}) == 9 * 6, "a number for each run and time"
 
 
 def architecture(**values: str) -> tg.Architecture:

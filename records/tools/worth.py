@@ -14,7 +14,8 @@ pass uses, embedding included, N_rec those that r passes use again, D the
 tokens trained on. With phi = 1 a pass is worth as much as layers of its own,
 with phi = 0 nothing (arXiv 2604.21106 found 0.46). Where all runs saw as many
 tokens, B D^-b is a part of E. Intervals are of 95 %: residuals are drawn
-again.
+again. A run that is in several groups then draws one of the same rank in each,
+so that its chance is the same in all.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ with told_if_missing(__name__):
     from scipy.optimize import least_squares
 
     import train_gpt as tg
-    from records.tools.common import markdown_table, run_tool, say
+    from records.tools.common import markdown_table, require_at_least, run_tool, say
     from records.tools.compare import folders
     from records.tools.results import Result, Unusable, load
 
@@ -59,6 +60,7 @@ class Observation(NamedTuple):
     weights: Weights
     tokens: int
     bpb: float  # before rounding
+    folder: Path  # which tells it from other runs
 
 
 @functools.cache
@@ -95,7 +97,8 @@ def observe(run: Result) -> Observation:
             )
     except tg.InputError as error:
         raise tg.InputError(f"{run.folder}: {error}") from None
-    return Observation(weights, run.steps * run.config["train_batch_tokens"], run.pre)
+    tokens = run.steps * run.config["train_batch_tokens"]
+    return Observation(weights, tokens, run.pre, run.folder.resolve())
 
 
 def read_group(text: str) -> tuple[list[Observation], list[str]]:
@@ -140,6 +143,7 @@ class Data(NamedTuple):
     tokens: np.ndarray  # in units of their geometric mean
     bpb: np.ndarray
     unit: float  # geometric mean of all weights, each counted once
+    folders: list[Path]
 
     @property
     def several_tokens(self) -> bool:
@@ -172,7 +176,9 @@ def gather(observations: Sequence[Observation]) -> Data:
     )
     unit = math.exp(np.log(once + recurrent).mean())
     tokens = tokens / math.exp(np.log(tokens).mean())
-    return Data(once, recurrent, times, tokens, np.array([run.bpb for run in observations]), unit)
+    bpb = np.array([run.bpb for run in observations])
+    folders = [run.folder for run in observations]
+    return Data(once, recurrent, times, tokens, bpb, unit, folders)
 
 
 def solve(data: Data, bpb: np.ndarray, start: Curve) -> tuple[Curve, float]:
@@ -196,17 +202,24 @@ def fit(data: Data) -> Curve:
     return min(solved, key=lambda found: found[1])[0]
 
 
-def resample(data: Data, curve: Curve, times: int, seed: int) -> np.ndarray:
-    """phi of fits to the curve with its residuals drawn again, [times].
+def draw(groups: Sequence[Data], times: int) -> list[np.ndarray]:
+    """For each group numbers from 0 to 1, [times, runs]; a run has the same ones in all groups."""
+    every = list(dict.fromkeys(folder for data in groups for folder in data.folders))
+    drawn = np.random.default_rng(0).random((times, len(every)))
+    return [drawn[:, [every.index(folder) for folder in data.folders]] for data in groups]
 
+
+def resample(data: Data, curve: Curve, ranks: np.ndarray) -> np.ndarray:
+    """phi of fits to the curve with its residuals drawn again, [times], by `draw`'s numbers.
+
+    A number is the share of the group's residuals that are below the one that a run is given.
     A fit takes as many degrees of freedom as it has parameters, so its residuals are too small.
     """
     expected = data.scores(curve)
-    residuals = data.bpb - expected
+    residuals = np.sort(data.bpb - expected)
     count = 6 if data.several_tokens else 4
-    residuals = residuals * math.sqrt(len(residuals) / (len(residuals) - count))
-    random = np.random.default_rng(seed)
-    drawn = random.choice(residuals, (times, len(residuals)))
+    residuals *= math.sqrt(len(residuals) / (len(residuals) - count))
+    drawn = residuals[(ranks * len(residuals)).astype(int)]
     return np.array([solve(data, expected + noise, curve)[0].phi for noise in drawn])
 
 
@@ -253,23 +266,27 @@ def describe(worth: Worth, data: Data) -> list[str]:
     ]
 
 
+def gathered(name: str, group: str) -> Data:
+    """The runs of a named group; InputError where they cannot tell what a pass is worth."""
+    observations, messages = read_group(group)
+    for message in messages:
+        say(message)
+    try:
+        return gather(observations)
+    except tg.InputError as error:
+        raise tg.InputError(f"{name}: {error}") from None
+
+
 def work(options: argparse.Namespace) -> int:
+    require_at_least(options, resamples=1)
     names = options.names.split(",") if options.names else list(options.groups)
     if len(names) != len(options.groups):
         raise tg.InputError(f"--names has {len(names)} names for {len(options.groups)} groups")
-    found = []
-    for number, (name, group) in enumerate(zip(names, options.groups)):
-        observations, messages = read_group(group)
-        for message in messages:
-            say(message)
-        try:
-            data = gather(observations)
-        except tg.InputError as error:
-            raise tg.InputError(f"{name}: {error}") from None
+    groups, found = [gathered(*named) for named in zip(names, options.groups)], []
+    for name, data, ranks in zip(names, groups, draw(groups, options.resamples)):
         curve = fit(data)
-        worth = Worth(name, curve, resample(data, curve, options.resamples, number))
-        found.append(worth)
-        say("\n".join(describe(worth, data)))
+        found.append(Worth(name, curve, resample(data, curve, ranks)))
+        say("\n".join(describe(found[-1], data)))
     for worth in found[1:]:
         first = found[0]
         change = worth.curve.phi - first.curve.phi
