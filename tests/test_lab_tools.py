@@ -368,6 +368,33 @@ def test_faults_tells_a_mistake_in_a_line(
     assert told in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("tool", "words", "told"),
+    [
+        ("bench", ["--steps", "0"], "--steps 0 is below 1"),
+        ("bench", ["ranks", "0"], "ranks 0 is below 1"),
+        ("bench", ["ranks", "2", "--link-gbs", "0"], "--link-gbs 0 is not above 0"),
+        ("bench", ["export", "--val-tokens", "0"], "--val-tokens 0 is below 1"),
+        ("copying", ["run", "--windows", "0"], "--windows 0 is below 1"),
+        ("dryrun.dryrun", ["--ranks", "0"], "--ranks 0 is below 1"),
+        ("dryrun.dryrun", ["--share", "-1"], "--share -1 is below 1"),
+        ("faults", ["kills", "--ranks", "1", "0"], "--ranks 0 is below 1"),
+        ("rate", ["--seeds", "0"], "--seeds 0 is below 1"),
+        ("worth", ["run", "--resamples", "0"], "--resamples 0 is below 1"),
+    ],
+)
+def test_a_number_that_nothing_can_be_made_of_is_named(
+    tool: str,
+    words: list[str],
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", [tool, *words])
+    assert importlib.import_module(f"records.tools.{tool}").main() == 2
+    assert capsys.readouterr().err.removeprefix("nothing was timed: ") == f"{told}\n"
+
+
 def test_tools_do_not_change_the_environment_of_a_run() -> None:
     given = dict(os.environ, MODEL_DIM="6", SEED="3", USE_DEPTH_EMBED="1", HOME="/x")
     clean = common.without_options(given)

@@ -232,6 +232,7 @@ def main() -> int:
     try:
         if options.exec:
             standins.enter(options.exec)
+        read_settings(options)  # so that a mistake is told where nothing can be run, too
         if options.preset == "all":
             return run_all(options)
         if not standins.inside():
