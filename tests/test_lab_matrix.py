@@ -1055,4 +1055,6 @@ def test_what_an_interrupted_call_handed_in_is_waited_for(
     assert "C seed 1337: waits for the process that is making it" in told
     assert "E seed 1337: waits for job 2 of another call" in told
     assert [words[words.index("run") + 1] for words in handed] == ["C", "E", "F", "F"]
+    common.write_json(tmp_path / "full" / "E" / "seed1337.job", {})  # as after another stop
+    assert call(monkeypatch, *words) == 0 and len(handed) == 4
     assert not [*tmp_path.rglob("*.job")]

@@ -894,6 +894,7 @@ def begun_before(board: Board, options: argparse.Namespace) -> Jobs:
     for run in list(board.left):
         job = None
         if finished(run):
+            run.beside(".job").unlink(missing_ok=True)  # it ended when nobody waited for it
             board.done(run, False)
         elif job := earlier_job(run, options.cluster, options.out.resolve() / "jobs"):
             jobs[run] = job
