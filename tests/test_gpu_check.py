@@ -98,8 +98,9 @@ def test_without_a_gpu_the_check_says_so(
 
 def test_help_is_in_sentences_with_defaults() -> None:
     for action in gpu_check.make_parser()._actions[1:]:
-        assert re.match(r"[A-Z].*\.$", action.help or ""), action.dest
-        assert "(default: " in (action.help or "") or not action.default, action.dest
+        text = action.help or ""
+        assert re.match(r"[A-Z].*\.$", text), action.dest
+        assert "(default: " in text or not action.default, action.dest
 
 
 def test_shares_of_the_time_are_all_of_it() -> None:
