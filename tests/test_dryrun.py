@@ -223,11 +223,11 @@ def test_a_stub_defines_each_name_once() -> None:
         assert text.count(f'"{name}"') == 1
 
 
-def test_help_is_in_sentences_with_defaults() -> None:
-    for action in dryrun_tool.make_parser()._actions[1:]:
-        text = action.help or ""
-        assert re.match(r"[A-Z].*\.$", text), action.dest
-        assert "(default: " in text or not action.default, action.dest
+@pytest.mark.parametrize("tool", [dryrun_tool, gpu_check], ids=["dryrun", "gpu_check"])
+def test_help_is_in_sentences_with_defaults(tool: Any) -> None:
+    for action in tool.make_parser()._actions[1:]:
+        assert re.match(r"[A-Z].*\.$", action.help), action.dest
+        assert "(default: " in action.help or not action.default, action.dest
 
 
 # ---- the script under the pretended GPU ----------------------------------------------------------

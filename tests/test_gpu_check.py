@@ -96,13 +96,6 @@ def test_without_a_gpu_the_check_says_so(
     assert capsys.readouterr().err == "PyTorch sees no GPU here\n"
 
 
-def test_help_is_in_sentences_with_defaults() -> None:
-    for action in gpu_check.make_parser()._actions[1:]:
-        text = action.help or ""
-        assert re.match(r"[A-Z].*\.$", text), action.dest
-        assert "(default: " in text or not action.default, action.dest
-
-
 def test_shares_of_the_time_are_all_of_it() -> None:
     assert sum(part.seconds for part in gpu_check.PARTS) == 60 * gpu_check.MINUTES
 
