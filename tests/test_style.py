@@ -1,5 +1,6 @@
-"""What ruff and mypy say of every Python file; .ruff.toml and .mypy.ini say what they look for."""
+"""What ruff and mypy say of every Python file (.ruff.toml, .mypy.ini), and rules of the files."""
 
+import json
 import re
 import subprocess
 import sys
@@ -28,4 +29,14 @@ def test_no_test_gives_a_process_so_many_seconds() -> None:
     for path in sorted(Path(__file__).parent.glob("*.py")):
         lines = path.read_text().splitlines()
         found += [f"{path.name}: {line.strip()}" for line in lines if number.search(line)]
+    assert not found
+
+
+def test_records_name_no_folder_of_a_machine() -> None:
+    """Where a run read and wrote is told relative to the repository."""
+    found = []
+    for path in ROOT.glob("records/**/result.json"):
+        config = json.loads(path.read_text())["config"]
+        places = [config[name] for name in ("data_path", "tokenizer_path", "log_dir")]
+        found += [f"{path.relative_to(ROOT)}: {place}" for place in places if place[:1] == "/"]
     assert not found
