@@ -1892,7 +1892,7 @@ class GPT(nn.Module):
             if layer.skip != NONE:
                 taken = kept.pop()
                 x = self.with_skip(x, taken, layer.skip)
-                if layer.opens > 0:  # between passes the state is in the lanes
+                if layer.opens > 0:  # with lanes, a further pass reads these and not x
                     lanes = [self.with_skip(lane, taken, layer.skip) for lane in lanes]
             if layer.opens == 0:
                 begun, outside = x, len(kept)

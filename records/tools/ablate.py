@@ -892,7 +892,6 @@ def begun_before(board: Board, options: argparse.Namespace) -> Jobs:
     """Tells what runs are there or being made; the jobs of the latter."""
     jobs: Jobs = {}
     for run in list(board.left):
-        job = None
         if finished(run):
             run.beside(".job").unlink(missing_ok=True)  # it ended when nobody waited for it
             board.done(run, False)
@@ -938,7 +937,8 @@ def wait_for_jobs(board: Board, jobs: Jobs) -> None:
     while board.left:
         for run in list(board.left):
             job = jobs[run]
-            if job is not None and not job.done() or in_progress(run):
+            waits = job is not None and not job.done()
+            if waits or in_progress(run):
                 continue
             run.beside(".job").unlink(missing_ok=True)
             if finished(run):

@@ -433,7 +433,7 @@ def split_of_a_step(contestant: Contestant, first: int, steps: int) -> dict[str,
 def device_watch() -> Iterator[list[list[float]]]:
     """SM clock in MHz, power in W and temperature in degrees once a second.
 
-    Nothing where there is no nvidia-smi, or where it knows one of them not.
+    No readings where there is no nvidia-smi, or where it does not know all three.
     """
     readings: list[list[float]] = []
     if not (torch.cuda.is_available() and shutil.which("nvidia-smi")):

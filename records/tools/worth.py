@@ -282,7 +282,8 @@ def work(options: argparse.Namespace) -> int:
     names = options.names.split(",") if options.names else list(options.groups)
     if len(names) != len(options.groups):
         raise tg.InputError(f"--names has {len(names)} names for {len(options.groups)} groups")
-    groups, found = [gathered(*named) for named in zip(names, options.groups)], []
+    groups = [gathered(name, group) for name, group in zip(names, options.groups)]
+    found = []
     for name, data, ranks in zip(names, groups, draw(groups, options.resamples)):
         curve = fit(data)
         found.append(Worth(name, curve, resample(data, curve, ranks)))
