@@ -3,17 +3,19 @@
 What only a CUDA build of torch can run is in test_dryrun.py.
 """
 
+import contextlib
 import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from helpers import HANG, ON_CPU
 
-from records.tools import gpu_check
+from records.tools import ablate, gpu_check
 from records.tools.dryrun.dryrun import title_of
 
 # ---- the table -----------------------------------------------------------------------------------
@@ -21,7 +23,7 @@ from records.tools.dryrun.dryrun import title_of
 
 def measured(**values: Any) -> dict[str, Any]:
     usual = dict(ms=50.0, peak_gb=14.0, graphs=1, breaks=0, late_graphs=0, host_waits=0)
-    return usual | dict(compile_seconds=9.0) | values
+    return usual | dict(compile_seconds=9.0, host_ms=20.0) | values
 
 
 def estimated(**values: Any) -> list[dict[str, Any]]:
@@ -60,9 +62,91 @@ def test_steps_on_all_gpus_stand_beside_the_estimate_of_one() -> None:
     assert gpu_check.CONTENDER_STEP in json.loads(gpu_check.ESTIMATES.read_text())
 
 
+def test_steps_of_rows_stand_beside_the_clock_of_runs_toml() -> None:
+    """Every mode of a row beside its own estimate."""
+    (first, second) = ablate.read_table(ablate.TABLE).milliseconds["band_50"]
+    figures = {
+        gpu_check.mode_title("band_50", 0): measured(ms=first),
+        gpu_check.mode_title("band_50", 1): measured(ms=2 * second),
+    }
+    lines = gpu_check.table(dict(clock=dict(figures=figures)), {})
+    assert f"| band_50, mode 1 | ms | {first:.2f} | {first:.2f} | 1.00 |" in lines
+    assert f"| band_50, mode 2 | ms | {second:.2f} | {2 * second:.2f} | 2.00 |" in lines
+    assert "| band_50, mode 2 | host ms |  | 20.00 |  |" in lines
+
+
+@pytest.mark.parametrize("row", gpu_check.CLOCK)
+def test_the_clock_has_an_estimate_for_every_mode_that_is_measured(row: str) -> None:
+    table = ablate.read_table(ablate.TABLE)
+    modes = gpu_check.tg.training_modes(gpu_check.tg.Config.from_env(table.rows[row].set))
+    assert len(table.milliseconds[row]) == len(modes)
+
+
+def test_time_of_kernels_stands_beside_the_estimate_of_their_kind() -> None:
+    kinds = {f"{kind}_ms": 3.0 for kind in gpu_check.ALL_KINDS}
+    estimate = dict.fromkeys(kinds, 2.0)
+    figures: dict[str, Any] = {"T step": kinds | dict(kernels=[])}
+    lines = gpu_check.table(dict(kernels=dict(figures=figures)), {"T step": [estimate]})
+    assert lines[2:] == [f"| T step | {kind} | 2.00 | 3.00 | 1.50 |" for kind in kinds]
+    (of_the_dry_run,) = json.loads(gpu_check.ESTIMATES.read_text())[
+        title_of("T", dict(COMPILE="block"), step=True, share=gpu_check.RANKS)
+    ]
+    assert kinds.keys() <= of_the_dry_run.keys()
+
+
+# As PyTorch's profiler named them on an H200 (records/h200/gpu_check.json).
+NAMES = {
+    "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26_64x64x64": "attention",
+    "void cudnn::fusion::compute_dot_do_o_specialized<true, 64>(void const*)": "attention",
+    "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128>>": "attention",
+    "nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_TNT": "gemm",
+    "void cublasLt::splitKreduce_kernel<32, 16, int, float>": "gemm",
+    "triton_poi_fused_add_view_6": "triton",
+    "Memcpy DtoD (Device -> Device)": "other",
+    "ncclDevKernel_AllReduce_Sum_f32_RING_LL": "other",
+    "void at::native::vectorized_elementwise_kernel<8, at::native::CUDAFunctor_add>": "aten",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_kernel_is_known_by_its_name(name: str) -> None:
+    assert gpu_check.kind_of(name) == NAMES[name]
+
+
+class Event(NamedTuple):
+    """What the profiler tells of a launch."""
+
+    name: str
+    us: float
+    device_type: Any = torch.autograd.DeviceType.CUDA
+    is_user_annotation: bool = False
+
+    @property
+    def time_range(self) -> Any:
+        return SimpleNamespace(elapsed_us=lambda: self.us)
+
+
+def test_launches_of_one_kernel_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host's own events and the marks of ranges are no kernels."""
+    events = [
+        Event("triton_poi_1", 500.0),
+        Event("nvjet_sm90", 2000.0),
+        Event("triton_poi_1", 1000.0),
+        Event("nvjet_sm90", 7000.0, torch.autograd.DeviceType.CPU),
+        Event("## Call CompiledFxGraph", 9000.0, is_user_annotation=True),
+    ]
+    profile = SimpleNamespace(events=lambda: events)
+    monkeypatch.setattr(torch.profiler, "profile", lambda **_: contextlib.nullcontext(profile))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert gpu_check.kernels_of(lambda: None) == [
+        gpu_check.Kernel("gemm", "nvjet_sm90", 1, 2.0),
+        gpu_check.Kernel("triton", "triton_poi_1", 2, 1.5),
+    ]
+
+
 def test_a_part_that_found_nothing_leaves_no_line() -> None:
     nothing = dict(seconds=1.0, failure="cut off after 1 s", figures={})
-    parts = dict.fromkeys(("attention", "levels", "presets"), nothing)
+    parts = dict.fromkeys(("attention", "levels", "clock", "kernels", "presets"), nothing)
     assert len(gpu_check.table(parts, {})) == 2  # head and rule
 
 
@@ -247,6 +331,30 @@ def test_a_whole_run_is_stopped_resumed_and_scored_again(
     assert abs(figures.values["scored again, difference in nats"]) < 1e-5
     assert re.match(r"resumed from step:1[2-9]", figures.values["resumed"][0])
     assert gpu_check.PROBLEMS not in figures.values
+
+
+def test_a_run_that_was_stopped_ends_with_the_artifact_of_one_that_was_not(
+    corpus: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_check, "SHORT", gpu_check.SHORT | SMALL)
+    figures = gpu_check.Figures(tmp_path / "part.json")
+    gpu_check.same_bits(figures, on_cpu(corpus, tmp_path))
+    assert figures.values == {"one artifact": True}
+
+
+def test_other_weights_after_a_stop_are_a_problem(
+    corpus: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_check, "SHORT", gpu_check.SHORT | SMALL)
+    whole = gpu_check.stopped_and_resumed
+    other = dict(SEED="1")  # of the stopped run alone
+    monkeypatch.setattr(
+        gpu_check, "stopped_and_resumed", lambda o, name, env: whole(o, name, env | other)
+    )
+    figures = gpu_check.Figures(tmp_path / "part.json")
+    gpu_check.same_bits(figures, on_cpu(corpus, tmp_path))
+    assert figures.values["one artifact"] is False
+    assert len(figures.values[gpu_check.PROBLEMS]) == 1
 
 
 def test_the_contender_is_trained_rounded_and_scored_from_its_packed_script(

@@ -1,6 +1,6 @@
 """The first minutes on a real GPU node: what works, how fast, and as estimated?
 
-    python records/tools/gpu_check.py           # at most 12 minutes
+    python records/tools/gpu_check.py           # at most 15 minutes
     python records/tools/gpu_check.py --only attention race --out /tmp/check
 
 Nothing has to be prepared: without FineWeb in DATA_PATH the sample corpus is
@@ -44,7 +44,7 @@ with told_if_missing(__name__, TRAINING):
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     import train_gpt as tg
-    from records.tools import common, packing, race
+    from records.tools import ablate, common, packing, race
     from records.tools.dryrun import roofline
     from records.tools.dryrun.dryrun import title_of
     from records.tools.plain import Plain
@@ -52,7 +52,7 @@ with told_if_missing(__name__, TRAINING):
 ROOT = Path(__file__).resolve().parents[2]
 ESTIMATES = Path(__file__).resolve().parent / "dryrun/estimates.json"
 SCRIPT = ROOT / "train_gpt.py"
-MINUTES = 12
+MINUTES = 15
 RANKS = 8  # of a node; one GPU is given the work of one of them
 # Of validation: all of FineWeb's would take one GPU 15 s, at PR 855's 15.8 ms for 65,536.
 VAL_TOKENS = 1 << 20
@@ -201,6 +201,47 @@ def attention(out: Figures, options: Options) -> None:
 # ---- 4. Steps ------------------------------------------------------------------------------------
 
 
+# Kernels by their names: of cuDNN and FlashAttention, of cuBLAS, of Inductor and the script's own.
+# The rest are PyTorch's.
+KINDS = {
+    "attention": re.compile("sdpa|flash_|fmha|cudnn::fusion"),
+    "gemm": re.compile("gemm|gemv|nvjet|cutlass|xmma|cublas|splitK"),
+    "triton": re.compile("^triton_|^mlp_"),
+    "other": re.compile("^Memcpy|^Memset|nccl"),
+}
+ALL_KINDS = (*KINDS, "aten")
+TOP = 60  # kernels of a step, the longest, that are kept
+
+
+def kind_of(kernel: str) -> str:
+    """What a kernel is counted as, in the words of the dry run."""
+    return next((kind for kind, names in KINDS.items() if names.search(kernel)), "aten")
+
+
+class Kernel(NamedTuple):
+    """All launches of one kernel in a step."""
+
+    kind: str
+    name: str
+    times: int
+    ms: float
+
+
+def kernels_of(call: Callable[[], Any]) -> list[Kernel]:
+    """The kernels that a call launches, as PyTorch's profiler sees them, the longest first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    us: dict[str, list[float]] = {}
+    for event in profile.events() or []:
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
+            us.setdefault(event.name, []).append(event.time_range.elapsed_us())
+    found = [
+        Kernel(kind_of(name), name, len(all_us), sum(all_us) / 1e3) for name, all_us in us.items()
+    ]
+    return sorted(found, key=lambda kernel: -kernel.ms)
+
+
 class Stand:
     """A trainer of the script on one GPU, with the work of one of 8 ranks."""
 
@@ -216,24 +257,24 @@ class Stand:
         tokens = tg.Tokens(self.config, "train")
         batches = tg.Batches(tokens, self.config, self.world)
         self.trainer = tg.Trainer(self.config, self.world, model.to(self.world.device), batches)
-        self.mode = tg.training_modes(self.config)[-1]
+        self.modes = tg.training_modes(self.config)
         self.kernels = tg.KERNELS[self.config.attn_backend]
 
-    def step(self, number: int) -> None:
+    def step(self, number: int, mode: tg.Mode) -> None:
         micro = self.trainer.batches.micro(number)
         with sdpa_kernel(self.kernels, set_priority=True):
-            self.trainer.train_step(number, 0.0, micro, self.mode)
+            self.trainer.train_step(number, 0.0, micro, mode)
 
-    def measure(self, warm: int, times: int) -> dict[str, Any]:
+    def measure(self, mode: tg.Mode, warm: int, times: int) -> dict[str, Any]:
         """Compiling, steps, memory, and how often the host waited for the device in a step."""
         began, before = time.perf_counter(), race.graphs()
-        self.step(0)
+        self.step(0, mode)
         torch.cuda.synchronize()
         seconds = time.perf_counter() - began
         compiled, breaks = (race.graphs() - before).tolist()
         torch.cuda.reset_peak_memory_stats()
         numbers = iter(range(1, 1 + warm + times))
-        ms = timed(lambda: self.step(next(numbers)), warm, times)
+        ms = timed(lambda: self.step(next(numbers), mode), warm, times)
         return dict(
             ms=round(ms, 3),
             graphs=compiled,
@@ -241,9 +282,32 @@ class Stand:
             late_graphs=int((race.graphs() - before)[0]) - compiled,
             compile_seconds=round(seconds, 1),
             peak_gb=round(torch.cuda.max_memory_allocated() / 1e9, 2),
-            host_waits=host_waits(lambda: self.step(warm + times + 1)),
+            host_waits=host_waits(lambda: self.step(warm + times + 1, mode)),
+            host_ms=round(host_ms(lambda: self.step(warm + times + 2, mode)), 3),
             loss=self.trainer.gradients.loss.item(),
         )
+
+    def kernels_of_step(self) -> list[Kernel]:
+        """Of a step in the last mode, after two others."""
+        mode = self.modes[-1]
+        for number in range(2):
+            self.step(number, mode)
+        return kernels_of(lambda: self.step(2, mode))
+
+
+def host_ms(call: Callable[[], Any]) -> float:
+    """Median milliseconds in which the host issues a call to an idle device.
+
+    A step that takes no less than that keeps the device waiting for the host. (With more than some
+    1,000 launches the host has to wait for the device at times, and takes as long as that does.)
+    """
+    ms = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        call()
+        ms.append(1e3 * (time.perf_counter() - began))
+    return statistics.median(ms)
 
 
 def host_waits(call: Callable[[], Any]) -> int:
@@ -265,26 +329,42 @@ def variables_of(preset: str, **more: str) -> dict[str, str]:
     return named | dict(TRAIN_BATCH_TOKENS=str(whole // RANKS), **more)
 
 
-def measure_step(
-    out: Figures, options: Options, preset: str, level: str, times: int, **more: str
+def measure_steps(
+    out: Figures, title: str, settings: dict[str, str], times: int, last: bool = True
 ) -> None:
-    """Records steps of a preset under the title that its estimate has; failing, it is noted."""
+    """Records steps of a configuration, in its last mode or in all; a failure is noted."""
     torch._dynamo.reset()  # what another case has compiled would not be counted
     torch.cuda.empty_cache()
+    with out.trial(title):
+        stand = Stand(settings)
+        for number, mode in enumerate(stand.modes):
+            if last and mode != stand.modes[-1]:
+                continue
+            name = title if last else mode_title(title, number)
+            out[name] = found = stand.measure(mode, 2, times)
+            out.expect(math.isfinite(found["loss"]), f"{name}: the loss is {found['loss']}")
+            out.expect(not found["late_graphs"], f"{name}: compiled again after its first step")
+
+
+def measure_preset(
+    out: Figures, options: Options, preset: str, level: str, times: int, **more: str
+) -> None:
+    """Records steps of a preset under the title that its estimate has."""
     settings = dict(COMPILE=level, **more)
     title = title_of(preset, settings, step=True, share=RANKS)
-    with out.trial(title):
-        stand = Stand(variables_of(preset, **settings) | options.data)
-        out[title] = found = stand.measure(2, times)
-        out.expect(math.isfinite(found["loss"]), f"{title}: the loss is {found['loss']}")
-        out.expect(not found["late_graphs"], f"{title}: compiled again after its first step")
+    measure_steps(out, title, variables_of(preset, **settings) | options.data, times)
+
+
+def mode_title(row: str, number: int) -> str:
+    """Of a row's modes, in the order of runs.toml's [milliseconds]."""
+    return f"{row}, mode {number + 1}"
 
 
 def levels(out: Figures, options: Options) -> None:
     """T compiled by block, as a whole, and with its own kernel for MLPs, which may break most."""
-    measure_step(out, options, "T", "block", 20)
-    measure_step(out, options, "T", "model", 20)
-    measure_step(out, options, "T", "block", 20, FUSED_MLP="1")
+    measure_preset(out, options, "T", "block", 20)
+    measure_preset(out, options, "T", "model", 20)
+    measure_preset(out, options, "T", "block", 20, FUSED_MLP="1")
 
 
 def presets(out: Figures, options: Options) -> None:
@@ -293,7 +373,46 @@ def presets(out: Figures, options: Options) -> None:
     From the last one on: the time may end before they do, and those are the most unlike T.
     """
     for preset in reversed(tg.SYSTEMS):
-        measure_step(out, options, preset, "block", 3)
+        measure_preset(out, options, preset, "block", 3)
+
+
+# The verdicts on loops rest on what a step of these takes (research_notes.md, section 10).
+CLOCK = (
+    "stack_3_wider_two_50_by_position",
+    "flat_6",
+    "band_50",
+    "core_0",
+    "core_0_lanes",
+    "core_0_pool",
+    "core_0_truncated",
+    "flat_3_wide",
+    "frontier",
+)
+
+
+def clock(out: Figures, options: Options) -> None:
+    """Rows of runs.toml that are compared in equal H100 time, which is estimated: is it right?"""
+    table = ablate.read_table(ablate.TABLE)
+    batch = str(tg.Config().train_batch_tokens // RANKS)
+    sizes = dict(TRAIN_BATCH_TOKENS=batch, MICRO_BATCH_TOKENS=batch, TRAIN_SEQ_LEN="1024")
+    usual = sizes | dict(VOCAB_SIZE=str(tg.Config().vocab_size), COMPILE="block")
+    for row in CLOCK:
+        measure_steps(out, row, table.rows[row].set | usual | options.data, 20, last=False)
+
+
+def kernels(out: Figures, options: Options) -> None:
+    """Where the time of a step of T and of `frontier` goes, kernel by kernel.
+
+    It has a process of its own: a profiler that a node forbids or lacks may end the process.
+    """
+    for preset in ("T", "frontier"):
+        settings = dict(COMPILE="block")
+        title = title_of(preset, settings, step=True, share=RANKS)
+        with out.trial(title):
+            found = Stand(variables_of(preset, **settings) | options.data).kernels_of_step()
+            ms = {f"{kind}_ms": sum(k.ms for k in found if k.kind == kind) for kind in ALL_KINDS}
+            out[title] = ms | dict(kernels=[kernel._asdict() for kernel in found[:TOP]])
+            out.expect(bool(found), f"{title}: the profiler saw no kernel")
 
 
 def race_of_two(out: Figures, options: Options) -> None:
@@ -302,10 +421,8 @@ def race_of_two(out: Figures, options: Options) -> None:
     plain = Plain(compile=True, attention="cudnn")
     cases = dict(ours=race.Case(settings), plain=race.Case(settings, plain=plain))
     with out.trial("one step in float32 beside the plain one"):
-        eager = {
-            name: case_with(case, COMPILE="off", TRAIN_BATCH_TOKENS="8192")
-            for name, case in cases.items()
-        }
+        small = settings | dict(COMPILE="off", TRAIN_BATCH_TOKENS="8192")
+        eager = dict(ours=race.Case(small), plain=race.Case(small, plain=Plain()))
         out["differences of one step in float32"] = race.gate(eager)
     torch.cuda.empty_cache()
     start = race.draw(cases["ours"])
@@ -323,11 +440,6 @@ def race_of_two(out: Figures, options: Options) -> None:
     peak = race.peak_flops(config, world, 0.0)
     out["MFU"] = flop / (medians["ours"] / 1e3) / peak if peak else "unknown for this GPU"
     out["MHz, W, degrees"] = readings[:: max(1, len(readings) // 10)]
-
-
-def case_with(case: race.Case, **settings: str) -> race.Case:
-    """The same contestant with other settings."""
-    return race.Case(case.env | settings, plain=case.plain)
 
 
 # ---- 5. Whole runs -------------------------------------------------------------------------------
@@ -399,26 +511,43 @@ class Run:
         return common.read_result(self.folder / "result.json")
 
 
-def whole_run(out: Figures, options: Options) -> None:
-    """Stopped by SIGTERM, resumed, exported, reloaded, scored; and scored once more."""
+def stopped_and_resumed(options: Options, name: str, settings: dict[str, str]) -> list[Run]:
+    """A run that SIGTERM stops after its twelfth step, and what resumes it to its end."""
     seconds = options.seconds / 3
-    run = Run(options, "whole", SHORT)
+    run = Run(options, name, settings)
     run.wait_for(r"^step:12/", seconds)
     run.process.terminate()
     run.end(seconds, tg.EXIT_STOPPED)
-    out["checkpoints"] = sorted(path.name for path in run.folder.glob("*.ckpt"))
-    resumed = Run(options, "resumed", SHORT | dict(RUN_ID="whole", RESUME="auto"))
+    resumed = Run(options, f"{name}_resumed", settings | dict(RUN_ID=name, RESUME="auto"))
     resumed.end(seconds)
+    return [run, resumed]
+
+
+def whole_run(out: Figures, options: Options) -> None:
+    """Stopped by SIGTERM, resumed, exported, reloaded, scored; and scored once more."""
+    run, resumed = stopped_and_resumed(options, "whole", SHORT)
+    out["checkpoints"] = sorted(path.name for path in run.folder.glob("*.ckpt"))
     out["resumed"] = lines = re.findall(r"^resumed from .*", resumed.text(), re.M)
     out.expect(len(lines) == 1, "the run began anew where it should have been resumed")
     result = resumed.result()
     score = result["roundtrip"]
     out["exported"] = dict(bytes_total=result["bytes_total"], val_bpb=score["val_bpb"])
     again = Run(options, "scored", dict(EVAL_ONLY=str(run.folder / tg.ARTIFACT)))
-    again.end(seconds)
+    again.end(options.seconds / 3)
     difference = again.result()["roundtrip"]["val_loss"] - score["val_loss"]
     out["scored again, difference in nats"] = difference
     out.expect(abs(difference) < 1e-4, f"the same artifact scored again is {difference} nats apart")
+
+
+def same_bits(out: Figures, options: Options) -> None:
+    """With DETERMINISTIC=1 a run that was stopped and resumed ends as one that was not."""
+    exact = SHORT | dict(DETERMINISTIC="1")
+    straight = Run(options, "straight", exact)
+    _, resumed = stopped_and_resumed(options, "stopped", exact)
+    straight.end(options.seconds / 3)
+    bits = [run.folder.joinpath(tg.ARTIFACT).read_bytes() for run in (straight, resumed)]
+    out["one artifact"] = same = bits[0] == bits[1]
+    out.expect(same, "the run that was resumed has ended with other weights")
 
 
 def killed_rank(out: Figures, options: Options) -> None:
@@ -501,14 +630,17 @@ class Part(NamedTuple):
 
 
 PARTS = [
-    Part("environment", 30, environment),
-    Part("attention", 25, attention),
-    Part("levels", 100, levels),
-    Part("all GPUs", 150, all_gpus),
-    Part("whole run", 110, whole_run),
-    Part("killed rank", 85, killed_rank),
-    Part("race", 120, race_of_two),
-    Part("presets", 100, presets),
+    Part("environment", 20, environment),
+    Part("attention", 20, attention),
+    Part("levels", 130, levels),
+    Part("clock", 140, clock),
+    Part("kernels", 70, kernels),
+    Part("all GPUs", 130, all_gpus),
+    Part("whole run", 90, whole_run),
+    Part("same bits", 80, same_bits),
+    Part("killed rank", 60, killed_rank),
+    Part("race", 100, race_of_two),
+    Part("presets", 60, presets),
 ]
 
 
@@ -610,6 +742,7 @@ COMPARED = ("ms", "peak_gb", "graphs", "breaks", "late_graphs")
 SHOWN = {
     "all GPUs": ("GPUs", "ms a step", "train_loss", "bytes_total", "val_bpb"),
     "whole run": ("checkpoints", "resumed", "exported", "scored again, difference in nats"),
+    "same bits": ("one artifact",),
     "killed rank": ("seconds until resumed", "skipped"),
     "race": ("ms", "speed against the plain implementation", "MFU"),
 }
@@ -626,13 +759,13 @@ def attention_rows(measured: dict[str, Any]) -> Iterator[Row]:
             yield f"attention, {name}", f"{way} ms", estimate, found[f"{way}_ms"]
 
 
-def step_rows(title: str, found: dict[str, Any], estimates: dict[str, Any]) -> Iterator[Row]:
+def step_rows(title: str, found: dict[str, Any], estimate: dict[str, Any]) -> Iterator[Row]:
     """A step of one GPU."""
-    estimate = estimates.get(title, [{}])[-1]
     for name in COMPARED:
         yield title, name, estimate.get(name), found[name]
     waits = len(estimate["host_waits"]) if estimate else None
     yield title, "host waits", waits, found["host_waits"]
+    yield title, "host ms", None, found["host_ms"]
     yield title, "compile seconds", None, found["compile_seconds"]  # the host's
 
 
@@ -645,13 +778,25 @@ def rows(parts: dict[str, Any], estimates: dict[str, Any]) -> Iterator[Row]:
     yield from attention_rows(measured.get("attention", {}))
     for part in ("levels", "presets"):
         for title, found in measured.get(part, {}).items():
-            yield from step_rows(title, found, estimates)
+            yield from step_rows(title, found, estimates.get(title, [{}])[-1])
+    for title, found in measured.get("kernels", {}).items():
+        for name in (f"{kind}_ms" for kind in ALL_KINDS):
+            yield title, name, estimates.get(title, [{}])[-1].get(name), found[name]
+    for title, found in measured.get("clock", {}).items():
+        yield title, "ms", clock_estimates().get(title), found["ms"]
+        yield title, "host ms", None, found["host_ms"]
     alone = estimates.get(CONTENDER_STEP, [{}])[-1].get("ms")  # without collectives
     for part, names in SHOWN.items():
         for name in names:
             if name in measured.get(part, {}):
                 estimate = alone if (part, name) == ("all GPUs", "ms a step") else None
                 yield part, name, estimate, measured[part][name]
+
+
+def clock_estimates() -> dict[str, float]:
+    """Milliseconds of the rows' steps as runs.toml has them, by the titles of part `clock`."""
+    table = ablate.read_table(ablate.TABLE).milliseconds
+    return {mode_title(row, i): ms for row, all_ms in table.items() for i, ms in enumerate(all_ms)}
 
 
 def number(value: Any) -> str:
