@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import cast
 
 import pytest
+import torch
 from helpers import fork_ranks, nobody_reads, wait_for
 
 import train_gpt as tg
@@ -988,8 +989,7 @@ def test_submitit_runs_the_same_command(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("submitit")
-    words = ["run", "Bp", "--cluster", "local", "--job", "timeout_min=10", "--out", str(tmp_path)]
-    words += words_of(corpus | SMALL)
+    words = ["run", "Bp", "--cluster", "local", "--out", str(tmp_path), *words_of(corpus | SMALL)]
     with monkeypatch.context() as patch:
         patch.setattr(ablate, "job_words", lambda *_: ["false"])  # a command that fails
         assert call(patch, *words) == 1
@@ -997,6 +997,28 @@ def test_submitit_runs_the_same_command(
     for told in ("1 made, 0 there already", "0 made, 1 there already"):
         assert call(monkeypatch, *words) == 0, capsys.readouterr()
         assert told in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("error:No submission")
+def test_local_jobs_have_the_gpus_and_time_enough(
+    fake: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """submitit's own values are no GPU and some minutes."""
+    pytest.importorskip("submitit")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    names = ["CUDA_VISIBLE_DEVICES", "SUBMITIT_LOCAL_TIMEOUT_S"]
+    code = f"import os; print(*map(os.environ.get, {names}))"
+    monkeypatch.setattr(ablate, "job_words", lambda *_: [sys.executable, "-c", code])
+
+    def told_of(*more: str) -> str:
+        out = tmp_path / str(len(more))
+        words = ["run", "C", "--cluster", "local", "--nproc", "2", "--out", str(out)]
+        call(monkeypatch, *words, *more)
+        (log,) = (out / "jobs").glob("*_log.out")
+        return log.read_text()
+
+    assert f"0,1 {7 * 24 * 3600}" in told_of()
+    assert "0 600" in told_of("--job", "timeout_min=10", "gpus_per_node=1")
 
 
 def test_what_an_interrupted_call_handed_in_is_waited_for(

@@ -907,6 +907,17 @@ def begun_before(board: Board, options: argparse.Namespace) -> Jobs:
     return jobs
 
 
+def usual_parameters(options: argparse.Namespace) -> dict[str, int]:
+    """Left to itself submitit ends a local job after five minutes and hides the GPUs from it."""
+    if options.cluster != "local":
+        return {}
+    import torch
+
+    return dict(
+        timeout_min=7 * 24 * 60, gpus_per_node=min(options.nproc, torch.cuda.device_count())
+    )
+
+
 def run_by_jobs(board: Board, options: argparse.Namespace) -> None:
     """Hands every run that is not there to submitit, each as a job of its own; waits."""
     with told_if_missing("__main__"):  # runs on this machine do without it
@@ -915,10 +926,9 @@ def run_by_jobs(board: Board, options: argparse.Namespace) -> None:
 
     folder = options.out.resolve() / "jobs"
     executor = submitit.AutoExecutor(folder, cluster=options.cluster)
-    parameters = common.pairs(options.job)
-    executor.update_parameters(
-        **{name: int(v) if v.isdigit() else v for name, v in parameters.items()}
-    )
+    given = common.pairs(options.job)
+    asked = {name: int(v) if v.isdigit() else v for name, v in given.items()}
+    executor.update_parameters(**usual_parameters(options) | asked)
     jobs = begun_before(board, options)
     new = [run for run in board.left if run not in jobs]
     if new:  # submitit warns of an empty batch
