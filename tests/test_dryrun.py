@@ -325,7 +325,7 @@ def test_a_part_that_is_cut_off_is_recorded_and_the_next_one_runs(tmp_path: Path
     """The whole check takes minutes; here one part has no time, another runs to its end."""
     words = ["--only", "environment", "attention", "--out", str(tmp_path), "--minutes"]
     command = [cuda_python(), str(TOOL), "--exec", gpu_check.__file__, *words]
-    done = subprocess.run([*command, "12"], capture_output=True, text=True)
+    done = subprocess.run([*command, "30"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     parts = json.loads((tmp_path / "gpu_check.json").read_text())
     assert parts["environment"]["figures"]["device"]["name"].startswith("NVIDIA H100")

@@ -4,6 +4,7 @@ What only a CUDA build of torch can run is in test_dryrun.py.
 """
 
 import contextlib
+import itertools
 import json
 import re
 import sys
@@ -102,6 +103,8 @@ NAMES = {
     "nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_TNT": "gemm",
     "void cublasLt::splitKreduce_kernel<32, 16, int, float>": "gemm",
     "triton_poi_fused_add_view_6": "triton",
+    "triton_per_fused__scaled_dot_product_flash_attention_for_cpu_2": "triton",
+    "product": "triton",  # the script's own
     "Memcpy DtoD (Device -> Device)": "other",
     "ncclDevKernel_AllReduce_Sum_f32_RING_LL": "other",
     "void at::native::vectorized_elementwise_kernel<8, at::native::CUDAFunctor_add>": "aten",
@@ -124,6 +127,20 @@ class Event(NamedTuple):
     @property
     def time_range(self) -> Any:
         return SimpleNamespace(elapsed_us=lambda: self.us)
+
+
+def test_the_host_is_timed_without_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The median of calls; what the host waits for before each is not counted."""
+    now = itertools.count()  # seconds at which the clock is read
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: next(now))
+    monkeypatch.setattr(gpu_check, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+    longer = iter((0, 0, 7, 0, 7))  # extra seconds of each call
+
+    def call() -> None:
+        for _ in range(next(longer)):
+            next(now)
+
+    assert gpu_check.host_ms(call) == 1000.0
 
 
 def test_launches_of_one_kernel_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,7 +371,28 @@ def test_other_weights_after_a_stop_are_a_problem(
     figures = gpu_check.Figures(tmp_path / "part.json")
     gpu_check.same_bits(figures, on_cpu(corpus, tmp_path))
     assert figures.values["one artifact"] is False
-    assert len(figures.values[gpu_check.PROBLEMS]) == 1
+    assert figures.values[gpu_check.PROBLEMS] == [
+        "the run that was resumed has ended with other weights"
+    ]
+
+
+def test_a_run_that_begins_anew_has_not_been_resumed(
+    corpus: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends with the same weights all the same."""
+    run = gpu_check.Run
+
+    def anew(options: Any, name: str, settings: dict[str, str]) -> gpu_check.Run:
+        if "RESUME" in settings:
+            settings = settings | dict(RESUME="", RUN_ID="anew")
+        return run(options, name, settings)
+
+    monkeypatch.setattr(gpu_check, "SHORT", gpu_check.SHORT | SMALL)
+    monkeypatch.setattr(gpu_check, "Run", anew)
+    figures = gpu_check.Figures(tmp_path / "part.json")
+    gpu_check.same_bits(figures, on_cpu(corpus, tmp_path))
+    assert figures.values["one artifact"] is True
+    assert figures.values[gpu_check.PROBLEMS] == [gpu_check.BEGUN_ANEW]
 
 
 def test_the_contender_is_trained_rounded_and_scored_from_its_packed_script(

@@ -908,7 +908,7 @@ def begun_before(board: Board, options: argparse.Namespace) -> Jobs:
 
 
 def usual_parameters(options: argparse.Namespace) -> dict[str, int]:
-    """Left to itself submitit ends a local job after five minutes and hides the GPUs from it."""
+    """Left to itself submitit ends a local job after two minutes and hides the GPUs from it."""
     if options.cluster != "local":
         return {}
     import torch

@@ -204,9 +204,9 @@ def attention(out: Figures, options: Options) -> None:
 # Kernels by their names: of cuDNN and FlashAttention, of cuBLAS, of Inductor and the script's own.
 # The rest are PyTorch's.
 KINDS = {
-    "attention": re.compile("sdpa|flash_|fmha|cudnn::fusion"),
+    "attention": re.compile("sdpa|flash_(fwd|bwd)|fmha|cudnn::fusion"),
     "gemm": re.compile("gemm|gemv|nvjet|cutlass|xmma|cublas|splitK"),
-    "triton": re.compile("^triton_|^mlp_"),
+    "triton": re.compile("^triton_|^product"),
     "other": re.compile("^Memcpy|^Memset|nccl"),
 }
 ALL_KINDS = (*KINDS, "aten")
@@ -298,8 +298,8 @@ class Stand:
 def host_ms(call: Callable[[], Any]) -> float:
     """Median milliseconds in which the host issues a call to an idle device.
 
-    A step that takes no less than that keeps the device waiting for the host. (With more than some
-    1,000 launches the host has to wait for the device at times, and takes as long as that does.)
+    A step that takes no longer than that has kept the device waiting for the host. (With more than
+    some 1,000 launches the host waits for the device at times, and takes as long as that does.)
     """
     ms = []
     for _ in range(5):
@@ -511,6 +511,9 @@ class Run:
         return common.read_result(self.folder / "result.json")
 
 
+BEGUN_ANEW = "the run began anew where it should have been resumed"
+
+
 def stopped_and_resumed(options: Options, name: str, settings: dict[str, str]) -> list[Run]:
     """A run that SIGTERM stops after its twelfth step, and what resumes it to its end."""
     seconds = options.seconds / 3
@@ -528,7 +531,7 @@ def whole_run(out: Figures, options: Options) -> None:
     run, resumed = stopped_and_resumed(options, "whole", SHORT)
     out["checkpoints"] = sorted(path.name for path in run.folder.glob("*.ckpt"))
     out["resumed"] = lines = re.findall(r"^resumed from .*", resumed.text(), re.M)
-    out.expect(len(lines) == 1, "the run began anew where it should have been resumed")
+    out.expect(len(lines) == 1, BEGUN_ANEW)
     result = resumed.result()
     score = result["roundtrip"]
     out["exported"] = dict(bytes_total=result["bytes_total"], val_bpb=score["val_bpb"])
@@ -544,6 +547,7 @@ def same_bits(out: Figures, options: Options) -> None:
     exact = SHORT | dict(DETERMINISTIC="1")
     straight = Run(options, "straight", exact)
     _, resumed = stopped_and_resumed(options, "stopped", exact)
+    out.expect("\nresumed from step:" in resumed.text(), BEGUN_ANEW)
     straight.end(options.seconds / 3)
     bits = [run.folder.joinpath(tg.ARTIFACT).read_bytes() for run in (straight, resumed)]
     out["one artifact"] = same = bits[0] == bits[1]
@@ -630,17 +634,17 @@ class Part(NamedTuple):
 
 
 PARTS = [
-    Part("environment", 20, environment),
+    Part("environment", 30, environment),
     Part("attention", 20, attention),
-    Part("levels", 130, levels),
-    Part("clock", 140, clock),
-    Part("kernels", 70, kernels),
-    Part("all GPUs", 130, all_gpus),
-    Part("whole run", 90, whole_run),
-    Part("same bits", 80, same_bits),
+    Part("levels", 125, levels),
+    Part("clock", 135, clock),
+    Part("kernels", 65, kernels),
+    Part("all GPUs", 125, all_gpus),
+    Part("whole run", 100, whole_run),
+    Part("same bits", 100, same_bits),
     Part("killed rank", 60, killed_rank),
-    Part("race", 100, race_of_two),
-    Part("presets", 60, presets),
+    Part("race", 90, race_of_two),
+    Part("presets", 50, presets),
 ]
 
 
@@ -746,7 +750,9 @@ SHOWN = {
     "killed rank": ("seconds until resumed", "skipped"),
     "race": ("ms", "speed against the plain implementation", "MFU"),
 }
-CONTENDER_STEP = title_of("frontier", dict(COMPILE="block"), step=True, share=RANKS)
+CONTENDER_STEP = title_of(
+    "frontier", dict(COMPILE="block", VOCAB_SIZE="1024"), step=True, share=RANKS
+)
 Row = tuple[str, str, Any, Any]  # case, quantity, estimate (None without one), measurement
 
 
