@@ -176,6 +176,14 @@ def test_what_differs_is_named_with_both_values() -> None:
     assert common.listed(told, most=1) == "B is 2 and 3, and 2 more"
 
 
+def test_ctrl_c_ends_a_tool_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    def work(_: None) -> int:
+        raise KeyboardInterrupt
+
+    assert common.run_tool(work, None) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_tables_and_times_read_well() -> None:
     assert common.markdown_table(["a", "b"], [[1, "x|y"]]) == [
         "| a | b |",

@@ -10,6 +10,7 @@ import json
 import marshal
 import os
 import re
+import signal
 import socket
 import sys
 import types
@@ -346,3 +347,6 @@ def run_tool(work: Callable[[Any], int], given: Any) -> int:
     except (tg.InputError, OSError) as error:
         print(error, file=sys.stderr, flush=True)
         return tg.EXIT_INPUT
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return 128 + signal.SIGINT  # as a shell has it
