@@ -86,7 +86,7 @@ def test_the_clock_has_an_estimate_for_every_mode_that_is_measured(row: str) -> 
 def test_time_of_kernels_stands_beside_the_estimate_of_their_kind() -> None:
     kinds = {f"{kind}_ms": 3.0 for kind in gpu_check.ALL_KINDS}
     estimate = dict.fromkeys(kinds, 2.0)
-    figures: dict[str, Any] = {"T step": kinds | dict(kernels=[])}
+    figures: dict[str, Any] = {"T step": kinds | dict(longest={})}
     lines = gpu_check.table(dict(kernels=dict(figures=figures)), {"T step": [estimate]})
     assert lines[2:] == [f"| T step | {kind} | 2.00 | 3.00 | 1.50 |" for kind in kinds]
     (of_the_dry_run,) = json.loads(gpu_check.ESTIMATES.read_text())[
@@ -126,7 +126,7 @@ class Event(NamedTuple):
 
     @property
     def time_range(self) -> Any:
-        return SimpleNamespace(elapsed_us=lambda: self.us)
+        return SimpleNamespace(start=0.0, elapsed_us=lambda: self.us)
 
 
 def test_the_host_is_timed_without_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,10 +155,12 @@ def test_launches_of_one_kernel_are_added_up(monkeypatch: pytest.MonkeyPatch) ->
     profile = SimpleNamespace(events=lambda: events)
     monkeypatch.setattr(torch.profiler, "profile", lambda **_: contextlib.nullcontext(profile))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    assert gpu_check.kernels_of(lambda: None) == [
-        gpu_check.Kernel("gemm", "nvjet_sm90", 1, 2.0),
-        gpu_check.Kernel("triton", "triton_poi_1", 2, 1.5),
-    ]
+    told = gpu_check.time_of_kernels(gpu_check.kernels_of(lambda: None))
+    longest = told.pop("longest")
+    nothing = dict(attention_ms=0.0, other_ms=0.0, aten_ms=0.0)
+    assert told == dict(gemm_ms=2.0, triton_ms=1.5) | nothing
+    assert [*longest] == ["nvjet_sm90", "triton_poi_1"]
+    assert longest["triton_poi_1"]["ms"] == 1.5 and longest["triton_poi_1"]["calls"] == 2
 
 
 def test_a_part_that_found_nothing_leaves_no_line() -> None:

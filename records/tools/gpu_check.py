@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
@@ -44,7 +45,7 @@ with told_if_missing(__name__, TRAINING):
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     import train_gpt as tg
-    from records.tools import ablate, common, packing, race
+    from records.tools import ablate, bench, common, packing, race
     from records.tools.dryrun import roofline
     from records.tools.dryrun.dryrun import title_of
     from records.tools.plain import Plain
@@ -218,28 +219,18 @@ def kind_of(kernel: str) -> str:
     return next((kind for kind, names in KINDS.items() if names.search(kernel)), "aten")
 
 
-class Kernel(NamedTuple):
-    """All launches of one kernel in a step."""
-
-    kind: str
-    name: str
-    times: int
-    ms: float
-
-
-def kernels_of(call: Callable[[], Any]) -> list[Kernel]:
-    """The kernels that a call launches, as PyTorch's profiler sees them, the longest first."""
+def kernels_of(call: Callable[[], Any]) -> list[bench.Kernel]:
+    """The kernels that a call launches, as PyTorch's profiler sees them."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
         torch.cuda.synchronize()
-    us: dict[str, list[float]] = {}
+    found = []
     for event in profile.events() or []:
         if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
-            us.setdefault(event.name, []).append(event.time_range.elapsed_us())
-    found = [
-        Kernel(kind_of(name), name, len(all_us), sum(all_us) / 1e3) for name, all_us in us.items()
-    ]
-    return sorted(found, key=lambda kernel: -kernel.ms)
+            span = event.time_range
+            kind = kind_of(event.name)
+            found.append(bench.Kernel(event.name, kind, span.start, span.elapsed_us()))
+    return found
 
 
 class Stand:
@@ -287,7 +278,7 @@ class Stand:
             loss=self.trainer.gradients.loss.item(),
         )
 
-    def kernels_of_step(self) -> list[Kernel]:
+    def kernels_of_step(self) -> list[bench.Kernel]:
         """Of a step in the last mode, after two others."""
         mode = self.modes[-1]
         for number in range(2):
@@ -330,17 +321,17 @@ def variables_of(preset: str, **more: str) -> dict[str, str]:
 
 
 def measure_steps(
-    out: Figures, title: str, settings: dict[str, str], times: int, last: bool = True
+    out: Figures, title: str, settings: dict[str, str], times: int, all_modes: bool = False
 ) -> None:
     """Records steps of a configuration, in its last mode or in all; a failure is noted."""
     torch._dynamo.reset()  # what another case has compiled would not be counted
     torch.cuda.empty_cache()
     with out.trial(title):
         stand = Stand(settings)
-        for number, mode in enumerate(stand.modes):
-            if last and mode != stand.modes[-1]:
-                continue
-            name = title if last else mode_title(title, number)
+        named = {title: stand.modes[-1]}
+        if all_modes:
+            named = {mode_title(title, number): mode for number, mode in enumerate(stand.modes)}
+        for name, mode in named.items():
             out[name] = found = stand.measure(mode, 2, times)
             out.expect(math.isfinite(found["loss"]), f"{name}: the loss is {found['loss']}")
             out.expect(not found["late_graphs"], f"{name}: compiled again after its first step")
@@ -397,7 +388,7 @@ def clock(out: Figures, options: Options) -> None:
     sizes = dict(TRAIN_BATCH_TOKENS=batch, MICRO_BATCH_TOKENS=batch, TRAIN_SEQ_LEN="1024")
     usual = sizes | dict(VOCAB_SIZE=str(tg.Config().vocab_size), COMPILE="block")
     for row in CLOCK:
-        measure_steps(out, row, table.rows[row].set | usual | options.data, 20, last=False)
+        measure_steps(out, row, table.rows[row].set | usual | options.data, 20, all_modes=True)
 
 
 def kernels(out: Figures, options: Options) -> None:
@@ -410,9 +401,17 @@ def kernels(out: Figures, options: Options) -> None:
         title = title_of(preset, settings, step=True, share=RANKS)
         with out.trial(title):
             found = Stand(variables_of(preset, **settings) | options.data).kernels_of_step()
-            ms = {f"{kind}_ms": sum(k.ms for k in found if k.kind == kind) for kind in ALL_KINDS}
-            out[title] = ms | dict(kernels=[kernel._asdict() for kernel in found[:TOP]])
             out.expect(bool(found), f"{title}: the profiler saw no kernel")
+            out[title] = time_of_kernels(found)
+
+
+def time_of_kernels(found: list[bench.Kernel]) -> dict[str, Any]:
+    """Milliseconds of every kind, and of the longest kernels by name."""
+    kinds = dict.fromkeys(ALL_KINDS, 0.0)
+    kinds |= {kind: part.ms for kind, part in bench.sum_up(found, lambda k: k.kind).items()}
+    names = bench.sum_up(found, lambda kernel: kernel.name)
+    longest = {name: part._asdict() for name, part in itertools.islice(names.items(), TOP)}
+    return {f"{kind}_ms": ms for kind, ms in kinds.items()} | dict(longest=longest)
 
 
 def race_of_two(out: Figures, options: Options) -> None:
