@@ -238,6 +238,12 @@ class Architecture:
         needs="num_shared num_loops>1",
         neutral=1,
     )
+    lane_weights: Literal["scalar", "channel", "token"] = option(
+        "channel",
+        "Weights of LOOP_LANES: a number for each pass and lane, one for each channel besides, or "
+        "the latter and a part that each token's state decides.",
+        needs="loop_lanes>1",
+    )
     core_branch_scale: float = option(
         0.0,
         "Scale of the core's branches, as lambda in lambda / (N L^0.5) for N = NUM_LOOPS passes "
@@ -1586,8 +1592,8 @@ def bigram_index(ids: Tensor, buckets: int) -> Tensor:
     return F.pad(mixed % (buckets - 1), (1, 0), value=buckets - 1)
 
 
-def weighted_sum(terms: Iterable[Tensor], weights: Tensor) -> Tensor:
-    """sum_i weights[i] * terms[i]: terms [B, T, D], weights float32 [number of terms, D]."""
+def weighted_sum(terms: Iterable[Tensor], weights: Iterable[Tensor]) -> Tensor:
+    """sum_i weights[i] * terms[i]: terms [B, T, D], weights of any shape that fits."""
     total: Tensor | None = None
     for term, weight in zip(terms, weights):
         weight = weight.to(term.dtype)
@@ -1596,42 +1602,84 @@ def weighted_sum(terms: Iterable[Tensor], weights: Tensor) -> Tensor:
     return total
 
 
-class Lanes(nn.Module):
-    """Residual streams that meet only between passes, with a weight for each pass and channel.
+class PassEntry(NamedTuple):
+    """What a pass over the core begins with."""
 
-    Hyper-connections (arXiv 2409.19606), static, around the core as a whole. Pass p takes
-    x = sum_i read[p, i] h_i to y, then h_i <- sum_j mix[p, i, j] h_j + write[p, i] (y - x). The
-    coda takes sum_i coda[i] h_i. At first this is the loop with one stream, to the last bit: every
+    x: Tensor  # the state [B, T, D]
+    past: Sequence[Tensor] = ()  # of each lane, what goes past the pass
+    writes: Sequence[Tensor] = ()  # the weight with which each lane takes what the pass comes to
+
+
+class LaneWeights(NamedTuple):
+    """The weights of a pass for lanes j (and i): numbers [1], or [D], or of tokens [B, T, D]."""
+
+    read: Sequence[Tensor]  # [j]
+    mix: Sequence[Sequence[Tensor]]  # [i][j]
+    write: Sequence[Tensor]  # [j]
+
+
+class Lanes(nn.Module):
+    """Residual streams that meet only between passes, with weights for each pass (LANE_WEIGHTS).
+
+    Hyper-connections (arXiv 2409.19606) around the core as a whole. Pass p takes
+    x = sum_j read[p, j] h_j to y, then h_i <- sum_j mix[p, i, j] h_j + write[p, i] (y - x). The
+    coda takes sum_j coda[j] h_j. At first this is the loop with one stream, to the last bit: every
     lane is written whole, and so equal. Passes read one lane each, in turn: read alike, the lanes
     would have equal gradients and stay equal for ever.
+
+    With LANE_WEIGHTS=token (dynamic hyper-connections), what lane j gives and takes is increased by
+    tanh(W[p] rms_norm(h_j) / D^0.5): a number each for read[j], write[j] and the mix[i, j], and 0
+    at first. The paper learns a factor of the tanh, from 0.01, in place of D^-0.5; W has the
+    learning rate of scalars here.
     """
 
     def __init__(self, a: Architecture) -> None:
         super().__init__()
         P, N, D = a.num_loops, a.loop_lanes, a.model_dim
+        width = 1 if a.lane_weights == "scalar" else D
         turn = torch.eye(N)[torch.arange(P) % N]  # [P, N]
-        self.read = parameter("scalar", turn[:, :, None].repeat(1, 1, D))
-        self.mix = parameter("scalar", torch.eye(N)[None, :, :, None].repeat(P, 1, 1, D))
-        self.write = parameter("scalar", torch.ones(P, N, D))
-        self.coda = parameter("scalar", torch.full((N, D), 1 / N))
+        self.read = parameter("scalar", turn[:, :, None].repeat(1, 1, width))
+        self.mix = parameter("scalar", torch.eye(N)[None, :, :, None].repeat(P, 1, 1, width))
+        self.write = parameter("scalar", torch.ones(P, N, width))
+        self.coda = parameter("scalar", torch.full((N, width), 1 / N))
+        self.by_token = a.lane_weights == "token"
+        if self.by_token:
+            self.proj = parameter("projection", torch.zeros(P * (2 + N), D))
 
-    def take(self, lanes: Sequence[Tensor], number: int) -> tuple[Tensor, list[Tensor]]:
+    def of_pass(self, lanes: Sequence[Tensor], number: int) -> LaneWeights:
+        """The weights of pass `number` for lanes [B, T, D]."""
+        dtype = lanes[0].dtype
+        read, mix, write = (w[number].to(dtype) for w in (self.read, self.mix, self.write))
+        if not self.by_token:
+            return LaneWeights(read.unbind(), [row.unbind() for row in mix], write.unbind())
+        D = self.proj.shape[1]
+        proj = self.proj.view(len(self.read), -1, D)[number] * D**-0.5
+        parts = [  # of each lane, [B, T, 1] for read, write and every mix[i]
+            F.linear(rms_norm(lane), proj.to(dtype)).tanh().split(1, dim=-1) for lane in lanes
+        ]
+        return LaneWeights(
+            [weight + part[0] for weight, part in zip(read, parts)],
+            [[w + part[2 + i] for w, part in zip(row, parts)] for i, row in enumerate(mix)],
+            [weight + part[1] for weight, part in zip(write, parts)],
+        )
+
+    def take(self, lanes: Sequence[Tensor], number: int) -> PassEntry:
         """What pass `number` takes of the lanes, and what of each lane goes past it.
 
         The latter is sum_j mix[i, j] h_j - write[i] x, so that `put` adds only write[i] y: at first
         it is 0, and no rounding of y - x is left in the lanes.
         """
-        x = weighted_sum(lanes, self.read[number])
+        weights = self.of_pass(lanes, number)
+        x = weighted_sum(lanes, weights.read)
         past = [
-            torch.addcmul(weighted_sum(lanes, mix), x, write.to(x.dtype), value=-1)
-            for mix, write in zip(self.mix[number], self.write[number])
+            torch.addcmul(weighted_sum(lanes, mix), x, write, value=-1)
+            for mix, write in zip(weights.mix, weights.write)
         ]
-        return x, past
+        return PassEntry(x, past, weights.write)
 
-    def put(self, past: Sequence[Tensor], y: Tensor, number: int) -> list[Tensor]:
-        """The lanes after pass `number`, which came to y."""
-        writes = self.write[number].to(y.dtype)
-        return [torch.addcmul(rest, y, write) for rest, write in zip(past, writes)]
+    def put(self, entry: PassEntry, y: Tensor) -> list[Tensor]:
+        """The lanes after the pass that began with `entry` and came to y."""
+        return [torch.addcmul(past, y, write) for past, write in zip(entry.past, entry.writes)]
 
 
 class PassBoundary(nn.Module):
@@ -1654,16 +1702,15 @@ class PassBoundary(nn.Module):
             self.u = parameter("projection", torch.zeros(D, rank))
             self.diagonal = parameter("scalar", torch.ones(D))
 
-    def enter(
-        self, x: Tensor, lanes: Sequence[Tensor], number: int
-    ) -> tuple[Tensor, Sequence[Tensor]]:
-        """The state [B, T, D] that pass `number` begins with, and what of each lane goes past it.
+    def enter(self, x: Tensor, lanes: Sequence[Tensor], number: int) -> PassEntry:
+        """What pass `number` begins with, of the state x [B, T, D] and the lanes.
 
         `lanes` are those that the pass before left, or none: then all begin as x.
         """
-        if self.lanes is not None:
-            x, lanes = self.lanes.take(lanes or [x] * len(self.lanes.coda), number)
-        return self.prepare(x, number), lanes
+        if self.lanes is None:
+            return PassEntry(self.prepare(x, number))
+        entry = self.lanes.take(lanes or [x] * len(self.lanes.coda), number)
+        return entry._replace(x=self.prepare(entry.x, number))
 
     def prepare(self, x: Tensor, number: int) -> Tensor:
         """The state x normalised and corrected, as a further pass takes it."""
@@ -1676,19 +1723,14 @@ class PassBoundary(nn.Module):
             x = x + F.linear(x @ self.v.to(x.dtype), back)
         return x
 
-    def leave(
-        self, start: Tensor, x: Tensor, lanes: Sequence[Tensor], number: int
-    ) -> tuple[Tensor, Sequence[Tensor]]:
-        """The state after pass `number`, which took `start` to x, as the coda reads it; the lanes.
-
-        `lanes` are what `enter` gave.
-        """
+    def leave(self, entry: PassEntry, x: Tensor, number: int) -> tuple[Tensor, Sequence[Tensor]]:
+        """The state as the coda reads it, and the lanes, after pass `number` took `entry` to x."""
         if self.scaled and number > 0:
-            x = torch.lerp(start, x, self.scale[number - 1].to(x.dtype))
-        if self.lanes is not None:
-            lanes = self.lanes.put(lanes, x, number)
-            x = weighted_sum(lanes, self.lanes.coda)
-        return x, lanes
+            x = torch.lerp(entry.x, x, self.scale[number - 1].to(x.dtype))
+        if self.lanes is None:
+            return x, ()
+        lanes = self.lanes.put(entry, x)
+        return weighted_sum(lanes, self.lanes.coda), lanes
 
     def unused_in_one_pass(self) -> list[nn.Parameter]:
         """The parameters that act from the second pass on: all but those of the lanes."""
@@ -1884,9 +1926,9 @@ class GPT(nn.Module):
         x0, values = self.embed(ids)
         x = x0.clone()  # a compiled block with one tensor as x and x0 would be another graph
         kept: list[Tensor] = []  # for U-Net skips
-        starts: list[Tensor] = []  # of passes over the core
+        entries: list[PassEntry] = []  # of passes over the core
         ends: list[Tensor] = []
-        lanes: Sequence[Tensor] = ()  # what goes past the core with LOOP_LANES=2
+        lanes: Sequence[Tensor] = ()  # between passes, with LOOP_LANES=2
         begun, outside = x0, 0  # the state before the first pass; the outputs kept until then
         for layer, cond in zip(plan, conditions):
             if layer.skip != NONE:
@@ -1900,8 +1942,8 @@ class GPT(nn.Module):
                 x, *lanes = around_passes([x, *lanes], begun)
                 kept[outside:] = around_passes(kept[outside:], begun)
             if layer.opens != NONE:
-                x, lanes = self.core.enter(x, lanes, layer.opens)
-                starts.append(x)
+                entries.append(self.core.enter(x, lanes, layer.opens))
+                x = entries[-1].x
             stored = LayerModules(self.mix[layer.attn], self.attn[layer.attn], self.mlp[layer.mlp])
             context = Context(
                 rounding=mode.core if layer.core else mode.outside,
@@ -1914,11 +1956,11 @@ class GPT(nn.Module):
             )
             x = ops.block(stored, x, x0, cond, context)
             if layer.closes != NONE:
-                x, lanes = self.core.leave(starts[-1], x, lanes, layer.closes)
+                x, lanes = self.core.leave(entries[-1], x, layer.closes)
                 ends.append(x)
             if layer.push:
                 kept.append(x)
-        return rms_norm(x), self.penalty(mode, starts, ends)
+        return rms_norm(x), self.penalty(mode, [entry.x for entry in entries], ends)
 
     def with_skip(self, x: Tensor, kept: Tensor, row: int) -> Tensor:
         """x with an earlier layer's output, added or mixed in, by the weights of `row`."""

@@ -105,6 +105,7 @@ def test_blocks_are_one_graph_at_any_depth(
 # What acts around a layer, or between passes: no reason for a graph more.
 AROUND: dict[str, Any] = dict(
     loop_lanes=2,
+    lane_weights="token",
     mlp_pool=3,
     core_branch_scale=1.5,
     mix_init=3.0,

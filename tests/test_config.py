@@ -297,7 +297,9 @@ def test_values_that_cannot_work(env: dict[str, Any], names: list[str]) -> None:
 
 # Values that switch an option on where "1" is refused, or switches it off.
 ON = dict(PASSES_SCHEDULE="0:1", BIGRAM_VOCAB_SIZE="2", CORE_BITS="4", ROPE_DIMS="2")
-ON |= dict(PASS_SCALE_INIT="0.5", LOOP_LANES="2", MLP_POOL="4", VE_LAYERS="0,2-5")
+ON |= dict(
+    PASS_SCALE_INIT="0.5", LOOP_LANES="2", LANE_WEIGHTS="token", MLP_POOL="4", VE_LAYERS="0,2-5"
+)
 
 
 def truthy(name: str) -> str:
@@ -352,7 +354,9 @@ def test_inert_option_is_refused(name: str) -> None:
 CAN_BE_OFF = [
     name
     for name in CONDITIONAL
-    if FIELDS[name].metadata["low"] == 0 and not FIELDS[name].metadata["zero_acts"]
+    if FIELDS[name].metadata["low"] == 0
+    and not FIELDS[name].metadata["zero_acts"]
+    and "none" in (get_args(KINDS[name]) or ["none"])
 ]
 
 

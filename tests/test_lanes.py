@@ -29,7 +29,13 @@ SMALL: dict[str, Any] = dict(
     dtype="float32",
 )
 BETWEEN: dict[str, Any] = dict(interpass_norm=True, feedback_rank=2, pass_scale_init=0.5)
-NAMES = ["core.lanes.read", "core.lanes.mix", "core.lanes.write", "core.lanes.coda"]
+FORMS = ["scalar", "channel", "token"]
+
+
+def lane_names(form: str) -> list[str]:
+    """The parameters of lanes with LANE_WEIGHTS=form."""
+    parts = ["read", "mix", "write", "coda"] + ["proj"] * (form == "token")
+    return [f"core.lanes.{part}" for part in parts]
 
 
 def architecture(**values: Any) -> tg.Architecture:
@@ -73,13 +79,16 @@ def gradient(p: Tensor) -> Tensor:
     [{}, BETWEEN, dict(num_prelude=0, num_coda=0), dict(core_skips="looped", skip_gates=True)],
 )
 @pytest.mark.parametrize("passes", [1, 2, 3, 5])
-def test_it_starts_as_the_plain_loop(passes: int, options: dict[str, Any], dtype: str) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_it_starts_as_the_plain_loop(
+    form: str, passes: int, options: dict[str, Any], dtype: str
+) -> None:
     """To the last bit, whatever the other parameters are, in either type of the stream."""
-    a = architecture(dtype=dtype, eval_passes=5, **options)
-    plain = shaken_model(tg.replace(a, loop_lanes=1))
+    a = architecture(dtype=dtype, eval_passes=5, lane_weights=form, **options)
+    plain = shaken_model(tg.replace(a, loop_lanes=1, lane_weights="channel"))
     lanes = fresh_model(a)
     missing, unexpected = lanes.load_state_dict(plain.state_dict(), strict=False)
-    assert (sorted(missing), unexpected) == (sorted(NAMES), [])
+    assert (sorted(missing), unexpected) == (sorted(lane_names(form)), [])
     with torch.no_grad():
         expected = plain.hidden(tokens(), tg.Mode(passes))[0]
         assert lanes.hidden(tokens(), tg.Mode(passes))[0].equal(expected)
@@ -172,9 +181,20 @@ class Written:
             return [self.core_pass(lanes[0], x0, number)]
         p = min(number, self.a.num_loops - 1)
         read, mix, write = (self.w[f"core.lanes.{name}"][p] for name in ("read", "mix", "write"))
-        x = read[0] * lanes[0] + read[1] * lanes[1]
+        given = [torch.zeros(len(x0), 4, 1).double() for _ in lanes]  # for read, write, two lanes
+        if self.a.lane_weights == "token":
+            of_pass = self.w["core.lanes.proj"][4 * p : 4 * p + 4]
+            given = [
+                torch.tanh(norm(lane) @ of_pass.T / math.sqrt(self.a.model_dim))[:, :, None]
+                for lane in lanes
+            ]
+        x = sum((read[j] + given[j][:, 0]) * lanes[j] for j in (0, 1))
         change = self.core_pass(x, x0, number) - x
-        return [mix[i, 0] * lanes[0] + mix[i, 1] * lanes[1] + write[i] * change for i in (0, 1)]
+        return [
+            sum((mix[i, j] + given[j][:, 2 + i]) * lanes[j] for j in (0, 1))
+            + (write[i] + given[i][:, 1]) * change
+            for i in (0, 1)
+        ]
 
     def hidden(self, ids: Tensor, passes: int, truncated: bool = False) -> Tensor:
         """The last state, if `truncated` with a gradient around all passes but the last."""
@@ -204,9 +224,10 @@ class Written:
 
 @pytest.mark.parametrize("options", [{}, BETWEEN])
 @pytest.mark.parametrize("passes", [1, 2, 3, 4])
-def test_it_is_its_formula(passes: int, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_it_is_its_formula(form: str, passes: int, options: dict[str, Any]) -> None:
     """At fewer, as many and more passes than trained, alone and with the rest of the boundary."""
-    a = architecture(eval_passes=4, **options)
+    a = architecture(eval_passes=4, lane_weights=form, **options)
     model = shaken_model(a)
     written = Written(model, a)
     expected = torch.stack([written.hidden(row, passes) for row in tokens()])
@@ -215,12 +236,13 @@ def test_it_is_its_formula(passes: int, options: dict[str, Any]) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
 
 
-def test_gradients_reach_every_parameter() -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_reach_every_parameter(form: str) -> None:
     """From the first step on, every pass and lane of every weight; no lane shadows the other."""
-    model = fresh_model(architecture())
+    model = fresh_model(architecture(lane_weights=form))
     model(tokens(), tokens().roll(-1, 1), tg.Mode(3)).backward()
     lanes = lanes_of(model)
-    assert [f"core.lanes.{name}" for name, _ in lanes.named_parameters()] == NAMES
+    assert [f"core.lanes.{name}" for name, _ in lanes.named_parameters()] == lane_names(form)
     for name, p in lanes.named_parameters():
         assert p.dtype == torch.float32
         assert (gradient(p).abs().amax(-1) > 0).all(), name
@@ -256,15 +278,20 @@ def trainer_of(config: tg.Config) -> tg.Trainer:
     return tg.make_trainer(config, tg.World({}, device="cpu"))
 
 
-def test_one_pass_trains_the_lanes_and_nothing_else_of_the_boundary(env: dict[str, str]) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_one_pass_trains_the_lanes_and_nothing_else_of_the_boundary(
+    form: str, env: dict[str, str]
+) -> None:
     """With one pass lanes are written and read already, so their gradients go to all ranks."""
-    others = dict(PASS_SCALE_INIT="0.5", FEEDBACK_RANK="2", ADAM_WD="0.1", SCALAR_WD="0.1")
+    others = dict(
+        LANE_WEIGHTS=form, PASS_SCALE_INIT="0.5", FEEDBACK_RANK="2", ADAM_WD="0.1", SCALAR_WD="0.1"
+    )
     trainer = trainer_of(tg.Config.from_env(env | others))
     core = trainer.model.core
     before = {name: p.detach().clone() for name, p in core.named_parameters()}
     make_steps(trainer, 1)
     moved = {name for name, p in core.named_parameters() if not p.equal(before[name])}
-    assert moved == {"lanes.read", "lanes.mix", "lanes.write", "lanes.coda"}
+    assert moved == {name.removeprefix("core.") for name in lane_names(form)}
     shared = trainer.gradients.flat.untyped_storage().data_ptr()
     for p in lanes_of(trainer.model).parameters():
         assert gradient(p).untyped_storage().data_ptr() == shared
@@ -274,19 +301,20 @@ def test_one_pass_trains_the_lanes_and_nothing_else_of_the_boundary(env: dict[st
 
 
 def test_every_lane_weight_has_an_optimizer(env: dict[str, str]) -> None:
-    trainer = trainer_of(tg.Config.from_env(env))
+    trainer = trainer_of(tg.Config.from_env(env | dict(LANE_WEIGHTS="token")))
     groups = trainer.optimizers.adam.param_groups
     for p in lanes_of(trainer.model).parameters():
         (group,) = [g for g in groups if any(p is member for member in g["params"])]
         assert (group["lr"], group["weight_decay"]) == (0.04, 0.0)
 
 
-def test_an_artifact_carries_it(env: dict[str, str]) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_an_artifact_carries_it(form: str, env: dict[str, str]) -> None:
     """And the loss of the reloaded model depends on all that was stored."""
-    config = tg.Config.from_env(env)
+    config = tg.Config.from_env(env | dict(LANE_WEIGHTS=form))
     read = check_stored(shaken_model(config.architecture()), config, tokens())
     loss = score_of(read, tokens())
-    for name in NAMES:
+    for name in lane_names(form):
         stored = read.get_parameter(name)
         stored.data.mul_(1.5)
         assert score_of(read, tokens()) != loss, name
@@ -294,7 +322,7 @@ def test_an_artifact_carries_it(env: dict[str, str]) -> None:
 
 
 def test_an_artifact_from_before_is_read(env: dict[str, str]) -> None:
-    """Its header knows nothing of lanes, so it has none."""
+    """Its header knows nothing of lanes, so it has none; or not of what weighs them."""
     config = tg.Config.from_env(env | dict(LOOP_LANES="1"))
     model = shaken_model(config.architecture())
     data = tg.pack(model, config)
@@ -321,6 +349,7 @@ def test_health_and_help_name_what_is_there(env: dict[str, str]) -> None:
         (dict(LOOP_LANES="2", NUM_LOOPS="1"), "LOOP_LANES=2 cannot act here: NUM_LOOPS=1"),
         (dict(LOOP_LANES="3"), "LOOP_LANES=3 is out of range: 1 to 2"),
         (dict(LOOP_LANES="0"), "LOOP_LANES=0 is out of range: 1 to 2"),
+        (dict(LANE_WEIGHTS="token"), "LANE_WEIGHTS=token cannot act here: LOOP_LANES=1"),
     ],
 )
 def test_it_is_refused_where_it_cannot_act(values: dict[str, str], message: str) -> None:
