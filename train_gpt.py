@@ -217,6 +217,7 @@ class Architecture:
         high=4,
         needs="num_shared num_loops>1",
         neutral=1.0,
+        zero_acts=True,
     )
     feedback_rank: int = option(
         0,
@@ -269,7 +270,7 @@ class Architecture:
         needs="use_birkhoff_mix",
     )
     mix_once_a_pass: bool = option(
-        False, "Mix x0 into the core only where a pass begins.", needs="num_shared"
+        False, "Mix x0 into the core only where a pass begins.", needs="num_shared>1"
     )
     use_timestep_scale: bool = option(
         True, "Scale both branches of an effective layer by a learned gamma.", neutral=False
@@ -541,14 +542,15 @@ class Config(Architecture):
     jacobian_per_pass: bool = option(
         False,
         "Penalise the growth of each pass instead of all passes together.",
-        needs="jacobian_weight",
+        needs="jacobian_weight num_loops>1",
     )
     warmup_steps: int = option(
         20, "Steps of every training mode before the clock starts, undone afterwards."
     )
     warmdown_iters: int = option(
         1200,
-        "Steps (or their time) over which the learning rate falls at the end.",
+        "Steps (or their time) over which the learning rate falls at the end, where "
+        "WARMDOWN_FRACTION does not say it.",
         needs="!warmdown_fraction",
     )
     warmdown_fraction: float = option(
@@ -602,7 +604,9 @@ class Config(Architecture):
     )
     scalar_lr: float = option(0.04, "Adam's learning rate of scales, gains, tables, projections.")
     muon_wd: float = option(0.0, "Decoupled weight decay of matrices: W <- W (1 - lr wd).")
-    adam_wd: float = option(0.0, "Decoupled weight decay of embeddings and their projections.")
+    adam_wd: float = option(
+        0.0, "Decoupled weight decay of embeddings, and of projections (error feedback's, too)."
+    )
     scalar_wd: float = option(
         0.0, "Decoupled weight decay of scales, gains and tables, where they have a gradient."
     )
@@ -674,7 +678,9 @@ class Config(Architecture):
         needs="warmdown_iters|warmdown_fraction",
     )
     qat_core_only: bool = option(
-        False, "Round only the core's matrices in QAT.", needs="num_shared"
+        False,
+        "Round only the core's matrices in QAT.",
+        needs="num_shared qat_fraction|qat_lr_factor",
     )
     matrix_bits: int = option(
         8,
@@ -690,7 +696,12 @@ class Config(Architecture):
         high=8,
         needs="num_shared",
     )
-    embed_bits: int = option(8, "Bits of a stored embedding element.", low=2, high=8)
+    embed_bits: int = option(
+        8,
+        "Bits of a stored element of embeddings and projections (error feedback's, too).",
+        low=2,
+        high=8,
+    )
     quant_clip: Literal["percentile", "matrix", "row", "sdclip"] = option(
         "percentile",
         "Where rows saturate. percentile: at QUANT_CLIP_PERCENTILE of the row. matrix, row: those "
@@ -719,9 +730,14 @@ class Config(Architecture):
         "no other rule for.",
         low=50,
         high=100,
+        needs="!quant_clip=sdclip|bigram_vocab_size|ve_layers|feedback_rank|lane_weights=token",
     )
     quant_scale_floor: float = option(
-        0.0, "Smallest step of int8 rounding; PR 855 has 1/127 = 0.00787.", low=0, high=1
+        0.0,
+        "Smallest step of int8 rounding, and in proportion of fewer bits; PR 855 has 1/127 = "
+        "0.00787.",
+        low=0,
+        high=1,
     )
     gptq_batches: int = option(
         0,
@@ -807,17 +823,15 @@ class Config(Architecture):
         errors, _ = questionable_names(env)
         require(not errors, "; ".join(errors))
         explicit = explicit_options(env)
-        config = cls(**preset_values(explicit.get("preset", "")) | explicit)
+        preset = preset_values(explicit.get("preset", ""))
+        config = cls(**without_inert(preset, explicit) | explicit)
         for name, value in explicit.items():
             metadata = cls.__dataclass_fields__[name].metadata
             # What an artifact is scored with depends on the artifact (`read_artifact`).
             needs = [] if config.eval_only and name == "eval_passes" else metadata["needs"].split()
             unmet = [text for text in map(config.unmet_need, needs) if text]
-            off = ["", "none", metadata["neutral"]]
-            if not metadata["zero_acts"]:
-                off.append(0)
             require(
-                value in off or not unmet,
+                value in off_values(cls.__dataclass_fields__[name]) or not unmet,
                 f"{name.upper()}={show(value)} cannot act here: {', '.join(unmet)}",
             )
             require(
@@ -829,6 +843,13 @@ class Config(Architecture):
             unmet = [text for text in map(config.unmet_need, ("num_prelude", "num_coda")) if text]
             require(
                 not unmet, f"CORE_SKIPS={config.core_skips} cannot act here: {', '.join(unmet)}"
+            )
+        for name in ("core_skips", "skip_gates"):
+            asked = explicit.get(name) not in (None, "none", False)
+            require(
+                not asked or config.eval_only or skip_pairs(config.architecture(), 0),
+                f"{name.upper()}={show(explicit.get(name))} cannot act here: these layers are too "
+                "few for a skip between them",
             )
         return config
 
@@ -849,17 +870,20 @@ class Config(Architecture):
             not -1 < self.gptq_seconds < 0,
             f"GPTQ_SECONDS={self.gptq_seconds} is neither -1 nor a number of seconds",
         )
+        reserved = [f"GPTQ_SECONDS={self.gptq_seconds}"] * (self.gptq_batches > 0)
+        reserved += [f"REFIT_SECONDS={self.refit_seconds}"] * (self.refit_steps > 0)
         require(
             not cap or self.training_seconds,
-            f"GPTQ_SECONDS={self.gptq_seconds} and REFIT_SECONDS={self.refit_seconds} leave none "
-            f"of MAX_WALLCLOCK_SECONDS={cap}",
+            f"MAX_WALLCLOCK_SECONDS={cap} leaves nothing to train in after "
+            f"{' and '.join(reserved)}",
+        )
+        gamma = self.timestep_gamma_max
+        require(
+            not 0 < gamma < 1,
+            f"TIMESTEP_GAMMA_MAX={gamma} is below gamma's start, 1, so gamma would not be learned",
         )
 
     def check_rounding(self) -> None:
-        require(
-            self.qat or not self.qat_core_only,
-            "QAT_CORE_ONLY=1 needs QAT_FRACTION or QAT_LR_FACTOR",
-        )
         require(
             1 not in (self.matrix_bits, self.core_bits), "MATRIX_BITS and CORE_BITS are 0 or 2 to 8"
         )
@@ -874,8 +898,9 @@ class Config(Architecture):
         )
         late = {"MATRIX_BITS": not self.matrix_bits, "MATRIX_CLIP_SIGMAS": self.fits_by_clip}
         for name, chosen_late in late.items():
+            core_alone = name == "MATRIX_BITS" and self.qat_core_only and self.core_bits
             require(
-                not chosen_late or not self.qat,
+                not chosen_late or not self.qat or core_alone,
                 f"{name}=0, chosen after training, rules out QAT_FRACTION and QAT_LR_FACTOR",
             )
             require(
@@ -908,15 +933,21 @@ class Config(Architecture):
         finite = all(map(math.isfinite, starts))  # nothing is before or after nan
         one_unit = len({when < 1 for when in starts[1:]}) < 2
         require(
-            finite and ascending and one_unit and 1 <= min(counts) <= max(counts) <= n,
-            f"PASSES_SCHEDULE={self.passes_schedule} does not ascend from 0 with 1 to "
-            f"NUM_LOOPS={n} passes, as 0:1,0.6:{n} would",
+            finite and ascending and one_unit,
+            f"PASSES_SCHEDULE={self.passes_schedule} does not ascend from 0 in steps, or in "
+            "fractions of the run, as 0:1,0.6:3 would",
+        )
+        require(
+            min(counts) >= 1 and max(counts) <= n,
+            f"PASSES_SCHEDULE={self.passes_schedule} asks for {min(counts)} to {max(counts)} "
+            f"passes, which must be 1 to NUM_LOOPS={n}",
         )
         # With NUM_LOOPS=1 the option itself is refused, by its `needs`.
         require(
             not self.truncate_fraction or n == 1 or self.truncated_passes(),
             f"TRUNCATE_FRACTION={self.truncate_fraction} cannot act: PASSES_SCHEDULE="
-            f"{self.passes_schedule} has one pass until then",
+            f"{self.passes_schedule} has one pass until then, or until QAT_FRACTION="
+            f"{self.qat_fraction} of the run is left",
         )
 
     def schedule(self) -> list[tuple[float, int]]:
@@ -924,17 +955,22 @@ class Config(Architecture):
         text = self.passes_schedule
         if self.eval_only or not text:
             return [(0.0, self.num_loops)]
-        entries = [entry.partition(":") for entry in text.split(",")]
-        return [
-            (parse("PASSES_SCHEDULE", when, float), parse("PASSES_SCHEDULE", passes, int))
-            for when, _, passes in entries
-        ]
+        schedule = []
+        for entry in text.split(","):
+            when, colon, passes = entry.partition(":")
+            require(
+                colon, f"PASSES_SCHEDULE={text}: {entry!r} is no beginning and passes, as in 0.6:3"
+            )
+            name = "PASSES_SCHEDULE"
+            schedule.append((parse(name, when, float), parse(name, passes, int)))
+        return schedule
 
     def truncated_passes(self) -> list[int]:
         """The numbers of passes, above 1, that begin within TRUNCATE_FRACTION."""
         span = max(self.iterations, 1)
         starts = [(when if when < 1 else when / span, n) for when, n in self.schedule()]
-        return [n for start, n in starts if n > 1 and start < self.truncate_fraction]
+        end = min(self.truncate_fraction, 1 - self.qat_fraction)
+        return [n for start, n in starts if n > 1 and start < end]
 
     @property
     def training_seconds(self) -> float:
@@ -959,25 +995,61 @@ class Config(Architecture):
 
     def unmet_need(self, need: str) -> str:
         """What stands against one entry of `needs`, as in NUM_LOOPS=1; "" if nothing does."""
-        unmet = [self.unmet_condition(condition) for condition in need.split("|")]
-        return " and ".join(unmet) if all(unmet) else ""
-
-    def unmet_condition(self, need: str) -> str:
-        """The same of an entry that names one option."""
-        found = re.fullmatch(r"(!?)(\w+)([>=]?)(\w*)", need)
-        assert found, need
-        negated, name, sign, value = found.groups()
-        actual = getattr(self, name)
-        if sign == "=":
-            met = (actual == value) != bool(negated)
-        elif sign == ">":
-            met = actual > int(value)
-        else:
-            met = bool(actual) != bool(negated)
-        return "" if met else f"{name.upper()}={show(actual)}"
+        return unmet_need(vars(self), need)
 
     def architecture(self) -> Architecture:
         return Architecture(**{f.name: getattr(self, f.name) for f in fields(Architecture)})
+
+
+def unmet_need(values: Mapping[str, Any], need: str) -> str:
+    """What stands against one entry of `needs` with these options; "" if nothing does."""
+    unmet = [unmet_condition(values, condition) for condition in need.split("|")]
+    return " and ".join(unmet) if all(unmet) else ""
+
+
+def unmet_condition(values: Mapping[str, Any], need: str) -> str:
+    """The same of an entry that names one option."""
+    found = re.fullmatch(r"(!?)(\w+)([>=]?)(\w*)", need)
+    assert found, need
+    negated, name, sign, value = found.groups()
+    actual = values[name]
+    if sign == "=":
+        met = (actual == value) != bool(negated)
+    elif sign == ">":
+        met = actual > int(value)
+    else:
+        met = bool(actual) != bool(negated)
+    return "" if met else f"{name.upper()}={show(actual)}"
+
+
+def off_values(option: Field) -> list[Any]:
+    """The values of an option with which it does nothing."""
+    values = ["", "none", option.metadata["neutral"]]
+    return values if option.metadata["zero_acts"] else [*values, 0]
+
+
+def without_inert(preset: dict[str, Any], explicit: dict[str, Any]) -> dict[str, Any]:
+    """A preset's values, less the techniques that cannot act beside the `explicit` options.
+
+    PRESET=growing_live NUM_LOOPS=1 has no schedule of passes, and no scale for a second one.
+    """
+    options = Config.__dataclass_fields__
+    defaults = {name: option.default for name, option in options.items()}
+    techniques = {
+        name: f.metadata["needs"].split()
+        for name, f in options.items()
+        if f.default in off_values(f)
+    }
+    while True:
+        values = defaults | preset | explicit
+        inert = [
+            name
+            for name in techniques.keys() & preset.keys() - explicit.keys()
+            if any(unmet_need(values, need) for need in techniques[name])
+        ]
+        if not inert:
+            return preset
+        preset = {name: value for name, value in preset.items() if name not in inert}
 
 
 @functools.cache
@@ -1031,8 +1103,8 @@ class Layer(NamedTuple):
     mlp: int  # index of the stored MLP
     gain: int = NONE  # row of the unique norm gains
     core: bool = False  # part of the core, so its attention is used in every pass
-    opens: int = NONE  # number of the pass over the core that begins here, 0 to NUM_LOOPS - 1
-    closes: int = NONE  # number of the pass over the core that ends here
+    opens: int = NONE  # here begins a pass over the core with the parameters of this number
+    closes: int = NONE  # the same of a pass that ends here; passes beyond NUM_LOOPS repeat the last
     push: bool = False  # U-Net: its output is kept for a later layer
     skip: int = NONE  # U-Net: index of the weight of the kept output that is added to its input
     value: int = NONE  # row of the value embedding's scales
@@ -1047,30 +1119,29 @@ def make_plan(a: Architecture, passes: int = 0) -> tuple[Layer, ...]:
     A layer has the same row at any number of passes, and passes beyond NUM_LOOPS have the rows of
     the last one. Without a core, the prelude and coda are the two halves of a flat U-Net.
     """
-    prelude, core, coda = sections(a)
+    prelude, core, _ = sections(a)
     last = a.num_loops - 1
     pool = core_mlps(a)
     value_rows = {index: row for row, index in enumerate(a.listed("ve_layers"))}
     parallel = a.listed("parallel_layers")
 
-    def layer(index: int, row: int) -> Layer:
+    def layer(index: int, row: int, mlp: int) -> Layer:
         return Layer(
             row,
             attn=index,
-            mlp=index if index < prelude else index + pool - core,
+            mlp=mlp,
             value=value_rows.get(index, NONE),
             xsa=index >= a.stored_layers - a.xsa_last_n,
             parallel=index in parallel,
         )
 
-    layers = [layer(i, i) for i in range(prelude)]
+    layers = [layer(i, i, i) for i in range(prelude)]
     for number in range((passes or a.num_loops) if core else 0):
         visit = min(number, last)
         for i in range(prelude, prelude + core):
             row = i + core * visit
             layers.append(
-                layer(i, row)._replace(
-                    mlp=prelude + (row - prelude) % pool,
+                layer(i, row, prelude + (row - prelude) % pool)._replace(
                     gain=row - prelude if a.use_unique_norms else NONE,
                     core=True,
                     opens=visit if i == prelude else NONE,
@@ -1078,7 +1149,8 @@ def make_plan(a: Architecture, passes: int = 0) -> tuple[Layer, ...]:
                     mix=i == prelude or not a.mix_once_a_pass,
                 )
             )
-    layers += [layer(i, i + core * last) for i in range(prelude + core, a.stored_layers)]
+    coda = range(prelude + core, a.stored_layers)
+    layers += [layer(i, i + core * last, i + pool - core) for i in coda]
     for source, target, row in skip_pairs(a, passes):
         layers[source] = layers[source]._replace(push=True)
         layers[target] = layers[target]._replace(skip=row)
@@ -1926,7 +1998,7 @@ class GPT(nn.Module):
         x0, values = self.embed(ids)
         x = x0.clone()  # a compiled block with one tensor as x and x0 would be another graph
         kept: list[Tensor] = []  # for U-Net skips
-        entries: list[PassEntry] = []  # of passes over the core
+        starts: list[Tensor] = []  # of passes over the core
         ends: list[Tensor] = []
         lanes: Sequence[Tensor] = ()  # between passes, with LOOP_LANES=2
         begun, outside = x0, 0  # the state before the first pass; the outputs kept until then
@@ -1942,8 +2014,9 @@ class GPT(nn.Module):
                 x, *lanes = around_passes([x, *lanes], begun)
                 kept[outside:] = around_passes(kept[outside:], begun)
             if layer.opens != NONE:
-                entries.append(self.core.enter(x, lanes, layer.opens))
-                x = entries[-1].x
+                entry = self.core.enter(x, lanes, layer.opens)
+                x = entry.x
+                starts.append(x)
             stored = LayerModules(self.mix[layer.attn], self.attn[layer.attn], self.mlp[layer.mlp])
             context = Context(
                 rounding=mode.core if layer.core else mode.outside,
@@ -1956,11 +2029,11 @@ class GPT(nn.Module):
             )
             x = ops.block(stored, x, x0, cond, context)
             if layer.closes != NONE:
-                x, lanes = self.core.leave(entries[-1], x, layer.closes)
+                x, lanes = self.core.leave(entry, x, layer.closes)
                 ends.append(x)
             if layer.push:
                 kept.append(x)
-        return rms_norm(x), self.penalty(mode, [entry.x for entry in entries], ends)
+        return rms_norm(x), self.penalty(mode, starts, ends)
 
     def with_skip(self, x: Tensor, kept: Tensor, row: int) -> Tensor:
         """x with an earlier layer's output, added or mixed in, by the weights of `row`."""
@@ -1971,14 +2044,17 @@ class GPT(nn.Module):
 
     def idle(self, mode: Mode) -> list[nn.Parameter]:
         """Parameters that have no gradient in this mode, and in others do."""
-        plan = [*self.plans[mode.passes]]
-        if mode.truncated:  # the gradient goes around the passes before the last one
-            last = next(i for i, layer in enumerate(plan) if layer.opens == mode.passes - 1)
-            plan[last] = plan[last]._replace(skip=NONE)  # is added before that begins
-            plan = [layer for layer in plan[:last] if not layer.core] + plan[last:]
-        used = {layer.mlp for layer in plan}
+        acting = taking = self.plans[mode.passes]
+        if mode.truncated:  # the gradient goes around all from one pass's begin to another's
+            first, last = (
+                next(i for i, layer in enumerate(acting) if layer.opens == number)
+                for number in (0, mode.passes - 1)
+            )
+            acting = acting[:first] + acting[last:]
+            taking = taking[: first + 1] + taking[last + 1 :]  # skips are added before a pass
+        used = {layer.mlp for layer in acting}
         mlps = [p for i, mlp in enumerate(self.mlp) if i not in used for p in mlp.parameters()]
-        taken = {layer.skip for layer in plan}
+        taken = {layer.skip for layer in taking}
         rows = [row for row in range(len(self.skip)) if row not in taken]
         skips = [self.skip[row] for row in rows]
         gates = [self.skip_gate[row] for row in rows if self.gated_skips]
@@ -2129,7 +2205,7 @@ def fused_mlp() -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
 # ---- 4. Optimizers -----------------------------------------------------------------------------
 
 
-ALIKE = ((3.4445, -4.7750, 2.0315),)  # kellerjordan.github.io/posts/muon
+KELLER_JORDAN = ((3.4445, -4.7750, 2.0315),)  # kellerjordan.github.io/posts/muon
 # arXiv 2505.16932, as PR 1344 rounds them.
 POLAR_EXPRESS = (
     (8.156554, -22.483293, 15.878770),
@@ -2146,7 +2222,7 @@ def newton_schulz(x: Tensor, steps: int, polar: bool = False) -> Tensor:
     Five iterations bring them to 0.7 to 1.2, or with `polar` nearer. The last coefficients are
     those of all further iterations.
     """
-    coefficients = POLAR_EXPRESS if polar else ALIKE
+    coefficients = POLAR_EXPRESS if polar else KELLER_JORDAN
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for i in range(steps):
         a, b, c = coefficients[min(i, len(coefficients) - 1)]
@@ -2530,6 +2606,8 @@ def pack_by_clip(model: GPT, config: Config, hessians: Mapping[str, Tensor], log
         sigmas = round(clip_of_size(model, config, aim, (low, high)), 4)
         if sigmas in tried:  # an end of the interval: the weights are nothing like normal
             sigmas = round(math.sqrt(low * high), 4)
+        if sigmas in tried:  # the ends are neighbours
+            break
         tried.add(sigmas)
         chosen = replace(config, matrix_clip_sigmas=sigmas)
         data = pack(model, chosen, hessians)
@@ -2721,6 +2799,11 @@ class Scorer:
             f"TTT_CHUNK_TOKENS={chunk} is no multiple of TRAIN_SEQ_LEN={T} or above "
             f"MICRO_BATCH_TOKENS={config.micro_batch_tokens} for each rank",
         )
+        require(
+            not config.ttt_lr or chunk < self.targets,
+            f"TTT_LR={config.ttt_lr} cannot act here: TTT_CHUNK_TOKENS={chunk} is the whole "
+            f"validation set of {self.targets} targets, and nothing is scored after it",
+        )
         most = min(config.val_batch_size // world.size, config.micro_batch_tokens) // T
         needed = math.ceil(math.ceil(self.targets / T) / world.size)
         self.batch = min(max(most, 1), needed)
@@ -2793,7 +2876,7 @@ def rms(x: Tensor) -> float:
 @torch.no_grad()
 def recurrence_health(model: GPT, ids: Tensor, mode: Mode) -> list[dict[str, float]]:
     """Per effective layer: mix weights, RMS of scales and shifts, alpha, growth of the stream."""
-    sizes = [1.0]  # RMS of the stream before the first layer and after each; x0 is normalised
+    sizes = [rms(model.embed(ids)[0])]  # of the stream before the first layer and after each
 
     def measure(_: nn.Module, inputs: Any, out: Tensor) -> None:
         sizes.append(rms(out))
@@ -3276,6 +3359,7 @@ class Clock:
         self.step, self.seconds = past.step, past.seconds  # of the last reading
         self.per_step, self.due = past.per_step, past.due  # when the next reading is due
         self.most = past.most  # seconds that `furthest` has said
+        self.stall = 0.0  # seconds since the last reading that were no step's
         self.world, self.cap = world, cap or math.inf
         self.signal = ""
         self.start()
@@ -3287,16 +3371,16 @@ class Clock:
         """Seconds spent on `step` steps; ranks meet for a reading that is due, or `now`."""
         if (now or step >= self.due) and step > self.step:
             self.world.synchronize()
-            mine = (time.perf_counter() - self.started, self.world.signal)
+            mine = (time.perf_counter() - self.started, self.stall, self.world.signal)
             seen = self.world.gather(lambda: mine)
-            seconds = seen[0][0]
-            self.per_step = max(seconds - self.seconds, 1e-9) / (step - self.step)
-            self.step, self.seconds = step, seconds
+            seconds, stall, _ = seen[0]
+            self.per_step = max(seconds - stall - self.seconds, 1e-9) / (step - self.step)
+            self.step, self.seconds, self.stall = step, seconds, 0.0
             # The next reading comes in half of what is left, or after 5 s or 50 steps: a device
             # whose queue it empties waits until the next step is fetched and launched.
             ahead = min(self.cap - seconds, 10.0) / 2 / self.per_step
             self.due = step + int(min(max(ahead, 1), 50))
-            signals = max(name for _, name in seen)
+            signals = max(name for *_, name in seen)
             if signals:
                 self.signal = self.world.signal = signals
         return self.estimate(step)
@@ -3309,6 +3393,13 @@ class Clock:
         """The estimate, or an earlier one that was more: no reading puts a mode back that began."""
         self.most = max(self.most, self.estimate(step))
         return self.most
+
+    @contextlib.contextmanager
+    def stalled(self, step: int) -> Iterator[None]:
+        """Time after `step` steps that counts and that no estimate knows of: a reading is due."""
+        self.due, began = step, time.perf_counter()
+        yield
+        self.stall += time.perf_counter() - began
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -3518,7 +3609,10 @@ class Trainer:
                 raise Ended(EXIT_STOPPED, f"step {self.step}: stopped by {clock.signal}")
             if checkpoints.due(self.step) and self.step < config.iterations:
                 # Others wait in the next step meanwhile, after a signal for 2 * HURRY at most.
-                checkpoints.save(self, patience=min(config.rank_timeout_seconds / 4, HURRY))
+                # Against a cap no time is spent on a slow disk: the next save is soon.
+                patience = min(config.rank_timeout_seconds / 4, HURRY)
+                with clock.stalled(self.step):
+                    checkpoints.save(self, 0.0 if config.max_wallclock_seconds else patience)
 
     def next_step(self, reporter: Reporter) -> None:
         step, seconds = self.step, self.clock.estimate(self.step)
@@ -3596,7 +3690,9 @@ class Compiler:
         if self.config.fused_mlp:
             tag += mlp_kernel().src
         torch.compiler.config.cache_key_tag = tag
-        torch._dynamo.config.recompile_limit = 8 + 2 * self.modes  # beyond it torch ends the run
+        # Every kind of layer, mode and shape of a batch has a graph; beyond the limit torch ends
+        # the run, so it is out of reach.
+        torch._dynamo.config.recompile_limit = 1024
         return torch.compile(function, dynamic=False, fullgraph=True)
 
     def forward(self, model: GPT) -> Callable[..., Tensor]:
@@ -3861,7 +3957,11 @@ class Checkpoints:
             )
         if not self.world.is_main:
             return
-        values = self.copier.start(trainer.state())
+        try:
+            values = self.copier.start(trainer.state())
+        except Exception as error:  # no memory for it, say; as in `write`
+            self.log(f"warning: no checkpoint of step {step}: {error}")
+            return
         header = dict(
             config=asdict(self.config),
             tokens=self.tokens,
@@ -3878,8 +3978,6 @@ class Checkpoints:
             for old in sorted(self.log.folder.glob("step_*.ckpt"))[:-2]:
                 old.unlink()
         except Exception as error:  # whatever it is, the run is worth more than its checkpoint
-            # The artifact may need the room.
-            path.with_name(path.name + ".tmp").unlink(missing_ok=True)
             self.log(f"warning: no checkpoint of step {step}: {error}")
 
     @contextlib.contextmanager
@@ -3914,8 +4012,7 @@ class Checkpoints:
         self.save(trainer)
         wait(self.pending)
         if any(self.log.folder.glob("step_*.ckpt")):
-            command = command_to_resume(self.config, self.world, self.log.folder)
-            self.log(f"to resume: {command}")
+            self.log(f"to resume: {command_to_resume(self.world, self.log.folder)}")
 
 
 class OtherRun(InputError):
@@ -4025,6 +4122,10 @@ def restore(trainer: Trainer, checkpoint: Checkpoint | None, log: Log) -> None:
 KNOWN = (InputError, OSError)  # told in one line, others with their traceback
 
 
+class RankFailed(InputError):
+    """What went wrong on a rank, and is no mistake of the user's: a traceback."""
+
+
 class Ended(BaseException):
     """An end of a run before its own. No Exception: what forgives those must not forgive this."""
 
@@ -4112,7 +4213,12 @@ class World:
         self.slow_group: Any = None  # of gloo, for what may take long
         self.device = torch.device("cpu")
         if self.on_cuda:
-            self.device = torch.device(f"cuda:{env.get('LOCAL_RANK', 0)}")
+            local, gpus = env.get("LOCAL_RANK", "0"), torch.cuda.device_count()
+            require(
+                int(local) < gpus,
+                f"LOCAL_RANK={local}, but this node has {gpus} GPUs: start one process for each",
+            )
+            self.device = torch.device(f"cuda:{local}")
             torch.cuda.set_device(self.device)
         else:
             keep_freed_memory()
@@ -4213,13 +4319,16 @@ class World:
         return x
 
     def gather(self, job: Callable[[], Any]) -> list[Any]:
-        """What `job` returns on every rank, on all; InputError if it raises anything on one."""
+        """What `job` returns on every rank, on all; InputError if it raises anything on one.
+
+        That is RankFailed if it is nothing that a user can mend.
+        """
         try:
             mine = job()
         except KNOWN as error:
             mine = InputError(str(error))
         except Exception:
-            mine = InputError(traceback.format_exc())
+            mine = RankFailed(traceback.format_exc())
         seen = [mine] * self.size
         gather = functools.partial(dist.all_gather_object, seen, mine, group=self.slow_group)
         self.collective(gather)  # by gloo: it needs no device
@@ -4239,7 +4348,7 @@ class World:
         seen = set(self.gather(do))
         require(
             len(seen) == 1,
-            f"ranks differ in their variables or data: {' / '.join(sorted(seen))}",
+            f"ranks differ in their variables, data, script or PyTorch: {' / '.join(sorted(seen))}",
         )
         return mine[0]
 
@@ -4288,6 +4397,7 @@ class Watchdog:
         self.known = self.beats  # in the last round
         self.begun: tuple[int, bool] | None = None  # collectives, and whether it trained, likewise
         self.stuck = 0  # rounds since a collective began, or since a signal
+        self.longest = 0  # of these between two collectives of training
         self.asked = 0  # rounds since a signal came; 0: none has
         # C writes a signal's number there at once; its Python handler waits for the main thread.
         self.signals, writer = socket.socketpair()
@@ -4348,6 +4458,8 @@ class Watchdog:
         # Of a wait before training nothing counts in it: the first step has all its time. After a
         # signal nothing counts of what was before: work of one rank's own begins no collective.
         now = (self.world.collectives, self.world.training)
+        if now != self.begun and self.world.training and not self.asked:
+            self.longest = max(self.longest, self.stuck)
         self.stuck = self.stuck + 1 if now == self.begun else 0
         self.asked = self.asked + 1 if self.asked else 0
         self.known, self.begun = beats, now
@@ -4362,7 +4474,9 @@ class Watchdog:
         patience = HURRY if self.asked else self.timeout
         if max(self.quiet) > patience:
             return self.missing(patience)
-        hurried = self.asked > 0 and self.stuck > 2 * HURRY
+        # A step of some seconds is no collective that hangs, so it has the time of two.
+        hurry = min(max(2 * HURRY, 2 * self.longest), self.timeout)
+        hurried = self.asked > 0 and self.stuck > hurry
         if hurried or (self.world.training and self.stuck > self.timeout):
             return self.missing(patience) or "no rank is lost, but a collective does not end"
         return ""
@@ -4440,6 +4554,8 @@ def say(stream: TextIO | None, text: str, end: str = "\n") -> None:
     if stream is None:
         return
     try:
+        encoding = stream.encoding or "utf-8"
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
         print(text, end=end, file=stream, flush=True)
     except (OSError, ValueError):
         # What is left in its buffer would fail again when Python exits.
@@ -4547,11 +4663,17 @@ class Log:
 def write_atomically(path: Path, *pieces: bytes | memoryview) -> None:
     """Writes a file that has its name only once it is whole on the disk."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        for piece in pieces:
-            file.write(piece)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "wb") as file:
+            for piece in pieces:
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+    except Exception as error:
+        temporary.unlink(missing_ok=True)  # others may need the room
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a write does not say of what
+        raise
     os.replace(temporary, path)
 
 
@@ -5226,6 +5348,8 @@ def lock_folder(folder: Path) -> TextIO:
         file.seek(0)
         holder = file.read().strip()
         raise InputError(f"{folder} is in use by a run that is alive: process {holder}") from None
+    except OSError as error:  # Lustre and NFS may have none
+        say(sys.stderr, f"warning: {folder} cannot be locked ({error}): let no other run use it")
     file.truncate(0)
     file.write(f"{os.getpid()} on {platform.node()}\n")
     file.flush()
@@ -5241,13 +5365,22 @@ def open_log(config: Config, world: World) -> Log:
     def make() -> bool:
         known = folder.exists()
         finished = (folder / "result.json").exists()
-        saved = f", with RESUME={folder} to go on from it" if any(folder.glob("*.ckpt")) else ""
+        checkpoints = any(folder.glob("*.ckpt"))
+        saved = f", with RESUME={folder} to go on from it" if checkpoints else ""
+        resume = ", or RESUME=auto"
+        if config.eval_only:
+            saved = resume = ""
         require(not finished, f"{folder} holds a finished run: choose another RUN_ID{saved}")
         if (folder / "run.lock").exists():
             lock_folder(folder).close()  # says so if another run is alive there
         require(
             not known or config.resume == "auto",
-            f"{folder} exists and would be overwritten: choose another RUN_ID, or RESUME=auto",
+            f"{folder} exists and would be overwritten: choose another RUN_ID{resume}",
+        )
+        require(
+            checkpoints or not (folder / ARTIFACT).exists(),
+            f"{folder} has the artifact of a training that is complete, but neither its score nor "
+            f"a checkpoint: EVAL_ONLY={folder} scores it, another RUN_ID trains again",
         )
         folder.mkdir(parents=True, exist_ok=known)
         world.lock = lock_folder(folder)
@@ -5282,14 +5415,26 @@ def settings(config: Config) -> str:
     return " ".join(texts) or "nothing beside the preset"
 
 
-def command_to_resume(config: Config, world: World, folder: Path) -> str:
-    """The command that resumes a run, with the variables of this one.
+def command_to_resume(world: World, folder: Path) -> str:
+    """The command that resumes a run, with the variables of this one."""
+    options = [f.name.upper() for f in fields(Config)] + ["USE_DEPTH_EMBED"]
+    ours = {name: os.environ[name] for name in options if name in os.environ}
+    return command(ours | dict(RUN_ID=folder.name, RESUME="auto"), world)
+
+
+def command_to_score(config: Config, world: World, folder: Path) -> str:
+    """The command that scores a run's artifact, with the variables of this one that do so."""
+    names = [name.upper() for name in EVAL_OPTIONS - {"preset", "run_id", "log_dir"}]
+    ours = {name: os.environ[name] for name in sorted(names) if name in os.environ}
+    data = dict(DATA_PATH=config.data_path, TOKENIZER_PATH=config.tokenizer_path)
+    return command(ours | data | dict(EVAL_ONLY=str(folder)), world)
+
+
+def command(ours: Mapping[str, str], world: World) -> str:
+    """The command that starts this script with the variables `ours`.
 
     Ranks on several nodes, or of a launcher other than torchrun, are told the variables alone.
     """
-    options = [f.name.upper() for f in fields(Config)] + ["USE_DEPTH_EMBED"]
-    ours = {name: os.environ[name] for name in options if name in os.environ}
-    ours |= dict(RUN_ID=folder.name, RESUME="auto")
     variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in ours.items())
     if world.size > 1 and os.environ.get("GROUP_WORLD_SIZE") != "1":  # torchrun's number of nodes
         return f"start all {world.size} ranks, on every node, as before, with {variables}"
@@ -5422,6 +5567,8 @@ def make_trainer(config: Config, world: World) -> Trainer:
     torch.manual_seed(config.seed)
     orthogonal = config.matrix_init == "orthogonal"
     model = GPT(config.architecture(), config.tied_embed_init_std, orthogonal)
+    parameters, most = sum(p.numel() for p in model.parameters()), ARTIFACT_LIMIT // 2
+    require(parameters <= most, f"{parameters:,} parameters: an artifact holds {most:,} at most")
     return Trainer(config, world, model.to(world.device), data)
 
 
@@ -5514,12 +5661,15 @@ def log_setup(trainer: Trainer, log: Log) -> None:
     batches = trainer.batches
     parameters = sum(p.numel() for p in trainer.params)
     log(f"model_params:{parameters} effective_layers:{len(model.plans[config.num_loops])}")
+    kernel = attention_kernel(config, world)
     log(
         f"world_size:{world.size} grad_accum_steps:{batches.accumulation} "
-        f"compile:{trainer.compiler.level} attention:{attention_kernel(config, world)}"
+        f"compile:{trainer.compiler.level} attention:{kernel}"
     )
     if world.on_cuda:
         log(f"gpu:{gpu_state(world)}")
+        if kernel == "math" and config.attn_backend != "math":
+            log("warning: no fused attention takes these shapes: steps are many times slower")
     elif config.model_dim * config.train_batch_tokens >= 1 << 27:
         log("warning: a step of this size takes minutes on a CPU, and gigabytes; try PRESET=tiny")
     elif config.dtype == "bfloat16" and not multiplies_bfloat16():
@@ -5555,27 +5705,47 @@ class Validation:
 
 def calibrate(trainer: Trainer, log: Log) -> tuple[dict[str, Tensor], float]:
     """GPTQ's Hessians, summed over ranks, on training data that comes next; the seconds it took."""
-    count = trainer.config.gptq_batches
-    if not count:
+    config = trainer.config
+    if not config.gptq_batches:
         return {}, 0.0
     trainer.world.enter("calibration of GPTQ")
-    hessians, seconds = sum_moments(trainer, count)
-    log(f"gptq_calibration batches:{count} time:{1e3 * seconds:.0f}ms")
+    limit = config.gptq_seconds if config.max_wallclock_seconds else math.inf
+    hessians, used, seconds = sum_moments(trainer, config.gptq_batches, limit)
+    log(f"gptq_calibration batches:{used} time:{1e3 * seconds:.0f}ms")
+    if used < config.gptq_batches:
+        log(
+            f"warning: calibration ended with its time, {limit:.1f} s, after {used} of "
+            f"GPTQ_BATCHES={config.gptq_batches}"
+        )
     return hessians, seconds
 
 
-def sum_moments(trainer: Trainer, count: int) -> tuple[dict[str, Tensor], float]:
-    """GPTQ's Hessians of so many micro-batches a rank; the seconds it took."""
-    world = trainer.world
+def sum_moments(
+    trainer: Trainer, count: int, limit: float = math.inf
+) -> tuple[dict[str, Tensor], int, float]:
+    """GPTQ's Hessians of `count` micro-batches a rank, or of those that end within `limit` seconds.
+
+    Then how many these are, at least one, and the seconds it took.
+    """
+    world, used = trainer.world, 0
     began = time.perf_counter()
-    unseen = itertools.chain.from_iterable(
-        map(trainer.batches.micro, itertools.count(trainer.step))
-    )
-    batches = itertools.islice(unseen, count)
-    moments = input_moments(trainer.model, batches, trainer.config.gptq_embed)
+
+    def on_time() -> bool:
+        world.synchronize()
+        return (time.perf_counter() - began) * (used + 1) / used < limit
+
+    def unseen() -> Iterator[tuple[Tensor, Tensor]]:
+        nonlocal used
+        steps = map(trainer.batches.micro, itertools.count(trainer.step))
+        batches = itertools.chain.from_iterable(steps)
+        while used < count and (not used or world.on_main(on_time)):
+            used += 1
+            yield next(batches)
+
+    moments = input_moments(trainer.model, unseen(), trainer.config.gptq_embed)
     hessians = {name: world.all_reduce(moment) for name, moment in moments.items()}
     world.synchronize()
-    return hessians, world.on_main(lambda: time.perf_counter() - began)
+    return hessians, used, world.on_main(lambda: time.perf_counter() - began)
 
 
 RESERVE_TRIAL = 4  # micro-batches a rank
@@ -5592,9 +5762,9 @@ def measure_reserve(trainer: Trainer, log: Log) -> float:
         return 0.0
     if config.gptq_seconds < 0:
         trainer.world.enter("trial of GPTQ's calibration")
-        sums, _ = sum_moments(trainer, 1)  # the first one loads and tunes kernels
+        sums, *_ = sum_moments(trainer, 1)  # the first one loads and tunes kernels
         count = min(config.gptq_batches, RESERVE_TRIAL)
-        _, seconds = sum_moments(trainer, count)
+        *_, seconds = sum_moments(trainer, count)
         seconds *= config.gptq_batches / count
         if config.refit_steps:
             time_to_round(trainer, dict(itertools.islice(sums.items(), 1)))  # likewise
@@ -5614,8 +5784,11 @@ def time_to_round(trainer: Trainer, hessians: Mapping[str, Tensor]) -> float:
     return trainer.world.on_main(lambda: time.perf_counter() - began)
 
 
-def in_thread(work: Callable[[], Any]) -> Any:
-    """What `work` returns, while this thread can be interrupted.
+LEFT = "may be left to itself"  # the name of a thread that an end of the process cuts off
+
+
+def in_thread(work: Callable[[], Any], seconds: float | None = None) -> Any:
+    """What `work` returns, while this thread can be interrupted; TimeoutError after `seconds`.
 
     A signal's handler waits until a codec returns, with brotli for half a minute, and its sender
     does not. The thread is left to itself then; it holds up no exit.
@@ -5628,8 +5801,8 @@ def in_thread(work: Callable[[], Any]) -> Any:
         except Exception as error:
             done.set_exception(error)
 
-    threading.Thread(target=run, daemon=True).start()
-    return done.result()
+    threading.Thread(target=run, daemon=True, name=LEFT).start()
+    return done.result(seconds)
 
 
 @contextlib.contextmanager
@@ -5801,6 +5974,18 @@ def train_and_export(
         return trainer, log, result | dict(gptq_reserve_seconds=reserved)
 
 
+@contextlib.contextmanager
+def told(config: Config, world: World, log: Log) -> Iterator[None]:
+    """Says in the log why scoring ended early, and how to score the artifact once more."""
+    try:
+        yield
+    except (Exception, Ended) as end:
+        log.to_file(f"ended: {str(end) or type(end).__name__}")
+        if not config.eval_only:
+            log(f"to score it: {command_to_score(config, world, log.folder)}")
+        raise
+
+
 def run(config: Config, world: World) -> int:
     """One run as configured. The exit code."""
     try:
@@ -5821,15 +6006,19 @@ def do_run(config: Config, world: World) -> int:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(config.deterministic)
     same = replace(config, data_path="", tokenizer_path="", log_dir="")  # paths may differ by node
-    scorer = world.on_all(lambda: Scorer(config, world), lambda scorer: (same, scorer.tokens.total))
+    scorer = world.on_all(
+        lambda: Scorer(config, world),
+        lambda scorer: (same, scorer.tokens.total, source_hash(), torch.__version__),
+    )
     if artifact:
         log, compiler = open_log(config, world), Compiler(config, world)
     else:
         trainer, log, result = train_and_export(config, world, scorer)
         compiler = trainer.compiler
         artifact = read_artifact(log.folder / ARTIFACT, config, world)
-    world.enter("scoring of the artifact")
-    result |= round_trip(scorer, artifact, compiler, log)
+    with told(artifact.config, world, log):
+        world.enter("scoring of the artifact")
+        result |= round_trip(scorer, artifact, compiler, log)
     used = versions(world, artifact.config.codec)
     result |= dict(config=asdict(artifact.config), versions=used, world_size=world.size)
     result["not_a_submission"] = log.objections
@@ -5838,7 +6027,8 @@ def do_run(config: Config, world: World) -> int:
     scores = [name for name in ("roundtrip", "sliding", "ttt") if name in result]
     final = {f"final_{name}": result[name]["val_bpb"] for name in scores}
     log.tracked(lambda tracker: tracker.send(dict(step=result.get("steps", 0), **final)))
-    world.on_main(lambda: log.tracked(lambda tracker: tracker.finish()))
+    # All ranks wait for it, and it perhaps for a network that is gone.
+    world.on_main(lambda: log.tracked(lambda tracker: in_thread(tracker.finish, 60)))
     log(f"finished:{log.folder}")
     return 0 if result["fits"] else EXIT_SIZE
 
@@ -5866,7 +6056,9 @@ def main(arguments: Iterable[str] = ()) -> int:
     except (Ended, SystemError, *KNOWN) as error:
         # SystemError is what C code may make of a signal that comes amid it.
         cause = error.__cause__ if isinstance(error, SystemError) else error
-        code = cause.code if isinstance(cause, Ended) else EXIT_INPUT
+        code = 1 if isinstance(cause, RankFailed) else EXIT_INPUT
+        if isinstance(cause, Ended):
+            code = cause.code
         failed = str(cause or error)
         say(sys.stderr, f"[rank {os.environ.get('RANK', 0)}] {failed}")
     except Exception as error:
@@ -5874,10 +6066,11 @@ def main(arguments: Iterable[str] = ()) -> int:
         first_line = str(error).partition("\n")[0]
         failed = f"{type(error).__name__}: {first_line}"
         say(sys.stderr, traceback.format_exc())
-    if dist.is_initialized():
+    if dist.is_initialized() or any(thread.name == LEFT for thread in threading.enumerate()):
         if world and world.watchdog:
             world.watchdog.leave(failed)
-        # No teardown: it waits for ranks that failed, and gloo's can abort a run that went well.
+        # No teardown: it waits for ranks that failed, and gloo's can abort a run that went well, as
+        # can Python's while a thread is inside of PyTorch.
         os._exit(code)
     return code
 

@@ -1,5 +1,6 @@
 """What a user gets to see: one line that names the culprit, an exit code, nothing left behind."""
 
+import io
 import json
 import re
 import struct
@@ -226,6 +227,29 @@ def test_bad_variables(
 ) -> None:
     check_refused(run(**corpus | env), *names)
     assert tree(tmp_path) == {}
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tg, "choose_cuda", lambda *_: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(tg.InputError, match="LOCAL_RANK=4, but this node has 4 GPUs"):
+        tg.World(dict(LOCAL_RANK="4"))
+
+
+def test_a_model_that_no_artifact_holds_is_refused_before_it_is_trained(
+    run: Run, corpus: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tg, "ARTIFACT_LIMIT", 1000)
+    check_refused(run(**corpus), "parameters: an artifact holds 500 at most")
+
+
+def test_what_a_terminal_cannot_spell_is_printed_all_the_same() -> None:
+    """The rest of the run has its lines, too."""
+    written = io.BytesIO()
+    terminal = io.TextIOWrapper(written, encoding="ascii")
+    for text in ("logs/caf\u00e9", "the score"):
+        tg.say(terminal, text)
+    assert written.getvalue() == b"logs/caf\\xe9\nthe score\n"
 
 
 def test_existing_run_is_left_alone(run: Run, corpus: dict[str, Any], tmp_path: Path) -> None:

@@ -164,6 +164,24 @@ def test_a_whole_model_is_a_graph_for_each_mode(monkeypatch: pytest.MonkeyPatch)
     assert made_by(config, counter) == 2
 
 
+def test_kinds_of_layers_may_be_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph each, with a gradient and without: more than torch compiles unless it is told to."""
+    counter = counting(monkeypatch)
+    values = dict(num_layers=8, ve_layers="0-3", parallel_layers="0,1,4,5", xsa_last_n=3)
+    values |= dict(use_unique_norms=False, compile="block")
+    config = small_config({}, **tg.layers(0, 0, 1, 0) | values | dict(num_shared=0))
+    model = noisy_model(config.architecture(), 0.05)
+    compiled = tg.Compiler(config, one_rank()).forward(model)
+    pair = documents(0), documents(1)
+    for length in (8, 12):
+        ids, targets = (part[:, :length] for part in pair)
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                loss = compiled(ids, targets, tg.Mode(1))
+            assert loss.item() == pytest.approx(model(ids, targets, tg.Mode(1)).item(), abs=1e-5)
+    assert counter.frame_count > 20
+
+
 def test_rates_and_momentum_make_no_new_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     counter = counting(monkeypatch)
     params = [tg.parameter("matrix", torch.randn(shape)) for shape in ((8, 8), (8, 16), (16, 8))]

@@ -417,6 +417,16 @@ def test_one_condition_of_two_is_enough() -> None:
         (dict(NUM_SHARED=0, PASSES_SCHEDULE="0:1,0.5:3"), "NUM_SHARED=0"),
         (dict(PRESET="frontier", TRUNCATE_FRACTION=0.3), "PASSES_SCHEDULE=0:1,0.35:3"),
         (dict(AVERAGE="swa", WARMDOWN_ITERS=0), "WARMDOWN_ITERS=0"),
+        (dict(PASS_SCALE_INIT=0, NUM_LOOPS=1), "NUM_LOOPS=1"),  # not off, which is 1
+        (dict(TIMESTEP_GAMMA_MAX=0.5), "below gamma's start, 1"),
+        (dict(JACOBIAN_PER_PASS=1, JACOBIAN_WEIGHT=0.1, NUM_LOOPS=1), "NUM_LOOPS=1"),
+        (dict(TRUNCATE_FRACTION=0.5, QAT_FRACTION=1), "QAT_FRACTION=1.0"),
+        (dict(QUANT_CLIP="sdclip", QUANT_CLIP_PERCENTILE=90), "QUANT_CLIP=sdclip"),
+        (dict(SKIP_GATES=1, NUM_SHARED=0, NUM_LAYERS=1), "too few for a skip"),
+        (
+            dict(CORE_SKIPS="looped", NUM_PRELUDE=0, NUM_SHARED=1, NUM_CODA=0, NUM_LOOPS=1),
+            "too few for a skip",
+        ),
         (dict(AVERAGE="swa", SWA_LR_FACTOR=0), "SWA_LR_FACTOR=0"),
         # Not off: it asks for the fewest with which the artifact fits.
         (dict(MATRIX_CLIP_SIGMAS=0), "QUANT_CLIP=percentile"),
@@ -439,12 +449,45 @@ def test_known_inert_combinations(env: dict[str, Any], other: str) -> None:
         dict(CORE_SKIPS="by_position", NUM_PRELUDE=0, NUM_CODA=0),
         dict(TRACKER="tensorboard", EVAL_ONLY="model.ptz"),  # scores are sent
         dict(QUANT_CLIP="sdclip", MATRIX_CLIP_SIGMAS=0),
+        dict(QUANT_CLIP="sdclip", QUANT_CLIP_PERCENTILE=90, BIGRAM_VOCAB_SIZE=64),
+        dict(MATRIX_BITS=0, CORE_BITS=6, QAT_CORE_ONLY=1, QAT_FRACTION=0.1),
         dict(PRESET="naive", EVAL_ONLY="model.ptz", EVAL_PASSES=2),  # the artifact may have a core
     ],
 )
 def test_what_acts_is_accepted(env: dict[str, Any]) -> None:
     for name in env.keys() - {"PRESET"}:
         assert value_of(config(**env), name) == tg.parse(name, str(env[name]), KINDS[name])
+
+
+@pytest.mark.parametrize(
+    ("env", "off"),
+    [
+        (dict(NUM_LOOPS=1), dict(PASSES_SCHEDULE="", PASS_SCALE_INIT=1, FEEDBACK_RANK=0)),
+        (dict(NUM_SHARED=0, VE_LAYERS=""), dict(QAT_CORE_ONLY=0, JACOBIAN_WEIGHT=0)),
+        (dict(QAT_LR_FACTOR=0), dict(QAT_CORE_ONLY=0)),
+        (dict(WARMDOWN_ITERS=0), dict(QAT_LR_FACTOR=0, QAT_CORE_ONLY=0)),
+    ],
+)
+def test_what_a_preset_sets_goes_where_it_cannot_act(
+    env: dict[str, Any], off: dict[str, Any]
+) -> None:
+    """It would have parameters without a gradient, and graphs that are all alike."""
+    found = config(PRESET="growing_live", **env)
+    for name, value in off.items():
+        assert value_of(found, name) == value, name
+    assert value_of(found, "LN_SCALE"), "what acts stays"
+    torch.manual_seed(0)
+    small = dict(model_dim=16, num_heads=4, num_kv_heads=2, vocab_size=64, rope_dims=2)
+    model = tg.GPT(tg.replace(found.architecture(), train_seq_len=8, dtype="float32", **small), 0.1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p)
+    ids = torch.randint(2, 64, (1, 8))
+    modes = tg.training_modes(found)
+    assert len({mode.passes for mode in modes}) == len(set(dict(found.schedule()).values()))
+    for mode in modes:
+        model(ids, ids.roll(-1, 1), mode).backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", [f.name.upper() for f in fields(tg.Architecture)])

@@ -326,4 +326,4 @@ def draw_otherwise_on_rank_1() -> int:
 def test_ranks_that_draw_otherwise_do_not_begin(env: dict[str, str]) -> None:
     ended = fork_ranks(env, 2, draw_otherwise_on_rank_1)
     assert ended.codes == [tg.EXIT_INPUT] * 2, ended.texts
-    assert all("ranks differ in their variables or data" in text for text in ended.texts)
+    assert all("ranks differ in their variables, data, script" in text for text in ended.texts)

@@ -1,10 +1,12 @@
 """Runs that are killed, stopped or damaged, and go on; records/tools/faults.py does it at scale."""
 
+import fcntl
 import itertools
 import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import threading
@@ -717,7 +719,7 @@ def test_how_to_resume_is_told_for_the_nodes_of_the_run(
     if not nodes:
         monkeypatch.delenv("GROUP_WORLD_SIZE")
     world: Any = types.SimpleNamespace(size=8)
-    assert re.search(told, tg.command_to_resume(tg.Config(), world, Path("logs/a")))
+    assert re.search(told, tg.command_to_resume(world, Path("logs/a")))
 
 
 def test_restarts_on_several_nodes_with_a_store_that_is_used_are_refused() -> None:
@@ -762,25 +764,99 @@ def test_a_slow_disk_ends_no_run(env: Env, whole: Path, monkeypatch: pytest.Monk
     check_same(folder, whole)
 
 
-@pytest.mark.parametrize("error", [OSError, MemoryError])
-def test_a_full_disk_ends_no_run(
-    error: type[Exception], env: Env, whole: Path, monkeypatch: pytest.MonkeyPatch
+def no_room_for_checkpoints(error: Exception, patch: pytest.MonkeyPatch) -> None:
+    """They fail when they are written, and not to their end."""
+    sync = os.fsync
+
+    def full(descriptor: int) -> None:
+        if ".ckpt" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise error
+        sync(descriptor)
+
+    patch.setattr(os, "fsync", full)
+
+
+def no_memory_for_checkpoints(error: Exception, patch: pytest.MonkeyPatch) -> None:
+    """They fail when they are copied."""
+
+    def full(*_: Any) -> None:
+        raise error
+
+    patch.setattr(tg.HostCopier, "start", full)
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "said"),
+    [
+        (no_room_for_checkpoints, OSError(28, "No space left"), "No space left: '.*.ckpt'"),
+        (no_room_for_checkpoints, MemoryError("No space"), "No space"),
+        (no_memory_for_checkpoints, RuntimeError("out of memory"), "out of memory"),
+    ],
+)
+def test_a_checkpoint_that_has_no_room_ends_no_run(
+    fault: Callable[..., None],
+    error: Exception,
+    said: str,
+    env: Env,
+    whole: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """And leaves no room taken by checkpoints that were not written to their end."""
-    write = tg.write_atomically
-
-    def full(path: Path, *pieces: bytes) -> None:
-        if path.suffix == ".ckpt":
-            path.with_name(path.name + ".tmp").write_bytes(pieces[0])
-            raise error("No space left on device")
-        write(path, *pieces)
-
-    monkeypatch.setattr(tg, "write_atomically", full)
-    folder = run_to_its_end(env | {"RUN_ID": f"full_{error.__name__}"})
-    said = r"^warning: no checkpoint of step (\d+): No space"
+    """And leaves no room taken by one that was not written to its end."""
+    fault(error, monkeypatch)
+    names = env | {"RUN_ID": f"full_{type(error).__name__}"}
+    folder = run_to_its_end(names)
+    said = rf"^warning: no checkpoint of step (\d+): .*{said}$"
     warned = re.findall(said, log_of(folder), re.MULTILINE)
     assert warned == ["2", "4", "6", "8", "10"] and not [*folder.glob("*.tmp")]
     check_same(folder, whole)
+
+
+def test_an_artifact_that_has_no_room_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/model.ptz'"):
+        tg.write_atomically(tmp_path / "model.ptz", b"data")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_file_system_without_locks_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def none(*_: Any) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    tg.lock_folder(tmp_path).close()
+    assert f"warning: {tmp_path} cannot be locked" in capsys.readouterr().err
+
+
+def test_a_slow_disk_takes_no_time_from_a_cap(env: Env, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of 1 s and 60 s of training, of which a save takes 5 s from time to time.
+
+    The next step knows of it, and the last one ends within the cap.
+    """
+    time, patiences = ManualTime(), []
+    train_step = tg.Trainer.train_step
+
+    def timed_step(self: tg.Trainer, *args: Any) -> None:
+        train_step(self, *args)
+        time.now += 1
+
+    def save(_: tg.Checkpoints, trainer: tg.Trainer, patience: float | None = None) -> None:
+        patiences.append(patience)
+        time.now += 5
+
+    monkeypatch.setattr(tg, "time", time)
+    monkeypatch.setattr(tg.Trainer, "train_step", timed_step)
+    monkeypatch.setattr(tg.Checkpoints, "save", save)
+    names = env | {"RUN_ID": "saves", "ITERATIONS": "100", "SAVE_EVERY": "11"}
+    folder = run_to_its_end(names | {"MAX_WALLCLOCK_SECONDS": "60"})
+    assert 55 < result_of(folder)["train_seconds"] <= 60
+    assert set(patiences[:-1]) == {0.0}
 
 
 def test_files_are_on_the_disk_before_they_get_their_names(
@@ -830,6 +906,9 @@ def test_a_signal_does_not_wait_for_a_codec() -> None:
         tg.in_thread(work)
     signal.signal(signal.SIGALRM, before)
     assert not finished
+    assert tg.LEFT in {thread.name for thread in threading.enumerate()}
+    with pytest.raises(TimeoutError):
+        tg.in_thread(release.wait, 0.01)
     release.set()
     assert tg.in_thread(lambda: 7) == 7
     with pytest.raises(OSError, match="disk"):
@@ -840,12 +919,29 @@ def unreadable(why: str) -> None:
     raise OSError(why)
 
 
+def test_an_exit_does_not_wait_for_what_was_left_to_itself(
+    env: Env, main_here: Callable[[Env], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python's own end, amid PyTorch's work in another thread, aborts the process."""
+    release, codes = threading.Event(), []
+
+    def run(*_: Any) -> None:
+        threading.Thread(target=release.wait, args=(HANG,), daemon=True, name=tg.LEFT).start()
+        raise tg.Ended(tg.EXIT_STOPPED, "export: stopped")
+
+    monkeypatch.setattr(tg, "run", run)
+    monkeypatch.setattr(os, "_exit", codes.append)
+    main_here(env | {"RUN_ID": "left"})
+    assert codes == [tg.EXIT_STOPPED]
+    release.set()
+
+
 def test_a_rank_that_gets_a_signal_in_long_work_of_its_own_is_not_lost() -> None:
     """It begins no collective, and neither does the checkpoint that it then writes."""
     dog: Any = tg.Watchdog.__new__(tg.Watchdog)
     dog.world = types.SimpleNamespace(collectives=5, training=False, rank=0)
     dog.timeout, dog.store_error, dog.quiet, dog.stuck, dog.asked = 60, "", [0], 0, 0
-    dog.rounds = 0
+    dog.rounds = dog.longest = 0
     dog.known, dog.begun = [tg.Beat()], None
     numbers = itertools.count(1)
 
@@ -859,6 +955,30 @@ def test_a_rank_that_gets_a_signal_in_long_work_of_its_own_is_not_lost() -> None
     dog.heard()
     assert rounds(2 * tg.HURRY) == ""
     assert "a collective does not end" in rounds(5)
+
+
+@pytest.mark.parametrize(("timeout", "more"), [(60, 40), (30, 30)])
+def test_a_signal_in_a_long_step_does_not_end_it(timeout: int, more: int) -> None:
+    """Steps of 20 s have the time of two, and never more than RANK_TIMEOUT_SECONDS."""
+    dog: Any = tg.Watchdog.__new__(tg.Watchdog)
+    dog.world = types.SimpleNamespace(collectives=5, training=True, rank=0)
+    dog.timeout, dog.store_error, dog.quiet, dog.stuck, dog.asked = timeout, "", [0], 0, 0
+    dog.rounds = dog.longest = 0
+    dog.known, dog.begun = [tg.Beat()], None
+    numbers = itertools.count(1)
+
+    def rounds(count: int) -> str:
+        for _ in range(count):
+            dog.beats = [tg.Beat(next(numbers))]
+            dog.count()
+        return dog.verdict()
+
+    for _ in range(2):
+        assert rounds(21) == ""
+        dog.world.collectives += 1
+    dog.heard()
+    assert rounds(more + 1) == ""
+    assert "a collective does not end" in rounds(1)
 
 
 # ---- Errors
@@ -898,6 +1018,58 @@ def test_what_fails_ends_a_run_that_can_go_on(
     folder = run_to_its_end(names)
     assert f"resumed from step:{step} of" in log_of(folder)
     assert artifact(folder) == artifact(whole)
+
+
+def test_an_end_in_scoring_is_told_and_so_is_how_to_score(
+    env: Env, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training is not repeated for it: neither by hand nor by a launcher that starts it again."""
+    names = env | {"RUN_ID": "unscored", "SAVE_EVERY": "0"}
+
+    def stopped(*_: Any) -> None:
+        raise tg.Ended(tg.EXIT_STOPPED, "scoring: stopped by SIGTERM")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tg, "round_trip", stopped)
+        patch.setenv("EVAL_STRIDE", "4")
+        patch.setenv("SEED", "7")
+        with pytest.raises(tg.Ended):
+            run_to_its_end(names)
+    folder = folder_of(names)
+    assert "\nended: scoring: stopped by SIGTERM\n" in log_of(folder)
+    told = log_of(folder).partition("\nto score it: ")[2].splitlines()[0]
+    given = dict(word.split("=", 1) for word in shlex.split(told) if "=" in word)
+    assert given["EVAL_STRIDE"] == "4" and "SEED" not in given
+    assert given["EVAL_ONLY"] == str(folder) and given["DATA_PATH"] == env["DATA_PATH"]
+    with pytest.raises(tg.InputError, match=f"EVAL_ONLY={folder} scores it"):
+        run_to_its_end(names | {"RESUME": "auto"})
+    assert artifact(folder) == artifact(whole)
+    again = given | {"LOG_DIR": env["LOG_DIR"], "RUN_ID": "scored", "EVAL_STRIDE": "0"}
+    scored = result_of(run_to_its_end(again))
+    assert scored["roundtrip"]["val_loss"] == result_of(whole)["roundtrip"]["val_loss"]
+    with pytest.raises(tg.InputError, match="choose another RUN_ID$"):
+        run_to_its_end(again)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(RuntimeError("a bug"), 1), (tg.InputError("a typing error"), tg.EXIT_INPUT)],
+)
+def test_a_bug_on_a_rank_is_no_mistake_of_the_user(
+    error: Exception,
+    code: int,
+    env: Env,
+    main_here: Callable[[Env], int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def failing(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(tg, "pack_to_fit", failing)
+    assert main_here(env | {"RUN_ID": f"bug{code}", "SAVE_EVERY": "0"}) == code
+    told = capsys.readouterr().err
+    assert str(error) in told and ("Traceback" in told) == (code == 1)
 
 
 def test_an_update_that_fails_is_not_saved(env: Env, monkeypatch: pytest.MonkeyPatch) -> None:

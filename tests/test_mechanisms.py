@@ -354,7 +354,7 @@ def test_a_refit_is_to_what_is_exported(
     assert trainer.average.count == dict(none=0, ema=4, swa=3)[average]
     read, _, _ = tg.load_model(data, "here")
     with trainer.average.swapped_in(trainer.params):
-        hessians, _ = tg.sum_moments(trainer, 1)
+        hessians, *_ = tg.sum_moments(trainer, 1)
         with tg.as_stored(dict(trainer.model.named_parameters()), trainer.config, hessians):
             seen.append(rounded_matrices(trainer.model))
     assert len(seen) == 3
@@ -655,7 +655,10 @@ def test_an_mlp_that_waits_for_the_loop_does_not_decay(
             "TRUNCATE_FRACTION=0.5 cannot act here: JACOBIAN_WEIGHT=0.1",
         ),
         (dict(REFIT_STEPS="5", MATRIX_BITS="0"), "MATRIX_BITS=0, .* rules out REFIT_STEPS=5"),
-        (dict(REFIT_STEPS="5", REFIT_SECONDS="600"), "REFIT_SECONDS=600.0 leave none"),
+        (
+            dict(REFIT_STEPS="5", REFIT_SECONDS="600"),
+            "leaves nothing to train in after REFIT_SECONDS=600.0$",
+        ),
         (dict(REFIT_LR="0.1"), "REFIT_LR=0.1 cannot act here: REFIT_STEPS=0"),
         (dict(MLP_POOL="4", NUM_LOOPS="1"), "MLP_POOL=4 cannot act here: NUM_LOOPS=1"),
         (dict(MLP_POOL="8", SHARE_ATTN_ONLY="1"), "MLP_POOL=8 cannot act here: SHARE_ATTN_ONLY=1"),
@@ -664,7 +667,11 @@ def test_an_mlp_that_waits_for_the_loop_does_not_decay(
         (dict(CORE_LR_POWER="1", NUM_LOOPS="1"), "CORE_LR_POWER=1.0 cannot act here: NUM_LOOPS=1"),
         (dict(CORE_BRANCH_SCALE="1", NUM_SHARED="0"), "CORE_BRANCH_SCALE=1.0 cannot act here"),
         (dict(MIX_INIT="2", USE_BIRKHOFF_MIX="0"), "MIX_INIT=2.0 cannot act here: USE_BIRKHOFF"),
-        (dict(MIX_ONCE_A_PASS="1", NUM_SHARED="0"), "MIX_ONCE_A_PASS=1 cannot act here"),
+        (dict(MIX_ONCE_A_PASS="1", NUM_SHARED="1"), "MIX_ONCE_A_PASS=1 cannot act here"),
+        (
+            dict(TRUNCATE_FRACTION="0.5", PASSES_SCHEDULE="0:1,0.2:3", QAT_FRACTION="0.9"),
+            "TRUNCATE_FRACTION=0.5 cannot act: .* until QAT_FRACTION=0.9 of the run is left",
+        ),
     ],
 )
 def test_what_cannot_act_is_refused(values: dict[str, str], message: str) -> None:

@@ -206,9 +206,10 @@ def test_flat_model_is_the_u_net_written_out() -> None:
     torch.testing.assert_close(model.hidden(ids, model.scoring)[0], tg.rms_norm(x))
 
 
-def test_health_measures_scales_and_growth() -> None:
+@pytest.mark.parametrize("smear", ["none", "published"])
+def test_health_measures_scales_and_growth(smear: str) -> None:
     """RMS of scale times clamped gamma; RMS after over RMS before, by hand on one layer."""
-    config = tg.Config.from_env({"PRESET": "T,tiny", "DTYPE": "float32"})
+    config = tg.Config.from_env({"PRESET": "T,tiny", "DTYPE": "float32", "SMEAR_GATE": smear})
     model = tg.GPT(config.architecture(), 0.02)
     attn: Any = model.attn[3]
     mlp: Any = model.mlp[0]
@@ -220,8 +221,10 @@ def test_health_measures_scales_and_growth() -> None:
         mlp.scale.zero_()
     rows = tg.recurrence_health(model, torch.arange(32)[None], model.scoring)
     assert rows[3]["attn_scale"] == rows[0]["mlp_shift"] == pytest.approx(2.0)
-    x = tg.rms_norm(model.tok_emb[:32]) + 2.0  # mix, depth code, attention of layer 0 do nothing
-    assert rows[0]["growth"] == pytest.approx(x.square().mean().sqrt().item(), rel=1e-4)
+    begun = model.embed(torch.arange(32)[None])[0]
+    x = begun + 2.0  # mix, depth code, attention of layer 0 do nothing
+    grown = x.square().mean().sqrt() / begun.square().mean().sqrt()
+    assert rows[0]["growth"] == pytest.approx(grown.item(), rel=1e-4)
 
 
 # ---- Rotary embedding

@@ -249,15 +249,27 @@ def looped_config(**values: Any) -> tg.Config:
     return small_config({}, **STACK | dict(num_coda=2, eval_passes=0) | values)
 
 
+# One layer that is run often, behind so many that a skip ends where its first pass begins.
+BEHIND = dict(num_prelude=4, num_shared=1, num_coda=1)
+
+
 @pytest.mark.parametrize("mode", MODES, ids=str)
-@pytest.mark.parametrize("skips, mlps", [*zip(("all", "looped", "by_position"), MLPS)], ids=str)
+@pytest.mark.parametrize(
+    "skips, shape",
+    [
+        *zip(("all", "looped", "by_position"), MLPS),
+        ("looped", BEHIND),
+        ("by_position", BEHIND | dict(share_attn_only=True)),
+    ],
+    ids=str,
+)
 def test_what_has_no_gradient_in_a_mode_stays_as_it_is(
-    skips: str, mlps: dict[str, Any], mode: tg.Mode
+    skips: str, shape: dict[str, Any], mode: tg.Mode
 ) -> None:
     """Under any decay; it is what `idle` names, and everything else moves."""
     between = dict(pass_scale_init=0.5, feedback_rank=2, skip_gates=True)
     decays = dict(muon_wd=0.5, scalar_wd=0.5, adam_wd=0.5)
-    config = looped_config(core_skips=skips, **mlps, **between, **decays)
+    config = looped_config(core_skips=skips, **between, **decays, **shape)
     model = noisy_model(config.architecture())
     pair = documents(0), documents(1)
     model(*pair, mode).backward()

@@ -407,8 +407,36 @@ def test_the_reserve_is_what_a_trial_takes(monkeypatch: pytest.MonkeyPatch) -> N
     assert trainer.config.training_seconds == trainer.clock.cap == pytest.approx(89.0)
     assert lines == ["gptq_reserve batches:20 time:11000ms"]
     trainer.config = replace(given, gptq_seconds=-1.0, gptq_batches=300)
-    with pytest.raises(tg.InputError, match="GPTQ_SECONDS=165.* leave none of MAX_WALLCLOCK"):
+    with pytest.raises(
+        tg.InputError, match="MAX_WALLCLOCK.* leaves nothing .* after GPTQ_SECONDS=165"
+    ):
         tg.measure_reserve(trainer, lines.append)
+
+
+def test_calibration_ends_with_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Micro-batches that take 2 s each, 20 are asked for, and 9 s reserved."""
+    time, lines, asked = ManualTime(), [], []
+
+    def micro(step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        asked.append(step)
+        time.now += 2
+        ids = torch.randint(2, 64, (1, 24), generator=torch.Generator().manual_seed(step))
+        yield ids, ids
+
+    monkeypatch.setattr(tg, "time", time)
+    trainer = calibrating(20, tg.GPT(tg.Architecture(**STACK)), micro)
+    limited = dict(gptq_seconds=9.0, max_wallclock_seconds=100.0)
+    trainer.config = replace(trainer.config, **limited)
+    sums, seconds = tg.calibrate(trainer, lines.append)
+    assert seconds <= 10 and asked == [7, 8, 9, 10]
+    assert lines[1] == (
+        "warning: calibration ended with its time, 9.0 s, after 4 of GPTQ_BATCHES=20"
+    )
+    trainer.config = replace(trainer.config, gptq_batches=4)
+    for name, moment in tg.calibrate(trainer, lines.append)[0].items():
+        assert moment.equal(sums[name]), name
+    trainer.config = replace(trainer.config, gptq_batches=20, max_wallclock_seconds=0.0)
+    assert tg.calibrate(trainer, lines.append)[1] == 40, "no cap, no end"
 
 
 def test_no_calibration_unless_asked() -> None:
