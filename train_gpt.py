@@ -3591,19 +3591,15 @@ class Trainer:
         clock.start()
         while True:
             why = self.why_to_stop(clock.read(self.step))
-            due = config.val_loss_every and self.step % config.val_loss_every == 0
-            if why or due:
+            if why:
+                seconds = clock.read(self.step, now=True)
+                reporter.end(self, seconds, why)
+                checkpoints.end(self)
+                return Trained(seconds, validate(self, seconds, self.model.scoring), why)
+            if config.val_loss_every and self.step % config.val_loss_every == 0:
                 seconds = clock.read(self.step, now=True)
                 with clock.paused():
-                    if why:
-                        reporter.end(self, seconds, why)
-                        checkpoints.end(self)
-                    mode = self.model.scoring
-                    if not why:
-                        mode = Mode(self.mode().passes)
-                    score = validate(self, seconds, mode)
-                if why:
-                    return Trained(seconds, score, why)
+                    validate(self, seconds, Mode(self.mode().passes))
             self.next_step(reporter)
             if clock.signal:
                 raise Ended(EXIT_STOPPED, f"step {self.step}: stopped by {clock.signal}")
@@ -3988,12 +3984,8 @@ class Checkpoints:
             yield
             wait(self.pending)  # in here: a signal that comes now is to cut no writing off
         except (Exception, Ended) as end:
-            # Other errors may come amid an update, which is not a state to go on from.
-            whole = not world.training or isinstance(end, (Ended, *KNOWN))
             code = end.code if isinstance(end, Ended) else 0
-            # NCCL gives no gradient back when it aborts, and the update that uses it is queued.
-            aborted = code == EXIT_LOST and world.on_cuda
-            saves = world.is_main and whole and code != EXIT_NON_FINITE and not aborted
+            saves = world.is_main and self.can_save(end, code)
             if saves:
                 # Still under the watchdog: a rank that died in the last step keeps the device.
                 world.synchronize()
@@ -4006,6 +3998,14 @@ class Checkpoints:
             raise
         finally:
             self.writer.shutdown()
+
+    def can_save(self, end: BaseException, code: int) -> bool:
+        """Whether what ends a run, with an exit code or an error, leaves a state to go on from."""
+        if self.world.training and not isinstance(end, (Ended, *KNOWN)):
+            return False  # it may have come amid an update
+        if code == EXIT_LOST and self.world.on_cuda:
+            return False  # NCCL gave no gradient back, and the update that uses it is queued
+        return code != EXIT_NON_FINITE
 
     def save_last(self, trainer: Trainer) -> None:
         """What there is when a run ends early, and how to go on from it."""
@@ -4756,21 +4756,19 @@ def unseal(kind: str, data: bytes, origin: str, limit: int, read: Callable[..., 
 
     At most `limit` bytes are unpacked.
     """
-    magic, an = MAGIC[kind], "an" if kind == "artifact" else "a"
+    an = "an" if kind == "artifact" else "a"
+    foreign = f"{origin} is not {an} {kind} of this script"
+    require(len(data) >= SEAL.size, foreign)
+    magic, digest, name, length = SEAL.unpack_from(data)
+    version, known = magic[-1], MAGIC[kind][-1]
+    require(magic[:-1] == MAGIC[kind][:-1], foreign)
+    require(version == known, f"{origin} is of version {version}, this script reads {known}")
+    hashed = memoryview(data)[len(magic) + len(digest) :]
     require(
-        len(data) >= SEAL.size and data[:7] == magic[:7],
-        f"{origin} is not {an} {kind} of this script",
-    )
-    require(
-        data[7] == magic[7],
-        f"{origin} is of version {data[7]}, this script reads version {magic[7]}",
-    )
-    require(
-        hashlib.sha256(data[40:]).digest() == data[8:40],
+        hashlib.sha256(hashed).digest() == digest,
         f"{origin} is damaged or truncated: its checksum does not match; copy it again",
     )
     try:
-        *_, name, length = SEAL.unpack_from(data)
         bomb = length > min(limit, 128 * len(data))
         require(length >= 4 and not bomb, f"impossible length {length}")
         codec = name.rstrip(b"\0").decode()
