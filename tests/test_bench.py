@@ -177,6 +177,17 @@ def test_command_times_nothing_it_was_not_asked_for(
     assert reason in error
 
 
+def test_an_interruption_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(race, "gate", interrupt)
+    assert run(monkeypatch, size=TINY) == 130
+    assert capsys.readouterr().err.endswith("interrupted\n")
+
+
 def test_settings_of_the_same_mathematics_are_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,7 +209,7 @@ def test_commits_are_compared(
     except FileNotFoundError:
         pytest.skip("git is not installed")
     monkeypatch.setattr(race, "ROOT", tmp_path)
-    other = script.replace("ALIKE = ((3.4445", "ALIKE = ((3.5")
+    other = script.replace("KELLER_JORDAN = ((3.4445", "KELLER_JORDAN = ((3.5")
     assert other != script
     for text in (script, script + "# the same\n", "x = 1\n", other):
         (tmp_path / "train_gpt.py").write_text(text)

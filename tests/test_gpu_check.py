@@ -6,6 +6,7 @@ What only a CUDA build of torch can run is in test_dryrun.py.
 import contextlib
 import itertools
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ from records.tools.dryrun.dryrun import title_of
 # ---- the table -----------------------------------------------------------------------------------
 
 
-def measured(**values: Any) -> dict[str, Any]:
+def measured_step(**values: Any) -> dict[str, Any]:
     usual = dict(ms=50.0, peak_gb=14.0, graphs=1, breaks=0, late_graphs=0, host_waits=0)
     return usual | dict(compile_seconds=9.0, host_ms=20.0) | values
 
@@ -33,7 +34,7 @@ def estimated(**values: Any) -> list[dict[str, Any]]:
 
 
 def test_the_table_sets_measurements_beside_their_estimates() -> None:
-    parts = dict(levels=dict(figures={"T step": measured()}))
+    parts = dict(levels=dict(figures={"T step": measured_step()}))
     lines = gpu_check.table(parts, {"T step": estimated()})
     assert "| T step | ms | 40.00 | 50.00 | 1.25 |" in lines
     assert "| T step | breaks | 0 | 0 |  |" in lines  # no ratio to zero
@@ -42,13 +43,13 @@ def test_the_table_sets_measurements_beside_their_estimates() -> None:
 
 
 def test_waits_of_the_host_are_compared_by_number() -> None:
-    parts = dict(presets=dict(figures={"K step": measured(host_waits=3)}))
+    parts = dict(presets=dict(figures={"K step": measured_step(host_waits=3)}))
     lines = gpu_check.table(parts, {"K step": estimated(host_waits=["a wait", "another"])})
     assert "| K step | host waits | 2 | 3 | 1.50 |" in lines
 
 
 def test_what_has_no_estimate_is_in_the_table_all_the_same() -> None:
-    figures = {"new step": measured(), gpu_check.PROBLEMS: ["K: out of memory"]}
+    figures = {"new step": measured_step(), gpu_check.PROBLEMS: ["K: out of memory"]}
     lines = gpu_check.table(dict(presets=dict(figures=figures)), {})
     assert "| new step | ms |  | 50.00 |  |" in lines
     assert not any("out of memory" in line for line in lines)  # it is told below the table
@@ -67,8 +68,8 @@ def test_steps_of_rows_stand_beside_the_clock_of_runs_toml() -> None:
     """Every mode of a row beside its own estimate."""
     (first, second) = ablate.read_table(ablate.TABLE).milliseconds["band_50"]
     figures = {
-        gpu_check.mode_title("band_50", 0): measured(ms=first),
-        gpu_check.mode_title("band_50", 1): measured(ms=2 * second),
+        gpu_check.mode_title("band_50", 0): measured_step(ms=first),
+        gpu_check.mode_title("band_50", 1): measured_step(ms=2 * second),
     }
     lines = gpu_check.table(dict(clock=dict(figures=figures)), {})
     assert f"| band_50, mode 1 | ms | {first:.2f} | {first:.2f} | 1.00 |" in lines
@@ -199,8 +200,265 @@ def test_without_a_gpu_the_check_says_so(
     assert capsys.readouterr().err == "PyTorch sees no GPU here\n"
 
 
+# ---- time ----------------------------------------------------------------------------------------
+
+
+class Clock:
+    """A stand-in for the module `time`, whose time passes when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def read(self) -> float:
+        return self.now
+
+    perf_counter = monotonic = read
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(gpu_check, "time", made)
+    return made
+
+
 def test_shares_of_the_time_are_all_of_it() -> None:
-    assert sum(part.seconds for part in gpu_check.PARTS) == 60 * gpu_check.MINUTES
+    shares = sum(part.seconds for part in gpu_check.PARTS)
+    whole = shares + gpu_check.DATA_SECONDS + gpu_check.END_SECONDS
+    assert whole == 60 * gpu_check.MINUTES
+
+
+def some_parts(*shares: float) -> list[gpu_check.Part]:
+    return [gpu_check.Part(str(i), share, gpu_check.presets) for i, share in enumerate(shares)]
+
+
+def test_a_part_has_what_those_before_it_have_left() -> None:
+    parts = some_parts(30, 20, 50)
+    assert gpu_check.time_for(parts, 100, 1.0) == 30, "its share, where nothing is left"
+    assert gpu_check.time_for(parts, 140, 1.0) == 70, (
+        "and all that is, so that the rest have theirs"
+    )
+    assert gpu_check.time_for(parts, 50, 1.0) == 15, "too little is divided by the shares"
+    assert gpu_check.time_for(parts, 100, 0.5) == 65, "of half the minutes"
+    assert gpu_check.time_for(parts[2:], -1, 1.0) == 0
+
+
+Times = dict[str, float]
+
+
+@pytest.fixture
+def times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock) -> Times:
+    """Seconds that parts (else as long as they may) and the data take; what parts had, by name."""
+    given: Times = {}
+
+    def run_part(part: gpu_check.Part, options: gpu_check.Options) -> dict[str, Any]:
+        clock.now += min(options.seconds, given.get(part.name, math.inf))
+        given[f"{part.name} had"] = options.seconds
+        return dict(seconds=1.0, failure="", figures={})
+
+    def find_data(out: Path, seconds: float) -> dict[str, str]:
+        clock.now += given.get("data", 0.0)
+        return {}
+
+    monkeypatch.setattr(gpu_check, "run_part", run_part)
+    monkeypatch.setattr(gpu_check, "find_data", find_data)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    return given
+
+
+@pytest.mark.parametrize("data", [0.0, gpu_check.DATA_SECONDS, 300.0])
+@pytest.mark.parametrize("minutes", [15, 4])
+def test_all_that_hangs_is_cut_off_within_the_minutes(
+    tmp_path: Path, times: Times, clock: Clock, data: float, minutes: float
+) -> None:
+    """The sample corpus included, and with what it takes to end a part at the end."""
+    times["data"], begins = data * minutes / 15, clock.now
+    gpu_check.check(tmp_path, gpu_check.PARTS, 60 * minutes)
+    spare = gpu_check.END_SECONDS * minutes / 15
+    assert clock.now - begins == pytest.approx(60 * minutes - spare)
+    hungry = min(times[f"{part.name} had"] / part.seconds for part in gpu_check.PARTS)
+    assert hungry > 0.6 * minutes / 15, "the parts share what the data took"
+
+
+def test_time_that_is_left_comes_to_who_needs_it(tmp_path: Path, times: Times) -> None:
+    for part in gpu_check.PARTS[:-1]:
+        times[part.name] = part.seconds - 5
+    gpu_check.check(tmp_path, gpu_check.PARTS, 60 * gpu_check.MINUTES)
+    last, others = gpu_check.PARTS[-1], len(gpu_check.PARTS) - 1
+    own = last.seconds + gpu_check.DATA_SECONDS + 5 * others
+    assert times[f"{last.name} had"] == pytest.approx(own)
+
+
+def test_few_parts_have_their_own_shares_however_long_the_data_take(
+    tmp_path: Path, times: Times
+) -> None:
+    times["data"] = 250.0
+    [part] = chosen = [part for part in gpu_check.PARTS if part.name == "attention"]
+    gpu_check.check(tmp_path, chosen, 60 * gpu_check.MINUTES)
+    assert times["attention had"] == pytest.approx(part.seconds + gpu_check.DATA_SECONDS)
+
+
+@pytest.mark.parametrize(
+    ("share", "measured"), [(1000.0, "31 of 31"), (50.0, "1 of 31"), (70.0, "4 of 31"), (29.0, "0")]
+)
+def test_presets_end_before_their_share_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock, share: float, measured: str
+) -> None:
+    """The first takes 30 s, with the start of the compiler, the others 5."""
+    begun: list[str] = []
+
+    def measure(out: Any, options: Any, preset: str, *_: Any) -> None:
+        clock.now += 5 if begun else 30
+        begun.append(preset)
+        figures[preset] = measured_step()
+
+    monkeypatch.setattr(gpu_check, "measure_preset", measure)
+    figures, begins = gpu_check.Figures(tmp_path / "part.json"), clock.now
+    gpu_check.presets(figures, gpu_check.Options(tmp_path, {}, share, 1))
+    assert clock.now - begins <= share
+    assert figures.values[gpu_check.MEASURED].startswith(measured)
+    assert gpu_check.PROBLEMS not in figures.values
+    assert begun == [*reversed(gpu_check.tg.SYSTEMS)][: len(begun)]
+    lines = gpu_check.table(dict(presets=dict(figures=figures.values)), {})
+    assert f"| presets | measured |  | {figures.values['measured']} |  |" in lines
+
+
+def test_a_part_knows_what_its_start_has_left_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    left: list[float] = []
+    part = gpu_check.Part("race", 5, lambda out, options: left.append(options.seconds))
+    for name in ("DATA_PATH", "TOKENIZER_PATH", "LOG_DIR"):
+        monkeypatch.setenv(name, "x")
+    given = gpu_check.make_parser().parse_args(["--until", str(clock.now + 7)])
+    assert gpu_check.work_on(part, given, tmp_path) == 0
+    assert left == [7.0]
+
+
+def test_the_race_compiles_ours_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plain implementation as a whole takes longer than the part has."""
+    begun = []
+
+    def warm_up(case: Any, *_: Any) -> Any:
+        begun.append(case.plain and case.plain.compile)
+        if len(begun) == 2:
+            raise InterruptedError
+        return SimpleNamespace(facts={}, contestant=None)
+
+    monkeypatch.setattr(gpu_check.race, "gate", lambda _: {})
+    monkeypatch.setattr(gpu_check.race, "draw", lambda _: None)
+    monkeypatch.setattr(gpu_check.race, "warm_up", warm_up)
+    options = gpu_check.Options(tmp_path, {}, 9.0, 1)
+    with pytest.raises(InterruptedError):
+        gpu_check.race_of_two(gpu_check.Figures(tmp_path / "part.json"), options)
+    assert begun == [None, False]
+
+
+# ---- what is told --------------------------------------------------------------------------------
+
+
+def call(monkeypatch: pytest.MonkeyPatch, out: Path, *words: str) -> int:
+    """The check in this process, which believes to have a GPU."""
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(out), *words])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(gpu_check.signal, "signal", lambda *_: None)
+    return gpu_check.main()
+
+
+Failures = dict[str, str]
+
+
+@pytest.fixture
+def failures(monkeypatch: pytest.MonkeyPatch) -> Failures:
+    """What parts fail by, by their names; at "Ctrl-C" the check is interrupted."""
+    given: Failures = {}
+
+    def run_part(part: gpu_check.Part, options: gpu_check.Options) -> dict[str, Any]:
+        failure = given.get(part.name, "")
+        if failure == "Ctrl-C":
+            raise KeyboardInterrupt
+        return dict(seconds=1.0, failure=failure, figures={})
+
+    monkeypatch.setattr(gpu_check, "run_part", run_part)
+    monkeypatch.setattr(gpu_check, "find_data", lambda *_: {})
+    return given
+
+
+def told(out: Path) -> list[str]:
+    """What is below the table."""
+    return (out / "gpu_check.md").read_text().partition("\n\n")[2].splitlines()
+
+
+NAMES_OF_PARTS = [part.name for part in gpu_check.PARTS]
+
+
+def test_no_part_failed_where_all_have_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: Failures
+) -> None:
+    assert call(monkeypatch, tmp_path) == 0
+    assert told(tmp_path) == ["No part failed."]
+    failures["race"] = "too slow"
+    assert call(monkeypatch, tmp_path) == 1
+    assert told(tmp_path) == ["FAILED race: too slow"]
+
+
+def test_parts_that_an_interruption_left_out_are_told(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    failures: Failures,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    failures["levels"] = "Ctrl-C"
+    assert call(monkeypatch, tmp_path) == 130
+    rest = ", ".join(NAMES_OF_PARTS[2:])
+    assert told(tmp_path) == ["No part that has run failed.", f"not run: {rest}"]
+    assert capsys.readouterr().err == "interrupted\n"
+    failures["environment"] = "Ctrl-C"
+    assert call(monkeypatch, tmp_path) == 130
+    assert told(tmp_path) == [f"not run: {', '.join(NAMES_OF_PARTS)}"], "nor those of before"
+    assert not (tmp_path / "gpu_check.json").exists()
+
+
+def test_without_data_nothing_of_an_earlier_check_is_left(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    failures: Failures,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Nor is it said that nothing failed."""
+    assert call(monkeypatch, tmp_path) == 0
+    for name in ("race.json", "race.txt", "run_whole.txt"):
+        (tmp_path / name).touch()
+
+    def fail(*_: Any) -> dict[str, str]:
+        raise gpu_check.tg.InputError("no data")
+
+    monkeypatch.setattr(gpu_check, "find_data", fail)
+    capsys.readouterr()
+    assert call(monkeypatch, tmp_path) == 2
+    assert capsys.readouterr() == ("", "no data\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
+
+
+def test_some_parts_leave_the_findings_of_others_and_say_whose_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: Failures
+) -> None:
+    failures |= {"clock": "cut off", "race": "too slow", "levels": "Ctrl-C"}
+    first = ["--only", "environment", "clock", "race"]
+    assert call(monkeypatch, tmp_path, *first) == 1
+    del failures["race"]
+    assert call(monkeypatch, tmp_path, "--only", "race") == 0, "the other failure was told before"
+    lines = told(tmp_path)
+    assert lines[:2] == ["FAILED clock: cut off", "found by an earlier check: environment, clock"]
+    assert lines[2].startswith("not run: attention, levels, kernels,")
+    kept = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert {name: gpu_check.EARLIER in done for name, done in kept.items()} == dict(
+        environment=True, clock=True, race=False
+    )
+    assert call(monkeypatch, tmp_path, "--only", "levels") == 130
+    kept = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert {*kept} == {"environment", "clock", "race"}, "they outlast an interruption"
 
 
 # ---- judgements ----------------------------------------------------------------------------------
@@ -319,9 +577,56 @@ def test_fineweb_that_is_not_whole_is_not_used(
         Path(config.tokenizer_path).unlink()
     else:
         (fineweb / f"fineweb_{missing}_000000.bin").unlink()
-    gpu_check.find_data(out)
+    gpu_check.find_data(out, HANG)
     (link,) = (out / "short").glob("fineweb_train_*.bin")
     assert link.resolve() == (Path(corpus["DATA_PATH"]) / link.name).resolve()
+
+
+SAMPLE = """
+import pathlib, sys
+folder = pathlib.Path(sys.argv[sys.argv.index("--root") + 1])
+shards = ["datasets/s/fineweb_train_0.bin", "datasets/s/fineweb_val_0.bin"]
+for name in [*shards, "tokenizers/t.model"]:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).touch()
+"""
+
+
+@pytest.fixture
+def no_fineweb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file in place of data/sample.py, where there is no FineWeb."""
+    script = tmp_path / "sample.py"
+    monkeypatch.setattr(gpu_check, "SAMPLE", script)
+    monkeypatch.setattr(gpu_check.tg, "find_file", lambda path: tmp_path / "nowhere" / path)
+    monkeypatch.setattr(gpu_check, "shorten", lambda shards, folder: shards)
+    return script
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds", "reason"),
+    [
+        ("import sys; sys.exit('no source here')", HANG, r" \(exit code 1\): no source here"),
+        ("import time; time.sleep(1000)", 0.1, r" in 0 s, a third of --minutes"),
+        ("", HANG, r": .*data lacks shards or a tokenizer"),
+    ],
+)
+def test_a_sample_corpus_that_cannot_be_made_is_told_in_a_line(
+    tmp_path: Path, no_fineweb: Path, text: str, seconds: float, reason: str
+) -> None:
+    no_fineweb.write_text(text)
+    message = rf"^there is no FineWeb here, and .* the sample corpus{reason}$"
+    with pytest.raises(gpu_check.tg.InputError, match=message):
+        gpu_check.find_data(tmp_path, seconds)
+
+
+def test_a_sample_corpus_that_is_half_made_is_made(tmp_path: Path, no_fineweb: Path) -> None:
+    (tmp_path / "data/datasets/s").mkdir(parents=True)
+    (tmp_path / "data/datasets/s/fineweb_train_0.bin").touch()
+    no_fineweb.write_text(SAMPLE)
+    data = gpu_check.find_data(tmp_path, HANG)
+    assert data["DATA_PATH"] == str(tmp_path / "data/datasets/s")
+    no_fineweb.write_text("raise SystemExit(1)")
+    assert gpu_check.find_data(tmp_path, HANG) == data, "and used again"
 
 
 SMALL = dict(

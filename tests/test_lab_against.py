@@ -1,5 +1,6 @@
 """records/tools/against.py: differences of many rows from one, judged by one spread of chance."""
 
+import json
 import math
 import re
 import shlex
@@ -118,6 +119,54 @@ def test_the_table_of_folders(
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def rounded_again(folder: Path, original: Path, bpb: float) -> None:
+    """A run that was resumed from the last checkpoint of another, and rounded otherwise."""
+    made = json.loads((original / "result.json").read_text())
+    row = Made(9.0).write(folder, made["config"]["seed"])
+    score = dict(val_bpb=bpb, val_tokens=1000, val_bytes=2500)
+    config = made["config"] | dict(resume=str(original))
+    edit_result(row, config=config, pre_quant=made["pre_quant"], roundtrip=score)
+
+
+def test_a_training_that_was_rounded_again_counts_once(tmp_path: Path) -> None:
+    """C has a run of its own and one that rounds E's weights again; D has only such."""
+    noise = {1: 0.001, 2: -0.002, 3: 0.004}
+    for seed in noise:
+        Made(3.0 + noise[seed]).write(tmp_path / "K", seed)
+        Made(2.9 - noise[seed]).write(tmp_path / "O", seed)
+        # In the order of their names "E" would come after its copies.
+        Made(2.95 + noise[seed] ** 2).write(tmp_path / "E", seed)
+    Made(2.952).write(tmp_path / "C", 1)
+    rounded_again(tmp_path / "C", tmp_path / "E/seed2", 2.51)
+    for seed in noise:
+        rounded_again(tmp_path / "D", tmp_path / f"E/seed{seed}", 2.53 + noise[seed])
+    rows = against.read_rows([str(tmp_path / "*")])
+    judged = against.judge(rows, "K")
+    apart = {name: row for name, row in rows.items() if name != "D"}
+    apart["C"] = {1: rows["C"][1]}
+    alone = against.judge(apart, "K")
+    assert judged.after.freedom == judged.before.freedom == alone.after.freedom == 4
+    assert judged.before == alone.before, "its own run is all that C has there"
+    assert judged.after.spread == alone.after.spread
+    for name in "OE":
+        assert judged.after.changes[name][:2] == alone.after.changes[name][:2]
+    mean = sum(2.53 + noise[s] - rows["K"][s].post for s in noise) / 3
+    copy = judged.after.changes["D"]
+    half = stats.t(4).ppf(0.975) * alone.after.spread * math.sqrt(2 / 3)
+    assert (copy.mean, copy.half) == (pytest.approx(mean), pytest.approx(half))
+    nearest = judged.after.changes["C"]
+    assert alone.after.changes["C"].half > nearest.half, "of two runs"
+
+
+def test_of_equal_runs_the_baselines_counts(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        Made(3.0 + 0.01 * seed).write(tmp_path / "O", seed)
+        rounded_again(tmp_path / "K", tmp_path / f"O/seed{seed}", 2.6)
+    rows = against.read_rows([str(tmp_path / "*")])
+    for baseline in "KO":
+        assert against.trainings(rows, baseline) == [(baseline, 1), (baseline, 2)]
+
+
 def test_the_picture_has_a_line_for_every_row(tmp_path: Path) -> None:
     for seed, noise in {1: 0.001, 2: -0.002}.items():
         Made(3.0 + noise).write(tmp_path / "K", seed)
@@ -127,6 +176,7 @@ def test_the_picture_has_a_line_for_every_row(tmp_path: Path) -> None:
     what = against.read_table(against.TABLE).rows["O"].what
     assert " ".join(line.label.split()) == f"O: {what}"
     assert [m.delta for m in line.measures] == [made.changes["O"] for made in judged.fits()]
+    assert {m.verdict for m in line.measures} == {"shown"}, "p is that after Holm"
 
 
 def test_rows_are_compared_at_their_own_number_of_steps(

@@ -98,14 +98,15 @@ def test_figures_are_those_of_scipy(rows: Path) -> None:
 def test_the_answer_is_in_the_first_lines_and_every_reading_below(rows: Path) -> None:
     text = compared(rows / "O", rows / "K")
     assert text.splitlines()[2] == (
-        "A is better than B: after rounding A - B is -0.0200 ± 0.0000 bits per byte (95% interval, "
-        "paired t test over 3 seeds, p 8.3e-08)."
+        "Suggested: A is better than B. After rounding A - B is -0.0200 ± 0.0000 bits per byte "
+        "(95% interval, paired t test over 3 seeds, p 8.3e-08 in this test alone, not corrected "
+        "for other comparisons)."
     )
     assert line(text, "before rounding, at equal steps (end, 100)")[3].startswith(
         "-0.0200 ± 0.0000"
     )
     assert line(text, "before rounding, in equal time (6.0 s)")[3].startswith("+0.0331 ±")
-    assert line(text, "before rounding, in equal time (6.0 s)")[4] == "worse, shown"
+    assert line(text, "before rounding, in equal time (6.0 s)")[4] == "worse, suggested"
     assert line(text, "Q-gap")[3].startswith("-0.00004 ±")
     assert line(text, "milliseconds a step")[1:] == ["170.0", "100.0", "+70.0 (+70.0 %)"]
     assert line(text, "bytes, script + artifact")[1:3] == ["1,000,000", "1,000,000"]
@@ -192,7 +193,7 @@ def test_runs_that_share_no_validation_say_so(tmp_path: Path) -> None:
     assert head.index("finding") == reason.index("(a run"), "it widens no column but the last"
     page = compare.compare_sides(str(tmp_path / "O"), str(tmp_path / "K")).page()
     assert page.count("<svg") == 1, "of the training loss; the others would be empty"
-    assert line(text, "after rounding, as run (90 to 100 steps)")[4] == "better, shown"
+    assert line(text, "after rounding, as run (90 to 100 steps)")[4] == "better, suggested"
 
 
 def test_runs_without_a_step_are_compared(tmp_path: Path) -> None:
@@ -211,7 +212,7 @@ def test_page_and_picture_are_written(rows: Path, call: Callable) -> None:
     assert code == 0 and err == "" and "A is better than B" in out
     page = (rows / "page.html").read_text()
     assert page.count("<svg") == 3 == len(figures.DIFFERENCES)
-    assert "A is better than B: after rounding A \u2212 B is \u22120.0200" in page
+    assert "A is better than B. After rounding A \u2212 B is \u22120.0200" in page
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", page), "needs no other file"
     assert (rows / "picture.png").read_bytes().startswith(b"\x89PNG")
     code, _, err = call(rows, "O", "K", "--png", "no/such/folder.png")
@@ -225,6 +226,16 @@ def test_a_reader_that_leaves_is_no_error(
         monkeypatch.setattr(sys, "stdout", out)
         code, _, err = call(rows, "O", "K")
     assert (code, err) == (0, "")
+
+
+def test_an_interruption_is_one_line(
+    rows: Path, call: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "compare_sides", interrupt)
+    assert call(rows, "O", "K") == (130, "", "interrupted\n")
 
 
 def test_committed_growth_figures_are_those_of_the_readme() -> None:

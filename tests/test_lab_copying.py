@@ -96,8 +96,11 @@ def test_a_run_is_measured_as_it_was_scored(
     score = run_here(corpus | SMALL, tmp_path)["roundtrip"]["val_loss"]
     argv = ["copying.py", str(tmp_path / "run"), "--windows", "100000"]
     monkeypatch.setattr(sys, "argv", argv)
+    capsys.readouterr()
     assert copying.main() == 0
-    name, total, *_ = capsys.readouterr().out.splitlines()[-1].strip("| ").split(" | ")
+    told, _, *table = capsys.readouterr().out.splitlines()
+    assert told == "Validation: 50 windows of 40 tokens.", "as many as there are"
+    name, total, *_ = table[-1].strip("| ").split(" | ")
     assert name == f"{tmp_path.name} run" and float(total) == pytest.approx(score, abs=2e-3)
     (tmp_path / "run" / tg.ARTIFACT).unlink()
     assert copying.main() == 2

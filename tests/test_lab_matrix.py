@@ -1021,6 +1021,75 @@ def test_local_jobs_have_the_gpus_and_time_enough(
     assert "0 600" in told_of("--job", "timeout_min=10", "gpus_per_node=1")
 
 
+@pytest.fixture
+def slurm_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict]:
+    """What Slurm would be asked for jobs of a command, by submitit; it looks for srun first."""
+    pytest.importorskip("submitit")
+    srun = tmp_path / "bin" / "srun"
+    srun.parent.mkdir()
+    srun.touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(srun.parent), prepend=os.pathsep)
+
+    def parameters(*words: str) -> dict:
+        words = ("run", *words, "--cluster", "slurm", "--out", str(tmp_path / "out"))
+        options = ablate.parser().parse_args(words)
+        return ablate.executor_of(options, ablate.plan(TABLE, options))._executor.parameters
+
+    return parameters
+
+
+def test_slurm_jobs_have_the_gpus_and_time_enough(slurm_of: Callable[..., dict]) -> None:
+    """submitit's own values are no GPU and five minutes, in which no run of 600 s ends."""
+    told = slurm_of("T", "--nproc", "8", "--job", "slurm_partition=gpu")
+    assert told == dict(time=70, gpus_per_node=8, partition="gpu")
+    longer = slurm_of("T", "--set", "MAX_WALLCLOCK_SECONDS=4801")
+    assert longer == dict(time=81 + 60, gpus_per_node=1)
+    assert slurm_of("T", "--set", "MAX_WALLCLOCK_SECONDS=0")["time"] == 24 * 60
+    assert slurm_of("T", "--set", "DEVICE=cpu") == dict(time=70)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["timeout_min=30", "gpus_per_node=4"], dict(time=30, gpus_per_node=4)),
+        (["slurm_time=30", "slurm_gres=gpu:8"], dict(time=30, gres="gpu:8")),
+        (["cpus_per_task=32"], dict(time=70, gpus_per_node=8, cpus_per_task=32)),
+    ],
+)
+def test_what_is_asked_of_slurm_wins(
+    words: list[str], told: dict, slurm_of: Callable[..., dict]
+) -> None:
+    assert slurm_of("T", "--nproc", "8", "--job", *words) == told
+
+
+def test_a_mistake_in_a_job_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("submitit")
+    words = ["run", "T", "--out", str(tmp_path), "--cluster", "local", "--job"]
+    for mistake, told in (("timeout_min=soon", "timeout_min"), ("slurm_gpu=1", "gpu")):
+        assert call(monkeypatch, *words, mistake) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"--cluster local --job {mistake}: ") and error.count("\n") == 1
+        assert told in error
+
+
+def test_local_jobs_that_share_a_clock_are_refused(
+    fake: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All start at once, so that their steps would be those of runs that were held up."""
+    pytest.importorskip("submitit")
+    monkeypatch.setattr(ablate, "job_words", lambda *_: ["false"])
+    words = ["run", "T", "--out", str(tmp_path), "--seeds"]
+    assert call(monkeypatch, *words, "3", "--cluster", "local") == 2
+    told = capsys.readouterr().err
+    assert "--nproc 1 starts 3 runs at once" in told and "MAX_WALLCLOCK_SECONDS=600 " in told
+    assert not [*(tmp_path / "jobs").glob("*submitted*")]
+    assert call(monkeypatch, *words, "2") == 0, "one after the other"
+    assert call(monkeypatch, *words, "3", "--cluster", "local") == 1, "the third alone, which fails"
+    assert "1 jobs, logs in" in capsys.readouterr().out
+
+
 def test_what_an_interrupted_call_handed_in_is_waited_for(
     fake: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

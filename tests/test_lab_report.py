@@ -119,6 +119,8 @@ def test_a_finding_is_shown_only_after_the_correction() -> None:
         "one seed",
         "none",
     ]
+    alone = [measure.verdict for measure in measures]
+    assert alone == ["suggested"] * 3 + ["undecided", "one seed", "none"], "in no table"
 
 
 # ---- Where in training scores are compared

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -360,6 +361,12 @@ def test_a_script_that_needs_its_neighbours_does_not_start(
     told = capsys.readouterr().out
     assert "FAIL train_gpt.py: does not start in its folder (exit code 1)" in told
     assert "helpers_next_door" in told
+
+
+def test_a_driver_that_pytorch_cannot_use_is_no_fault_of_the_folder(folder: Path) -> None:
+    """The script finds a GPU's device, without a PyTorch that sees it."""
+    edit(folder / "train_gpt.py", "/dev/nvidiactl", os.devnull)
+    assert [*checks.check_script(checks.Folder(folder), run=True)] == []
 
 
 # ---- What the runs say against themselves

@@ -89,6 +89,33 @@ def test_noisy_scores_have_an_interval_that_holds_phi(tmp_path: Path) -> None:
     assert np.ptp(np.quantile(wide, [0.025, 0.975])) > high - low
 
 
+def test_an_interval_of_few_residuals_holds_as_often_as_it_says() -> None:
+    """Means of three normal numbers, drawn again by the spread that the three show."""
+    random, freedom, times = np.random.default_rng(11), 2, 2000
+    drawn_again, held = random.standard_normal(400), {"longer": 0, "as drawn": 0}
+    for values in random.standard_normal((times, 3)):
+        middle, error = float(values.mean()), float(values.std(ddof=1)) / 3**0.5
+        again = middle + error * drawn_again
+        low, high = worth.interval(middle, again, freedom)
+        held["longer"] += low < 0 < high
+        low, high = np.quantile(again, [0.025, 0.975])
+        held["as drawn"] += low < 0 < high
+    assert held["longer"] / times == pytest.approx(0.95, abs=0.02)
+    assert held["as drawn"] / times < 0.85
+    many = worth.interval(0.5, 0.5 + drawn_again, 10_000)
+    assert many == pytest.approx(np.quantile(0.5 + drawn_again, [0.025, 0.975]), rel=1e-3)
+
+
+def test_a_group_is_judged_by_the_runs_that_it_has_beyond_its_parameters(tmp_path: Path) -> None:
+    fixed = data_of(write(tmp_path / "fixed", TRUTH, (100,), 0.002))
+    varied = data_of(write(tmp_path / "varied", TRUTH, (60, 150), 0.002))
+    assert (fixed.freedom, varied.freedom) == (18 - 4, 36 - 6)
+    curve = worth.fit(fixed)
+    phis = worth.resample(fixed, curve, worth.draw([fixed], 20)[0])
+    [first, *_] = worth.describe(worth.Worth("x", curve, phis, 2), fixed)
+    assert str(worth.interval(curve.phi, phis, 2)) in first
+
+
 def test_groups_are_told_and_compared(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,11 @@ and made again. It stops by itself at a run that ends with exit code 2 (bad
 input), as the others would end in the same way. Nothing ends if its own
 output goes to a closed pipe or a full disk. Jobs of --cluster slurm go on
 without the command, and the same command waits for those that have not ended.
+
+A job of Slurm gets --nproc GPUs of one node and an hour more than
+MAX_WALLCLOCK_SECONDS, or a day where that is 0. --job changes that
+(timeout_min=30 gpus_per_node=4), and many a cluster wants more to be said, such
+as cpus_per_task=32: Slurm as a rule gives a job one core.
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import fcntl
+import math
 import os
 import re
 import signal
@@ -907,29 +913,75 @@ def begun_before(board: Board, options: argparse.Namespace) -> Jobs:
     return jobs
 
 
-def usual_parameters(options: argparse.Namespace) -> dict[str, int]:
-    """Left to itself submitit ends a local job after two minutes and hides the GPUs from it."""
-    if options.cluster != "local":
-        return {}
-    import torch
+# Of a job on a cluster, beside training: start, compiling, packing (minutes of one core for
+# `frontier`), scoring (600 s at most). Nothing is paid for a limit that is too long.
+BESIDE_MINUTES = 60
+UNCAPPED_MINUTES = 24 * 60  # where the clock ends no run; many clusters allow no more
 
-    return dict(
-        timeout_min=7 * 24 * 60, gpus_per_node=min(options.nproc, torch.cuda.device_count())
-    )
+
+def usual_parameters(
+    options: argparse.Namespace, runs: Sequence[Run], asked: Iterable[str]
+) -> dict[str, int]:
+    """Left to itself submitit ends a job after two minutes, or five, and gives it no GPU.
+
+    `asked`: parameters that the user has given.
+    """
+    if options.cluster == "local":
+        import torch
+
+        return dict(
+            timeout_min=7 * 24 * 60, gpus_per_node=min(options.nproc, torch.cuda.device_count())
+        )
+    configs = [run.config() for run in runs]
+    caps = [config.max_wallclock_seconds for config in configs]
+    minutes = math.ceil(max(caps, default=0) / 60) + BESIDE_MINUTES
+    usual = dict(timeout_min=minutes if all(caps) else UNCAPPED_MINUTES)
+    # GPUs that are asked for in another way (slurm_gres=gpu:8) would be asked for twice.
+    named = any("gpu" in name or "gres" in name for name in asked)
+    if not named and any(config.device != "cpu" for config in configs):
+        usual["gpus_per_node"] = options.nproc
+    return usual
+
+
+def executor_of(options: argparse.Namespace, runs: Sequence[Run]) -> Any:
+    """What hands jobs in; InputError for parameters that submitit does not take."""
+    import submitit
+
+    given = common.pairs(options.job)
+    asked = {name: int(v) if v.isdigit() else v for name, v in given.items()}
+    try:
+        made = submitit.AutoExecutor(options.out.resolve() / "jobs", cluster=options.cluster)
+        made.update_parameters(**usual_parameters(options, runs, asked) | asked)
+    except (AssertionError, NameError, RuntimeError) as error:
+        said = str(error).splitlines()[0]
+        words = ["--cluster", options.cluster, *(["--job"] if options.job else []), *options.job]
+        raise tg.InputError(f"{' '.join(words)}: {said}") from None
+    return made
+
+
+def refuse_shared_clock(jobs: Sequence[Run], options: argparse.Namespace) -> None:
+    """InputError where local jobs would slow each other, and the clock ends them."""
+    capped = [run for run in jobs if run.config().max_wallclock_seconds]
+    if options.cluster == "local" and len(jobs) > 1 and capped:
+        cap = f"{capped[0].config().max_wallclock_seconds:g}"
+        gpus = "GPU" if options.nproc == 1 else f"{options.nproc} GPUs"
+        raise tg.InputError(
+            f"--cluster local --nproc {options.nproc} starts {len(jobs)} runs at once, all on the "
+            f"same processors and on the first {gpus}: with MAX_WALLCLOCK_SECONDS={cap} each would "
+            "end after fewer steps than alone. Leave --cluster out to make one after the other, or "
+            "give --set MAX_WALLCLOCK_SECONDS=0"
+        )
 
 
 def run_by_jobs(board: Board, options: argparse.Namespace) -> None:
     """Hands every run that is not there to submitit, each as a job of its own; waits."""
     with told_if_missing("__main__"):  # runs on this machine do without it
-        import submitit
         from submitit.helpers import CommandFunction
 
     folder = options.out.resolve() / "jobs"
-    executor = submitit.AutoExecutor(folder, cluster=options.cluster)
-    given = common.pairs(options.job)
-    asked = {name: int(v) if v.isdigit() else v for name, v in given.items()}
-    executor.update_parameters(**usual_parameters(options) | asked)
+    executor = executor_of(options, board.left)
     jobs = begun_before(board, options)
+    refuse_shared_clock(board.left, options)
     new = [run for run in board.left if run not in jobs]
     if new:  # submitit warns of an empty batch
         with executor.batch():
@@ -1077,7 +1129,7 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
         default="",
         help="Hand every run to submitit as a job (default: run one after the other here).",
     )
-    text = "Job parameters of submitit, such as slurm_partition=gpu."
+    text = "Job parameters of submitit, such as slurm_partition=gpu timeout_min=30."
     common.add_settings(run, text, "--job")
 
 

@@ -14,10 +14,13 @@ where chance has one spread in all rows (randomised blocks, Fisher 1935). So
 two seeds a row are enough for intervals: thirteen rows leave twelve degrees of
 freedom, two seeds of two rows one. Where some rows scatter more than others,
 compare them apart (--without). ± is half of a 95 % interval, * is p < .01
-after Holm over the rows of its column. Rows that only round the baseline's
-weights again have no score of their own before rounding and no part in the
-spread; less chance is in their difference than ± says. The picture (--png) has
-the same differences; coloured is p < .05 after Holm.
+after Holm over the rows of its column. Runs of one seed whose scores before
+rounding are equal are one training that was rounded in several ways. It counts
+once, in the row that trained it: the others have no part in the spread and its
+degrees of freedom, and a row that has no training of its own has no difference
+before rounding. After rounding less chance is in the differences of such rows
+than ± says. The picture (--png) has the same differences; coloured is p < .05
+after Holm.
 
 Rows that share a time make different numbers of steps. With runs of the
 baseline over other numbers of steps (--lengths), each row is also compared
@@ -94,6 +97,26 @@ def only_rounds(row: Mapping[int, Result], baseline: Mapping[int, Result]) -> bo
     return all(s in baseline and row[s].pre == baseline[s].pre for s in row)
 
 
+Cell = tuple[str, int]  # row and seed, which name a run
+
+
+def trainings(rows: Rows, baseline: str) -> list[Cell]:
+    """The runs that were trained; of those that only round one's weights again, none.
+
+    They have its score before rounding. Where several have, it is the baseline's, or else that of
+    the first that was not resumed from another's checkpoint.
+    """
+    cells = [(name, seed) for name in rows for seed in rows[name]]
+    by_origin = sorted(
+        cells, key=lambda cell: (cell[0] != baseline, bool(rows[cell[0]][cell[1]].config["resume"]))
+    )
+    first: dict[tuple[int, float], Cell] = {}
+    for name, seed in by_origin:
+        first.setdefault((seed, rows[name][seed].pre), (name, seed))
+    own = {*first.values()}
+    return [cell for cell in cells if cell in own]
+
+
 # ---- 2. The fit ----------------------------------------------------------------------------------
 
 
@@ -105,7 +128,7 @@ class Fit(NamedTuple):
     freedom: int  # degrees of freedom that it rests on
 
 
-def design(cells: Sequence[tuple[str, int]]) -> np.ndarray:
+def design(cells: Sequence[Cell]) -> np.ndarray:
     """A line for each (row, seed): 1 in the column of its row and in that of its seed."""
     columns: list[str | int] = [*dict.fromkeys(row for row, _ in cells)]
     # All columns of seeds would sum to all those of rows, so the first seed has none.
@@ -121,8 +144,11 @@ def tested(change: float, error: float, freedom: int) -> Delta:
     return Delta(change, half, float(p))
 
 
-def fit(scores: Mapping[tuple[str, int], float], baseline: str) -> Fit:
-    """score = row + seed + chance by least squares; InputError if a row shares no seed."""
+def fit(scores: Mapping[Cell, float], baseline: str, judged_by: Fit | None = None) -> Fit:
+    """score = row + seed + chance by least squares; InputError if a row shares no seed.
+
+    Its differences are judged by its own chance, or by that of another fit.
+    """
     cells = list(scores)
     rows = list(dict.fromkeys(row for row, _ in cells))
     x, y = design(cells), np.array(list(scores.values()))
@@ -132,6 +158,8 @@ def fit(scores: Mapping[tuple[str, int], float], baseline: str) -> Fit:
     freedom = len(y) - int(rank)
     residual = y - x @ coefficients
     spread = math.sqrt(residual @ residual / freedom) if freedom else math.nan
+    if judged_by is not None:
+        spread, freedom = judged_by.spread, judged_by.freedom
     covariance = np.linalg.inv(x.T @ x)
     changes = {}
     for row in rows:
@@ -187,15 +215,29 @@ def at_equal_steps(rows: Rows, after: Fit, lengths: Mapping[int, float]) -> Fit:
 
 def judge(rows: Rows, baseline: str, lengths: Sequence[Result] = ()) -> Judged:
     """Differences before and after rounding, and at equal steps, p by Holm over those of a kind."""
-    own = rows[baseline]
-    again = [name for name, row in rows.items() if name != baseline and only_rounds(row, own)]
-    trained = [(name, seed) for name in rows if name not in again for seed in rows[name]]
-    before = fit({(row, seed): rows[row][seed].pre for row, seed in trained}, baseline)
-    after = fit({(row, seed): rows[row][seed].post for row, seed in trained}, baseline)
-    after.changes.update({name: rounded_again(rows[name], own, after) for name in again})
+    own = trainings(rows, baseline)
+    before = fit({(row, seed): rows[row][seed].pre for row, seed in own}, baseline)
+    after = fit({(row, seed): rows[row][seed].post for row, seed in own}, baseline)
+    after.changes.update(changes_of_copies(rows, baseline, own, after))
     before, after = (made._replace(changes=by_holm(made.changes)) for made in (before, after))
-    known = by_length([*own.values(), *lengths])
+    known = by_length([*rows[baseline].values(), *lengths])
     return Judged(before, after, at_equal_steps(rows, after, known) if lengths else None)
+
+
+def changes_of_copies(
+    rows: Rows, baseline: str, own: Sequence[Cell], after: Fit
+) -> dict[str, Delta]:
+    """Differences after rounding of rows that round another's weights again with some seed.
+
+    Their runs all have a part in the difference, none of these in the spread that it is judged by.
+    """
+    scores = {(name, seed): run.post for name, row in rows.items() for seed, run in row.items()}
+    copied = {name for name, seed in scores.keys() - {*own}}
+    changes = fit(scores, baseline, after).changes
+    for name in copied:
+        if only_rounds(rows[name], rows[baseline]):
+            changes[name] = rounded_again(rows[name], rows[baseline], after)
+    return {name: change for name, change in changes.items() if name in copied}
 
 
 def by_holm(changes: Mapping[str, Delta]) -> dict[str, Delta]:
@@ -275,7 +317,9 @@ def forest_lines(judged: Judged) -> list[figures.Line]:
     what, lines = words(), []
     for name in ordered(judged):
         label = f"{name}: {what[name]}" if name in what else name
-        measures = [Measure("", [], [], made.changes.get(name)) for made in judged.fits()]
+        changes = [made.changes.get(name) for made in judged.fits()]
+        # Their p have been adjusted for the number of rows.
+        measures = [Measure("", [], [], c, c.p if c else math.nan) for c in changes]
         lines.append(figures.Line("\n".join(textwrap.wrap(label, 44)), measures))
     return lines
 

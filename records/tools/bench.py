@@ -756,11 +756,8 @@ def check_numbers(args: argparse.Namespace) -> None:
             raise tg.InputError(f"--link-gbs {args.link_gbs:g} is not above 0")
 
 
-def main() -> int:
-    words = sys.argv[1:]
-    if not words or words[0].startswith("-") and words[0] not in ("-h", "--help"):
-        words = ["plain", *words]
-    args = make_parser().parse_args(words)
+def work(args: argparse.Namespace) -> int:
+    """The exit code of a command."""
     try:
         check_numbers(args)
         with tempfile.TemporaryDirectory() as folder:
@@ -778,6 +775,13 @@ def main() -> int:
         common.warn(f"compiled after the warm-up: {late}; such times say nothing, raise --warmup")
         return 1
     return 0
+
+
+def main() -> int:
+    words = sys.argv[1:]
+    if not words or words[0].startswith("-") and words[0] not in ("-h", "--help"):
+        words = ["plain", *words]
+    return common.run_tool(work, make_parser().parse_args(words))
 
 
 if __name__ == "__main__":

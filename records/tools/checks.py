@@ -574,10 +574,13 @@ def check_margin(f: Folder, claim: dict[str, Any], theirs: Sequence[float]) -> I
 
 def start(f: Folder, script: Path) -> tuple[list[str], dict[str, str]]:
     """How a script is started with nothing to do: ours has to score an artifact that is not there,
-    others are imported."""
+    others are imported.
+
+    Ours would first complain of a driver that PyTorch cannot use, which is no fault of the folder.
+    """
     clean = common.without_options(os.environ)
     if any(log.ours for log in f.logs):
-        return [sys.executable, script.name], clean | {"EVAL_ONLY": NOWHERE}
+        return [sys.executable, script.name], clean | {"EVAL_ONLY": NOWHERE, "DEVICE": "cpu"}
     run = f"runpy.run_path({script.name!r}, run_name='checked')"
     return [sys.executable, "-c", f"import runpy, sys; sys.path.insert(0, ''); {run}"], clean
 

@@ -9,7 +9,10 @@ r"""Is one run, or one system over several seeds, better than another?
 A side is the folder of a run, that of a row (with seed*/ below it), a pattern
 in quotes, or several of these with commas between them. The runs of one side
 are seeds of one system. Nothing is trained or scored: what the runs logged is
-compared, and the answer says how sure it is.
+compared, and the answer says how sure it is. A difference with p < .05 is
+called suggested, never shown: whoever compares twenty pairs finds one such by
+chance. The tables of `ablate.py report` and against.py are corrected for the
+number of their comparisons.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from records.tools.packages import told_if_missing
 with told_if_missing(__name__):
     import train_gpt as tg
     from records.tools import figures
-    from records.tools.common import say
+    from records.tools.common import run_tool, say
     from records.tools.page import (
         Cell,
         Picture,
@@ -280,13 +283,17 @@ def answer(made: Comparison) -> str:
     test = f"paired t test over {len(made.post.ours)} seeds"
     if made.test == "Welch":
         test = f"Welch's t test, {counts}"
-    verdict = {
-        "undecided": "A and B cannot be told apart",
-        "shown": f"A is {'better' if mean < 0 else 'worse'} than B",
-    }[made.post.verdict]
+    told = (
+        f"A - B is {mean:+.4f} ± {half:.4f} bits per byte ({CONFIDENCE:.0%} interval, {test}, "
+        f"p {p:.2g}"
+    )
+    if made.post.verdict == "undecided":
+        return f"A and B cannot be told apart: after rounding {told})."
+    side = "better" if mean < 0 else "worse"
+    # How many others were compared, this tool does not know; ablate.py report does.
     return (
-        f"{verdict}: after rounding A - B is {mean:+.4f} ± {half:.4f} bits per byte "
-        f"({CONFIDENCE:.0%} interval, {test}, p {p:.2g})."
+        f"Suggested: A is {side} than B. After rounding {told} in this test alone, not corrected "
+        "for other comparisons)."
     )
 
 
@@ -396,23 +403,22 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def main() -> int:
-    asked = parser().parse_args()
-    try:
-        compared = compare_sides(asked.a, asked.b)
-        say(compared.text())
-        if asked.html:
-            tg.write_atomically(asked.html, compared.page().encode())
-        if asked.png:
-            sides = compared.ours.runs, compared.theirs.runs
-            picture = figures.differences(*sides, figures.DIFFERENCES)
-            if picture is None:
-                raise tg.InputError(f"{asked.png} is not written: the runs share no point to draw")
-            tg.write_atomically(asked.png, figures.png(picture))
-    except (tg.InputError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
+def work(asked: argparse.Namespace) -> int:
+    compared = compare_sides(asked.a, asked.b)
+    say(compared.text())
+    if asked.html:
+        tg.write_atomically(asked.html, compared.page().encode())
+    if asked.png:
+        sides = compared.ours.runs, compared.theirs.runs
+        picture = figures.differences(*sides, figures.DIFFERENCES)
+        if picture is None:
+            raise tg.InputError(f"{asked.png} is not written: the runs share no point to draw")
+        tg.write_atomically(asked.png, figures.png(picture))
     return 0
+
+
+def main() -> int:
+    return run_tool(work, parser().parse_args())
 
 
 if __name__ == "__main__":

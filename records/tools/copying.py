@@ -98,7 +98,14 @@ def losses(model: tg.GPT, text: Windows) -> Tensor:
     return torch.cat(found)
 
 
-def measure(folder: Path, options: argparse.Namespace) -> list[str]:
+class Measured(NamedTuple):
+    """A line of the table, and what text it is of."""
+
+    cells: list[str]
+    text: str
+
+
+def measure(folder: Path, options: argparse.Namespace) -> Measured:
     """The line of a run: its losses by kind of target, and what repeated random tokens gain."""
     config = read_result(folder / "result.json")["config"]
     artifact = folder / tg.ARTIFACT
@@ -112,14 +119,18 @@ def measure(folder: Path, options: argparse.Namespace) -> list[str]:
     random = losses(model, of_chance(a.vocab_size, a.train_seq_len, 2 * BATCH))
     half = a.train_seq_len // 2
     gain = random[:, :half].mean() - random[:, half:].mean()
-    return [f"{folder.parent.name} {folder.name}", *(f"{float(x):.3f}" for x in (*means, gain))]
+    cells = [f"{folder.parent.name} {folder.name}", *(f"{float(x):.3f}" for x in (*means, gain))]
+    return Measured(cells, "{:,} windows of {:,} tokens".format(*text.ids.shape))
 
 
 def work(options: argparse.Namespace) -> int:
     require_at_least(options, windows=1)
     runs = [folder for side in options.runs for folder in folders(side)]
+    found = [measure(folder, options) for folder in runs]
+    texts = dict.fromkeys(one.text for one in found)
+    say(f"Validation: {' or '.join(texts)}.\n")  # a split may have fewer than were asked for
     head = ["run", "all", *KINDS, "random, second time"]
-    say("\n".join(markdown_table(head, [measure(folder, options) for folder in runs])))
+    say("\n".join(markdown_table(head, [one.cells for one in found])))
     return 0
 
 

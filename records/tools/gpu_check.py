@@ -4,12 +4,21 @@
     python records/tools/gpu_check.py --only attention race --out /tmp/check
 
 Nothing has to be prepared: without FineWeb in DATA_PATH the sample corpus is
-made. Every part is a process of its own with its own share of the time; what
+made, within the same minutes. Every part is a process of its own with its own
+share of the time, and with what those before it have left of theirs; what
 fails, takes too long or is not as it should be is recorded, and the rest goes
-on. Nothing that a part has started outlives it. The folder of --out gets
-gpu_check.json with all figures and the output of each part. The last things
-printed are a table of what the dry run had estimated and what was measured,
-and what failed: then the exit code is 1.
+on. The last part, `presets`, measures as many as there is time for. Nothing
+that a part has started outlives it. The folder of --out gets gpu_check.json
+with all figures and the output of each part; what an earlier check has left
+there goes first, but for the parts that --only leaves out, which stay and are
+called earlier. The last things printed are a table of what the dry run had
+estimated and what was measured, what failed (then the exit code is 1), and
+which parts have not run.
+
+On a GPU (one H200, records/h200/) have run: environment, attention, levels,
+kernels, and clock until it was cut off; all GPUs on that one; whole run, same
+bits, and killed rank, which wants a second GPU and skipped. Race and presets
+never have, and the check as a whole, as it is now, has not.
 """
 
 from __future__ import annotations
@@ -31,7 +40,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,7 +62,10 @@ with told_if_missing(__name__, TRAINING):
 ROOT = Path(__file__).resolve().parents[2]
 ESTIMATES = Path(__file__).resolve().parent / "dryrun/estimates.json"
 SCRIPT = ROOT / "train_gpt.py"
+SAMPLE = ROOT / "data/sample.py"
 MINUTES = 15
+DATA_SECONDS = 40  # of them, for the sample corpus where there is no FineWeb
+END_SECONDS = 20  # for the start of this tool and for whatever does not end at once
 RANKS = 8  # of a node; one GPU is given the work of one of them
 # Of validation: all of FineWeb's would take one GPU 15 s, at PR 855's 15.8 ms for 65,536.
 VAL_TOKENS = 1 << 20
@@ -358,13 +370,25 @@ def levels(out: Figures, options: Options) -> None:
     measure_preset(out, options, "T", "block", 20, FUSED_MLP="1")
 
 
-def presets(out: Figures, options: Options) -> None:
-    """Five steps of every preset at full size.
+FIRST_SECONDS = 30  # of the first preset, which starts the compiler: an H200's host took 24
+MEASURED = "measured"  # the figure that has the number of presets
 
-    From the last one on: the time may end before they do, and those are the most unlike T.
+
+def presets(out: Figures, options: Options) -> None:
+    """Five steps of every preset at full size, as far as the time goes.
+
+    From the last one on, as those are the most unlike T. None is begun that would not end if it
+    took as long as the longest so far, as a rule the first.
     """
-    for preset in reversed(tg.SYSTEMS):
+    names, seconds = [*reversed(tg.SYSTEMS)], list[float]()
+    began = time.perf_counter()
+    for preset in names:
+        begins = time.perf_counter()
+        if begins - began + max(seconds, default=FIRST_SECONDS) > options.seconds:
+            break
         measure_preset(out, options, preset, "block", 3)
+        seconds.append(time.perf_counter() - begins)
+    out[MEASURED] = f"{len(seconds)} of {len(names)} presets"
 
 
 # The verdicts on loops rest on what a step of these takes (research_notes.md, section 10).
@@ -415,9 +439,12 @@ def time_of_kernels(found: list[bench.Kernel]) -> dict[str, Any]:
 
 
 def race_of_two(out: Figures, options: Options) -> None:
-    """200 steps of T in turn with the plain implementation, after a check that both are one."""
+    """100 steps of T in turn with the plain implementation, after a check that both are one.
+
+    The plain one is not compiled: as a whole, that took longer than this part has.
+    """
     settings = variables_of("T") | options.data
-    plain = Plain(compile=True, attention="cudnn")
+    plain = Plain(attention="cudnn")
     cases = dict(ours=race.Case(settings), plain=race.Case(settings, plain=plain))
     with out.trial("one step in float32 beside the plain one"):
         small = settings | dict(COMPILE="off", TRAIN_BATCH_TOKENS="8192")
@@ -428,7 +455,7 @@ def race_of_two(out: Figures, options: Options) -> None:
     with sdpa_kernel(tg.KERNELS["auto"], set_priority=True), race.device_watch() as readings:
         warm = {name: race.warm_up(case, start, 3) for name, case in cases.items()}
         out["warm-up"] = {name: one.facts for name, one in warm.items()}
-        rounds = race.measure({name: one.contestant for name, one in warm.items()}, 3, 200)
+        rounds = race.measure({name: one.contestant for name, one in warm.items()}, 3, 100)
     medians = {name: float(statistics.median(ms)) for name, ms in rounds.ms.items()}
     out["ms"] = {name: race.spread(ms) for name, ms in rounds.ms.items()}
     out["recompiled"] = late = rounds.recompiles
@@ -635,16 +662,25 @@ class Part(NamedTuple):
 PARTS = [
     Part("environment", 30, environment),
     Part("attention", 20, attention),
-    Part("levels", 125, levels),
+    Part("levels", 100, levels),
     Part("clock", 135, clock),
-    Part("kernels", 65, kernels),
+    Part("kernels", 60, kernels),
     Part("all GPUs", 125, all_gpus),
     Part("whole run", 100, whole_run),
     Part("same bits", 100, same_bits),
     Part("killed rank", 60, killed_rank),
-    Part("race", 90, race_of_two),
-    Part("presets", 50, presets),
+    Part("race", 65, race_of_two),
+    Part("presets", 45, presets),
 ]
+
+
+def time_for(parts: Sequence[Part], left: float, scale: float) -> float:
+    """Seconds for the first of the parts that are left: its share, and all that is beyond theirs.
+
+    Where less is left than their shares, each gets as much less. `scale`: of the shares.
+    """
+    own, later = parts[0].seconds, sum(part.seconds for part in parts[1:])
+    return max(left - scale * later, left * own / (own + later), 0.0)
 
 
 class Options(NamedTuple):
@@ -652,7 +688,7 @@ class Options(NamedTuple):
 
     out: Path
     data: dict[str, str]  # DATA_PATH, TOKENIZER_PATH, and LOG_DIR, by which processes are known
-    seconds: float
+    seconds: float  # until the part is cut off
     ranks: int  # as many as GPUs, but a power of two, which divides every batch
 
 
@@ -664,20 +700,41 @@ def file_of(part: Part, out: Path, ending: str) -> Path:
     return out / f"{part.name.replace(' ', '_')}.{ending}"
 
 
-def find_data(out: Path) -> dict[str, str]:
-    """FineWeb where the script looks for it, or else the sample corpus, made here."""
+def is_whole(shards: Path, tokenizer: Path) -> bool:
+    """Whether there is a tokenizer, and shards of both splits."""
+    splits = (f"fineweb_{split}_*.bin" for split in ("train", "val"))
+    return tokenizer.exists() and all([*shards.glob(names)] for names in splits)
+
+
+def find_data(out: Path, seconds: float) -> dict[str, str]:
+    """FineWeb where the script looks for it, or else the sample corpus, made in `seconds`."""
     config = tg.Config()
     shards, tokenizer = tg.find_file(config.data_path), tg.find_file(config.tokenizer_path)
-    splits = (f"fineweb_{split}_*.bin" for split in ("train", "val"))
-    if not (tokenizer.exists() and all([*shards.glob(names)] for names in splits)):
-        folder = out / "data"
-        if not (folder / "datasets").exists():
-            command = [sys.executable, str(ROOT / "data/sample.py"), "--root", str(folder)]
-            subprocess.run(command, check=True)
-        (shards,) = (folder / "datasets").iterdir()
-        (tokenizer,) = (folder / "tokenizers").glob("*.model")
+    if not is_whole(shards, tokenizer):
+        if not sample(out / "data"):
+            make_sample(out / "data", seconds)
+        [(shards, tokenizer)] = sample(out / "data")
     short = shorten(shards, out / "short")
     return dict(DATA_PATH=str(short), TOKENIZER_PATH=str(tokenizer.resolve()))
+
+
+def sample(folder: Path) -> list[tuple[Path, Path]]:
+    """Shards and tokenizer of the sample corpus in a folder; none where it is not whole."""
+    shards, tokenizers = (folder / "datasets").glob("*"), (folder / "tokenizers").glob("*.model")
+    return [pair for pair in itertools.product(shards, tokenizers) if is_whole(*pair)][:1]
+
+
+def make_sample(folder: Path, seconds: float) -> None:
+    """Makes the sample corpus; InputError says why there is none."""
+    command = [sys.executable, str(SAMPLE), "--root", str(folder)]
+    failed = "there is no FineWeb here, and data/sample.py did not make the sample corpus"
+    try:
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        raise tg.InputError(f"{failed} in {seconds:.0f} s, a third of --minutes") from None
+    told = done.stderr.strip().splitlines() or ["it says nothing"]
+    tg.require(not done.returncode, f"{failed} (exit code {done.returncode}): {told[-1]}")
+    tg.require(sample(folder), f"{failed}: {folder} lacks shards or a tokenizer")
 
 
 def shorten(shards: Path, folder: Path) -> Path:
@@ -712,7 +769,8 @@ def end_all(out: Path) -> None:
 
 def run_part(part: Part, options: Options) -> dict[str, Any]:
     """A part in a process of its own: its seconds, its failure if it has one, and its figures."""
-    words = ["--part", part.name, "--out", str(options.out), "--seconds", str(options.seconds)]
+    until = time.monotonic() + options.seconds
+    words = ["--part", part.name, "--out", str(options.out), "--until", str(until)]
     command = [sys.executable, __file__, *words, "--ranks", str(options.ranks)]
     figures, output = file_of(part, options.out, "json"), file_of(part, options.out, "txt")
     figures.unlink(missing_ok=True)
@@ -748,6 +806,7 @@ SHOWN = {
     "same bits": ("one artifact",),
     "killed rank": ("seconds until resumed", "skipped"),
     "race": ("ms", "speed against the plain implementation", "MFU"),
+    "presets": (MEASURED,),
 }
 CONTENDER_STEP = title_of(
     "frontier", dict(COMPILE="block", VOCAB_SIZE="1024"), step=True, share=RANKS
@@ -783,7 +842,8 @@ def rows(parts: dict[str, Any], estimates: dict[str, Any]) -> Iterator[Row]:
     yield from attention_rows(measured.get("attention", {}))
     for part in ("levels", "presets"):
         for title, found in measured.get(part, {}).items():
-            yield from step_rows(title, found, estimates.get(title, [{}])[-1])
+            if title != MEASURED:
+                yield from step_rows(title, found, estimates.get(title, [{}])[-1])
     for title, found in measured.get("kernels", {}).items():
         for name in (f"{kind}_ms" for kind in ALL_KINDS):
             yield title, name, estimates.get(title, [{}])[-1].get(name), found[name]
@@ -837,7 +897,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--minutes",
         type=float,
         default=MINUTES,
-        help="Minutes for all parts together; each has its share (default: %(default)s).",
+        help="Minutes of the whole check, of which each part has its share, with --only as well "
+        "(default: %(default)s).",
     )
     add(
         "--only",
@@ -853,30 +914,81 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="PART",
         help="The part of a process that this tool starts itself.",
     )
-    add("--seconds", type=float, help="The time of that part.")
+    add("--until", type=float, help="When that part is cut off, by the monotonic clock.")
     add("--ranks", type=int, help="The GPUs of that part.")
     return parser
 
 
-def check(out: Path, chosen: list[Part], scale: float) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Names of parts and what they found; `scale`: of the time they have."""
-    shutil.rmtree(runs_of(out), ignore_errors=True)  # of a check before
-    data = find_data(out) | dict(LOG_DIR=str(runs_of(out)))
-    ranks = 2 ** int(math.log2(torch.cuda.device_count()))
+EARLIER = "earlier"  # marks the findings of an earlier check
+
+
+def begin(out: Path, chosen: list[Part]) -> dict[str, Any]:
+    """Removes what an earlier check has left; what it found in other parts is kept, and marked."""
+    path, found = out / "gpu_check.json", dict[str, Any]()
+    others = {part.name for part in PARTS} - {part.name for part in chosen}
+    if others and path.exists():
+        before = common.read_result(path)
+        found = {name: done | {EARLIER: True} for name, done in before.items() if name in others}
+    old = [path, out / "gpu_check.md", *out.glob("run_*.txt")]
     for part in chosen:
-        done = run_part(part, Options(out, data, part.seconds * scale, ranks))
-        common.say(f"{part.name}: {done['seconds']} s {done['failure']}")
-        yield part.name, done
+        old += [file_of(part, out, "json"), file_of(part, out, "txt")]
+    for file in old:
+        file.unlink(missing_ok=True)
+    shutil.rmtree(runs_of(out), ignore_errors=True)
+    if found:
+        common.write_json(path, found)
+    return found
+
+
+def check(out: Path, chosen: list[Part], seconds: float) -> int:
+    """Runs the parts and tells what they found; the exit code: 0 if none failed."""
+    scale, began = seconds / (60 * MINUTES), time.monotonic()
+    found = begin(out, chosen)
+    data = find_data(out, seconds / 3) | dict(LOG_DIR=str(runs_of(out)))
+    shares = scale * (DATA_SECONDS + sum(part.seconds for part in chosen))  # of few parts, few
+    deadline = min(time.monotonic() + shares, began + seconds - scale * END_SECONDS)
+    ranks = 2 ** int(math.log2(torch.cuda.device_count()))
+    try:
+        for i, part in enumerate(chosen):
+            left = deadline - time.monotonic()
+            done = run_part(part, Options(out, data, time_for(chosen[i:], left, scale), ranks))
+            common.say(f"{part.name}: {done['seconds']} s {done['failure']}")
+            found[part.name] = done
+            common.write_json(out / "gpu_check.json", found)
+    finally:  # after Ctrl-C, too
+        tell(out, found)
+    return 1 if any(found[part.name]["failure"] for part in chosen) else 0
 
 
 def tell(out: Path, found: dict[str, Any]) -> None:
-    """Prints the table and what failed, and writes them into gpu_check.md."""
+    """Prints the table, what failed and what did not run, and writes them into gpu_check.md."""
     estimates = json.loads(ESTIMATES.read_text()) if ESTIMATES.exists() else {}
-    lines = table(found, estimates)
-    wrong = [f"{name}: {done['failure']}" for name, done in found.items() if done["failure"]]
-    lines += ["", *([f"FAILED {one}" for one in wrong] or ["No part failed."])]
+    lines = [*table(found, estimates), "", *verdict(found)]
     tg.write_atomically(out / "gpu_check.md", "\n".join([*lines, ""]).encode())
     common.say("\n".join(lines))
+
+
+def verdict(found: dict[str, Any]) -> list[str]:
+    """What failed, and which parts this check has not run, or not to their end."""
+    failed = {name: done for name, done in found.items() if done["failure"]}
+    lines = [f"FAILED {name}: {done['failure']}" for name, done in failed.items()]
+    earlier = [name for name, done in found.items() if EARLIER in done]
+    missing = [part.name for part in PARTS if part.name not in found]
+    if not failed and found:
+        lines.append("No part that has run failed." if missing else "No part failed.")
+    if earlier:
+        lines.append(f"found by an earlier check: {', '.join(earlier)}")
+    if missing:
+        lines.append(f"not run: {', '.join(missing)}")
+    return lines
+
+
+def work_on(part: Part, given: argparse.Namespace, out: Path) -> int:
+    """Runs a part in this process, which the check has started for it."""
+    data = {name: os.environ[name] for name in ("DATA_PATH", "TOKENIZER_PATH", "LOG_DIR")}
+    options = Options(out, data, given.until - time.monotonic(), given.ranks)
+    part.run(Figures(file_of(part, out, "json")), options)
+    return 0
 
 
 def work(given: argparse.Namespace) -> int:
@@ -884,24 +996,14 @@ def work(given: argparse.Namespace) -> int:
     out = given.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     if given.part:
-        part = next(part for part in PARTS if part.name == given.part)
-        data = {name: os.environ[name] for name in ("DATA_PATH", "TOKENIZER_PATH", "LOG_DIR")}
-        options = Options(out, data, given.seconds, given.ranks)
-        part.run(Figures(file_of(part, out, "json")), options)
-        return 0
+        return work_on(next(part for part in PARTS if part.name == given.part), given, out)
+    tg.require(given.minutes > 0, f"--minutes {given.minutes:g} is not above 0")
     tg.require(torch.cuda.is_available(), "PyTorch sees no GPU here")
     for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C, after which nothing is left behind
         signal.signal(number, signal.default_int_handler)
     chosen = [part for part in PARTS if not given.only or part.name in given.only]
-    found: dict[str, Any] = {}
     with tg.lock_folder(out):
-        try:
-            for name, done in check(out, chosen, given.minutes / MINUTES):
-                found[name] = done
-                common.write_json(out / "gpu_check.json", found)
-        finally:
-            tell(out, found)
-    return 1 if any(done["failure"] for done in found.values()) else 0
+        return check(out, chosen, 60 * given.minutes)
 
 
 def main() -> int:

@@ -462,16 +462,20 @@ class Measure(NamedTuple):
     ours: list[float]
     theirs: list[float]
     delta: Delta | None
-    holm: float = nan  # p, adjusted for the table's number of tests of this kind
+    holm: float = nan  # p, adjusted for the table's number of tests of this kind; nan: no table
 
     @property
     def verdict(self) -> str:
-        """What the test says: none, one seed, undecided, suggested (its own p) or shown (Holm)."""
+        """What the test says: none, one seed, undecided, suggested (its own p) or shown (Holm).
+
+        Of a test that stands in no table nobody knows how many others there were, so it shows
+        nothing.
+        """
         if self.delta is None:
             return "none"
         if math.isnan(self.delta.p):
             return "one seed"
-        if (self.delta.p if math.isnan(self.holm) else self.holm) < ALPHA:
+        if self.holm < ALPHA:
             return "shown"
         return "suggested" if self.delta.p < ALPHA else "undecided"
 

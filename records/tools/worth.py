@@ -15,7 +15,12 @@ tokens trained on. With phi = 1 a pass is worth as much as layers of its own,
 with phi = 0 nothing (arXiv 2604.21106 found 0.46). Where all runs saw as many
 tokens, B D^-b is a part of E. Intervals are of 95 %: residuals are drawn
 again. A run that is in several groups then draws one of the same rank in each,
-so that its chance is the same in all.
+so that its chance is the same in all. Of n runs and p fitted parameters,
+residuals are taken times the root of n / (n - p), as the fit has made them too
+small, and what the draws reach to either side of phi times the ratio of
+Student's t with n - p degrees of freedom to the normal distribution (2.20 for
+six runs and four parameters), as so few residuals tell their own size badly.
+For a difference of two groups it is the n - p of the one with fewer.
 """
 
 from __future__ import annotations
@@ -36,12 +41,13 @@ from records.tools.packages import told_if_missing
 with told_if_missing(__name__):
     import numpy as np
     import torch
+    from scipy import stats
     from scipy.optimize import least_squares
 
     import train_gpt as tg
     from records.tools.common import markdown_table, require_at_least, run_tool, say
     from records.tools.compare import folders
-    from records.tools.results import Result, Unusable, load
+    from records.tools.results import CONFIDENCE, Result, Unusable, load
 
 # ---- 1. What a run is to the formula -------------------------------------------------------------
 
@@ -149,6 +155,16 @@ class Data(NamedTuple):
     def several_tokens(self) -> bool:
         return len(set(self.tokens.round(6))) > 1
 
+    @property
+    def parameters(self) -> int:
+        """How many of a curve's are fitted."""
+        return 6 if self.several_tokens else 4
+
+    @property
+    def freedom(self) -> int:
+        """Degrees of freedom of the residuals."""
+        return len(self.bpb) - self.parameters
+
     def scores(self, curve: Curve) -> np.ndarray:
         """What the formula says, for every run."""
         worth = (self.once + self.passes**curve.phi * self.recurrent) / self.unit
@@ -183,7 +199,7 @@ def gather(observations: Sequence[Observation]) -> Data:
 
 def solve(data: Data, bpb: np.ndarray, start: Curve) -> tuple[Curve, float]:
     """The curve nearest to the scores `bpb`, from a start, and half its squared error."""
-    count = 6 if data.several_tokens else 4
+    count = data.parameters
 
     def errors(values: np.ndarray) -> np.ndarray:
         return data.scores(Curve(*values)) - bpb
@@ -217,8 +233,7 @@ def resample(data: Data, curve: Curve, ranks: np.ndarray) -> np.ndarray:
     """
     expected = data.scores(curve)
     residuals = np.sort(data.bpb - expected)
-    count = 6 if data.several_tokens else 4
-    residuals *= math.sqrt(len(residuals) / (len(residuals) - count))
+    residuals *= math.sqrt(len(residuals) / data.freedom)
     drawn = residuals[(ranks * len(residuals)).astype(int)]
     return np.array([solve(data, expected + noise, curve)[0].phi for noise in drawn])
 
@@ -232,11 +247,27 @@ class Worth(NamedTuple):
     name: str
     curve: Curve
     phis: np.ndarray  # of fits to scores drawn again
+    freedom: int
 
 
-def interval(values: np.ndarray) -> str:
-    low, high = np.quantile(values, [0.025, 0.975])
-    return f"({low:.2f} to {high:.2f})"
+class Interval(NamedTuple):
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"({self.low:.2f} to {self.high:.2f})"
+
+
+def interval(found: float, drawn: np.ndarray, freedom: int) -> Interval:
+    """Of a figure, by those of fits to scores drawn again.
+
+    Their quantiles hold where the size of the chance is known. Here it is that of the residuals, so
+    both sides are as much longer as Student's are than the normal distribution's.
+    """
+    tail = (1 + CONFIDENCE) / 2
+    longer = float(stats.t.ppf(tail, freedom) / stats.norm.ppf(tail))
+    low, high = np.quantile(drawn, [1 - tail, tail])
+    return Interval(found - longer * (found - low), found + longer * (high - found))
 
 
 def describe(worth: Worth, data: Data) -> list[str]:
@@ -258,7 +289,8 @@ def describe(worth: Worth, data: Data) -> list[str]:
     ]
     head = ["N_once", "N_rec", "r", "tokens / mean", "runs", "bpb", "formula"]
     return [
-        f"{worth.name}: phi {curve.phi:.2f} {interval(worth.phis)}; {passes} times their layers",
+        f"{worth.name}: phi {curve.phi:.2f} {interval(curve.phi, worth.phis, worth.freedom)}; "
+        f"{passes} times their layers",
         f"{powers}; residuals {rms:.4f} bpb",
         "",
         *markdown_table(head, rows),
@@ -286,12 +318,12 @@ def work(options: argparse.Namespace) -> int:
     found = []
     for name, data, ranks in zip(names, groups, draw(groups, options.resamples)):
         curve = fit(data)
-        found.append(Worth(name, curve, resample(data, curve, ranks)))
+        found.append(Worth(name, curve, resample(data, curve, ranks), data.freedom))
         say("\n".join(describe(found[-1], data)))
     for worth in found[1:]:
         first = found[0]
         change = worth.curve.phi - first.curve.phi
-        told = interval(worth.phis - first.phis)
+        told = interval(change, worth.phis - first.phis, min(worth.freedom, first.freedom))
         say(f"phi of {worth.name} less that of {first.name}: {change:+.2f} {told}")
     return 0
 
