@@ -2799,11 +2799,6 @@ class Scorer:
             f"TTT_CHUNK_TOKENS={chunk} is no multiple of TRAIN_SEQ_LEN={T} or above "
             f"MICRO_BATCH_TOKENS={config.micro_batch_tokens} for each rank",
         )
-        require(
-            not config.ttt_lr or chunk < self.targets,
-            f"TTT_LR={config.ttt_lr} cannot act here: TTT_CHUNK_TOKENS={chunk} is the whole "
-            f"validation set of {self.targets} targets, and nothing is scored after it",
-        )
         most = min(config.val_batch_size // world.size, config.micro_batch_tokens) // T
         needed = math.ceil(math.ceil(self.targets / T) / world.size)
         self.batch = min(max(most, 1), needed)
@@ -5528,6 +5523,8 @@ def score_artifact(
     names = ["roundtrip"]
     if config.ttt_lr:
         names.append("ttt")
+        if config.ttt_chunk_tokens >= scorer.targets:
+            log("warning: TTT_CHUNK_TOKENS holds the whole text: no target is scored after it")
     elif config.eval_stride:
         names.append("sliding")
     forward = functools.partial(compiler.forward(model), mode=model.scoring)

@@ -236,6 +236,16 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
         tg.World(dict(LOCAL_RANK="4"))
 
 
+@pytest.mark.parametrize(("chunk", "warned"), [(112, True), (96, False)])
+def test_learning_from_a_chunk_that_is_the_whole_text_is_told(
+    chunk: int, warned: bool, run: Run, corpus: dict[str, Any]
+) -> None:
+    """Nothing is scored after it was learnt from, here of 99 targets."""
+    ttt = dict(TTT_LR=0.05, TTT_CHUNK_TOKENS=chunk, MICRO_BATCH_TOKENS=112)
+    result = run(**corpus | ttt)
+    assert result.code == 0 and ("TTT_CHUNK_TOKENS holds the whole text" in result.out) == warned
+
+
 def test_a_model_that_no_artifact_holds_is_refused_before_it_is_trained(
     run: Run, corpus: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

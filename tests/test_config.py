@@ -477,11 +477,11 @@ def test_what_a_preset_sets_goes_where_it_cannot_act(
         assert value_of(found, name) == value, name
     assert value_of(found, "LN_SCALE"), "what acts stays"
     torch.manual_seed(0)
-    small = dict(model_dim=16, num_heads=4, num_kv_heads=2, vocab_size=64, rope_dims=2)
-    model = tg.GPT(tg.replace(found.architecture(), train_seq_len=8, dtype="float32", **small), 0.1)
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.1 * torch.randn_like(p)
+    small: dict[str, Any] = dict(model_dim=16, num_heads=4, num_kv_heads=2, vocab_size=64)
+    small |= dict(rope_dims=2, train_seq_len=8, dtype="float32")
+    model = tg.GPT(tg.replace(found.architecture(), **small), 0.1)
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
     ids = torch.randint(2, 64, (1, 8))
     modes = tg.training_modes(found)
     assert len({mode.passes for mode in modes}) == len(set(dict(found.schedule()).values()))

@@ -923,7 +923,7 @@ def test_an_exit_does_not_wait_for_what_was_left_to_itself(
     env: Env, main_here: Callable[[Env], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Python's own end, amid PyTorch's work in another thread, aborts the process."""
-    release, codes = threading.Event(), []
+    release, codes = threading.Event(), list[int]()
 
     def run(*_: Any) -> None:
         threading.Thread(target=release.wait, args=(HANG,), daemon=True, name=tg.LEFT).start()

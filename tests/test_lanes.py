@@ -188,10 +188,11 @@ class Written:
                 torch.tanh(norm(lane) @ of_pass.T / math.sqrt(self.a.model_dim))[:, :, None]
                 for lane in lanes
             ]
-        x = sum((read[j] + given[j][:, 0]) * lanes[j] for j in (0, 1))
+        x = (read[0] + given[0][:, 0]) * lanes[0] + (read[1] + given[1][:, 0]) * lanes[1]
         change = self.core_pass(x, x0, number) - x
         return [
-            sum((mix[i, j] + given[j][:, 2 + i]) * lanes[j] for j in (0, 1))
+            (mix[i, 0] + given[0][:, 2 + i]) * lanes[0]
+            + (mix[i, 1] + given[1][:, 2 + i]) * lanes[1]
             + (write[i] + given[i][:, 1]) * change
             for i in (0, 1)
         ]

@@ -415,7 +415,8 @@ def test_the_reserve_is_what_a_trial_takes(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_calibration_ends_with_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Micro-batches that take 2 s each, 20 are asked for, and 9 s reserved."""
-    time, lines, asked = ManualTime(), [], []
+    time, asked = ManualTime(), list[int]()
+    lines: Any = []
 
     def micro(step: int) -> Iterator[tuple[Tensor, Tensor]]:
         asked.append(step)

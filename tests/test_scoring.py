@@ -389,17 +389,6 @@ def test_learning_rate_zero_is_the_sliding_score(stride: int) -> None:
     assert abs(learnt.val_loss - still.val_loss) > 1e-4, "and 0.05 is another"
 
 
-def test_a_chunk_that_is_the_whole_text_is_refused(split_folder: Path) -> None:
-    """Nothing is scored after it was learnt from."""
-    config = Validation(split_folder, 250).config
-    chunk = config.train_seq_len * math.ceil(249 / config.train_seq_len)
-    given = dict(ttt_lr=0.05, micro_batch_tokens=chunk)
-    assert "TTT_LR=0.05 cannot act here" in refused(
-        tg.Scorer, replace(config, ttt_chunk_tokens=chunk, **given), one_rank()
-    )
-    assert tg.Scorer(replace(config, ttt_chunk_tokens=config.train_seq_len, **given), one_rank())
-
-
 @pytest.mark.bits
 @pytest.mark.parametrize("place", [1, 127, 128, 129, 130, 257, 640, 699])
 def test_nothing_is_scored_after_it_was_learnt_from(place: int) -> None:
