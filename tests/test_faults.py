@@ -936,12 +936,12 @@ def test_an_exit_does_not_wait_for_what_was_left_to_itself(
     release.set()
 
 
-def test_a_rank_that_gets_a_signal_in_long_work_of_its_own_is_not_lost() -> None:
-    """It begins no collective, and neither does the checkpoint that it then writes."""
+def alone(timeout: int, training: bool) -> tuple[Any, Callable[[int], str]]:
+    """The watchdog of a single rank, and what it says after so many rounds more."""
     dog: Any = tg.Watchdog.__new__(tg.Watchdog)
-    dog.world = types.SimpleNamespace(collectives=5, training=False, rank=0)
-    dog.timeout, dog.store_error, dog.quiet, dog.stuck, dog.asked = 60, "", [0], 0, 0
-    dog.rounds = dog.longest = 0
+    dog.world = types.SimpleNamespace(collectives=5, training=training, rank=0)
+    dog.timeout, dog.store_error, dog.quiet = timeout, "", [0]
+    dog.stuck = dog.asked = dog.rounds = dog.longest = 0
     dog.known, dog.begun = [tg.Beat()], None
     numbers = itertools.count(1)
 
@@ -951,6 +951,12 @@ def test_a_rank_that_gets_a_signal_in_long_work_of_its_own_is_not_lost() -> None
             dog.count()
         return dog.verdict()
 
+    return dog, rounds
+
+
+def test_a_rank_that_gets_a_signal_in_long_work_of_its_own_is_not_lost() -> None:
+    """It begins no collective, and neither does the checkpoint that it then writes."""
+    dog, rounds = alone(60, training=False)
     assert rounds(30) == "" and dog.stuck == 29
     dog.heard()
     assert rounds(2 * tg.HURRY) == ""
@@ -960,19 +966,7 @@ def test_a_rank_that_gets_a_signal_in_long_work_of_its_own_is_not_lost() -> None
 @pytest.mark.parametrize(("timeout", "more"), [(60, 40), (30, 30)])
 def test_a_signal_in_a_long_step_does_not_end_it(timeout: int, more: int) -> None:
     """Steps of 20 s have the time of two, and never more than RANK_TIMEOUT_SECONDS."""
-    dog: Any = tg.Watchdog.__new__(tg.Watchdog)
-    dog.world = types.SimpleNamespace(collectives=5, training=True, rank=0)
-    dog.timeout, dog.store_error, dog.quiet, dog.stuck, dog.asked = timeout, "", [0], 0, 0
-    dog.rounds = dog.longest = 0
-    dog.known, dog.begun = [tg.Beat()], None
-    numbers = itertools.count(1)
-
-    def rounds(count: int) -> str:
-        for _ in range(count):
-            dog.beats = [tg.Beat(next(numbers))]
-            dog.count()
-        return dog.verdict()
-
+    dog, rounds = alone(timeout, training=True)
     for _ in range(2):
         assert rounds(21) == ""
         dog.world.collectives += 1
