@@ -149,15 +149,15 @@ def architecture(**values: str) -> tg.Architecture:
 
 def test_weights_are_counted_by_their_uses() -> None:
     once, core = weights_by_hand(48)
-    assert worth.weights_of(architecture(**options(48, 3))) == (once, core, 3)
-    assert worth.weights_of(architecture(**options(48, 1))) == (once + core, 0, 1)
+    assert worth.weights_of(architecture(**options(48, 3)), 3) == (once, core, 3)
+    assert worth.weights_of(architecture(**options(48, 1)), 1) == (once + core, 0, 1)
     untied = architecture(**options(48, 3), TIE_EMBEDDINGS="0")
-    assert worth.weights_of(untied) == (once + 1024 * 48, core, 3)
+    assert worth.weights_of(untied, 3) == (once + 1024 * 48, core, 3)
     own = architecture(**options(48, 3), SHARE_ATTN_ONLY="1")
     mlps, attns = 4 * 2 * 48**2, 3 * 2 * 48**2
-    assert worth.weights_of(own) == (once + 3 * mlps, attns, 3)
+    assert worth.weights_of(own, 3) == (once + 3 * mlps, attns, 3)
     with pytest.raises(tg.InputError, match="used 2, 3 times"):
-        worth.weights_of(architecture(**options(48, 3), MLP_POOL="3"))
+        worth.weights_of(architecture(**options(48, 3), MLP_POOL="3"), 3)
 
 
 def test_runs_that_cannot_tell_are_refused(tmp_path: Path) -> None:
@@ -169,11 +169,24 @@ def test_runs_that_cannot_tell_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(tg.InputError, match=what):
             data_of(",".join(rows))
-    folder = Path(group[0]) / "seed1"
+    folder = Path(group[2]) / "seed1"
     result = json.loads((folder / "result.json").read_text())
     edit_result(folder, config=result["config"] | dict(passes_schedule="0:1"))
-    with pytest.raises(tg.InputError, match="seed1: PASSES_SCHEDULE=0:1: the formula has one"):
-        data_of(group[0])
+    told = "seed1: PASSES_SCHEDULE=0:1, EVAL_PASSES=0: the formula has one"
+    with pytest.raises(tg.InputError, match=told):
+        data_of(group[2])
+
+
+def test_a_run_with_one_pass_of_several_counts_as_that(tmp_path: Path) -> None:
+    """As those with lanes around one pass do: every weight is used once."""
+    folder = Path(write(tmp_path, TRUTH, (100,), 0.0).split(",")[2]) / "seed1"
+    whole = worth.observe(worth.load(folder)[0]).weights
+    assert whole.passes == 3
+    result = json.loads((folder / "result.json").read_text())
+    once = dict(passes_schedule="0:1", eval_passes=1)
+    edit_result(folder, config=result["config"] | once)
+    found = worth.observe(worth.load(folder)[0]).weights
+    assert found == (whole.once + whole.recurrent, 0, 1)
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -70,11 +70,11 @@ class Observation(NamedTuple):
 
 
 @functools.cache
-def weights_of(architecture: tg.Architecture) -> Weights:
-    """InputError for a model whose weights are used by different numbers of passes."""
+def weights_of(architecture: tg.Architecture, passes: int) -> Weights:
+    """Of a model at so many passes; InputError if these use its weights differently often."""
     with torch.device("meta"):
         model = tg.GPT(architecture)
-    plan = model.plans[architecture.num_loops]
+    plan = model.plans[passes]
     by_uses: Counter[int] = Counter()
     for index, uses in Counter(layer.attn for layer in plan).items():
         attn = model.attn[index]
@@ -88,19 +88,24 @@ def weights_of(architecture: tg.Architecture) -> Weights:
     if len(by_uses) > 1:
         counts = ", ".join(map(str, sorted(by_uses)))
         raise tg.InputError(f"its weights are used {counts} times: the formula has one number r")
-    passes, recurrent = next(iter(by_uses.items()), (1, 0))
-    return Weights(once, recurrent, passes)
+    uses, recurrent = next(iter(by_uses.items()), (1, 0))
+    return Weights(once, recurrent, uses)
 
 
 def observe(run: Result) -> Observation:
     """InputError names a run that the formula does not describe."""
     kept = {f.name: run.config[f.name] for f in fields(tg.Architecture)}
+    architecture = tg.Architecture(**kept)
+    text = run.config["passes_schedule"]
+    scheduled = {int(entry.partition(":")[2]) for entry in text.split(",") if entry}
+    counts = {*(scheduled or {architecture.num_loops}), tg.scored_mode(architecture).passes}
     try:
-        weights = weights_of(tg.Architecture(**kept))
-        if run.config["passes_schedule"]:
+        if len(counts) > 1:
             raise tg.InputError(
-                f"PASSES_SCHEDULE={run.config['passes_schedule']}: the formula has one number r"
+                f"PASSES_SCHEDULE={text}, EVAL_PASSES={architecture.eval_passes}: the formula has "
+                "one number r"
             )
+        weights = weights_of(architecture, *counts)
     except tg.InputError as error:
         raise tg.InputError(f"{run.folder}: {error}") from None
     tokens = run.steps * run.config["train_batch_tokens"]
