@@ -826,32 +826,30 @@ class Config(Architecture):
         preset = preset_values(explicit.get("preset", ""))
         config = cls(**without_inert(preset, explicit) | explicit)
         for name, value in explicit.items():
-            metadata = cls.__dataclass_fields__[name].metadata
-            # What an artifact is scored with depends on the artifact (`read_artifact`).
-            needs = [] if config.eval_only and name == "eval_passes" else metadata["needs"].split()
-            unmet = [text for text in map(config.unmet_need, needs) if text]
-            require(
-                value in off_values(cls.__dataclass_fields__[name]) or not unmet,
-                f"{name.upper()}={show(value)} cannot act here: {', '.join(unmet)}",
-            )
             require(
                 not config.eval_only or name in EVAL_OPTIONS,
                 f"{name.upper()} cannot act here: EVAL_ONLY trains nothing and takes the model "
                 "from the artifact",
             )
-        if explicit.get("core_skips") in ("all", "published"):
-            unmet = [text for text in map(config.unmet_need, ("num_prelude", "num_coda")) if text]
+            reasons = config.why_inert(name)
             require(
-                not unmet, f"CORE_SKIPS={config.core_skips} cannot act here: {', '.join(unmet)}"
-            )
-        for name in ("core_skips", "skip_gates"):
-            asked = explicit.get(name) not in (None, "none", False)
-            require(
-                not asked or config.eval_only or skip_pairs(config.architecture(), 0),
-                f"{name.upper()}={show(explicit.get(name))} cannot act here: these layers are too "
-                "few for a skip between them",
+                not reasons or value in off_values(cls.__dataclass_fields__[name]),
+                f"{name.upper()}={show(value)} cannot act here: {', '.join(reasons)}",
             )
         return config
+
+    def why_inert(self, name: str) -> list[str]:
+        """Why an option cannot act beside the others; empty if it can."""
+        if self.eval_only and name == "eval_passes":
+            return []  # that depends on the artifact (`read_artifact`)
+        needs = self.__dataclass_fields__[name].metadata["needs"].split()
+        if name == "core_skips" and self.core_skips in ("all", "published"):
+            needs += ["num_prelude", "num_coda"]
+        reasons = [text for text in map(self.unmet_need, needs) if text]
+        of_skips = name in ("core_skips", "skip_gates")
+        if of_skips and not reasons and not skip_pairs(self.architecture(), 0):
+            reasons.append("these layers are too few for a skip between them")
+        return reasons
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -870,8 +868,11 @@ class Config(Architecture):
             not -1 < self.gptq_seconds < 0,
             f"GPTQ_SECONDS={self.gptq_seconds} is neither -1 nor a number of seconds",
         )
-        reserved = [f"GPTQ_SECONDS={self.gptq_seconds}"] * (self.gptq_batches > 0)
-        reserved += [f"REFIT_SECONDS={self.refit_seconds}"] * (self.refit_steps > 0)
+        reserved = []
+        if self.gptq_batches:
+            reserved.append(f"GPTQ_SECONDS={self.gptq_seconds}")
+        if self.refit_steps:
+            reserved.append(f"REFIT_SECONDS={self.refit_seconds}")
         require(
             not cap or self.training_seconds,
             f"MAX_WALLCLOCK_SECONDS={cap} leaves nothing to train in after "
@@ -1730,9 +1731,12 @@ class Lanes(nn.Module):
             F.linear(rms_norm(lane), proj.to(dtype)).tanh().split(1, dim=-1) for lane in lanes
         ]
         return LaneWeights(
-            [weight + part[0] for weight, part in zip(read, parts)],
-            [[w + part[2 + i] for w, part in zip(row, parts)] for i, row in enumerate(mix)],
-            [weight + part[1] for weight, part in zip(write, parts)],
+            read=[weight + part[0] for weight, part in zip(read, parts)],
+            write=[weight + part[1] for weight, part in zip(write, parts)],
+            mix=[
+                [weight + part[2 + i] for weight, part in zip(row, parts)]
+                for i, row in enumerate(mix)
+            ],
         )
 
     def take(self, lanes: Sequence[Tensor], number: int) -> PassEntry:
@@ -5349,37 +5353,40 @@ def lock_folder(folder: Path) -> TextIO:
     return file
 
 
+def make_folder(folder: Path, config: Config, world: World) -> bool:
+    """Makes and locks a run's folder; whether it was there. InputError if it is another run's."""
+    known = folder.exists()
+    checkpoints = any(folder.glob("*.ckpt"))
+    saved = f", with RESUME={folder} to go on from it" if checkpoints else ""
+    resume = ", or RESUME=auto"
+    if config.eval_only:
+        saved = resume = ""
+    require(
+        not (folder / "result.json").exists(),
+        f"{folder} holds a finished run: choose another RUN_ID{saved}",
+    )
+    if (folder / "run.lock").exists():
+        lock_folder(folder).close()  # says so if another run is alive there
+    require(
+        not known or config.resume == "auto",
+        f"{folder} exists and would be overwritten: choose another RUN_ID{resume}",
+    )
+    require(
+        checkpoints or not (folder / ARTIFACT).exists(),
+        f"{folder} has the artifact of a training that is complete, but neither its score nor "
+        f"a checkpoint: EVAL_ONLY={folder} scores it, another RUN_ID trains again",
+    )
+    folder.mkdir(parents=True, exist_ok=known)
+    world.lock = lock_folder(folder)
+    return known
+
+
 def open_log(config: Config, world: World) -> Log:
     """Makes the run's folder, new or resumed; the log opens with the script and its options."""
     name = config.run_id or time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:6]
     folder = Path(config.log_dir) / world.on_main(lambda: name)
     log = Log(folder, world.is_main, config.tracker)
-
-    def make() -> bool:
-        known = folder.exists()
-        finished = (folder / "result.json").exists()
-        checkpoints = any(folder.glob("*.ckpt"))
-        saved = f", with RESUME={folder} to go on from it" if checkpoints else ""
-        resume = ", or RESUME=auto"
-        if config.eval_only:
-            saved = resume = ""
-        require(not finished, f"{folder} holds a finished run: choose another RUN_ID{saved}")
-        if (folder / "run.lock").exists():
-            lock_folder(folder).close()  # says so if another run is alive there
-        require(
-            not known or config.resume == "auto",
-            f"{folder} exists and would be overwritten: choose another RUN_ID{resume}",
-        )
-        require(
-            checkpoints or not (folder / ARTIFACT).exists(),
-            f"{folder} has the artifact of a training that is complete, but neither its score nor "
-            f"a checkpoint: EVAL_ONLY={folder} scores it, another RUN_ID trains again",
-        )
-        folder.mkdir(parents=True, exist_ok=known)
-        world.lock = lock_folder(folder)
-        return known
-
-    known = world.on_main(make)
+    known = world.on_main(lambda: make_folder(folder, config, world))
     if world.is_main and not known:
         # The script's bytes, delimited by their number: it may hold any line.
         head = f"script_bytes:{len(source())} script_sha256:{source_hash()}\n".encode()
@@ -5779,7 +5786,7 @@ def time_to_round(trainer: Trainer, hessians: Mapping[str, Tensor]) -> float:
     return trainer.world.on_main(lambda: time.perf_counter() - began)
 
 
-LEFT = "may be left to itself"  # the name of a thread that an end of the process cuts off
+CUT_OFF = "cut off when the process ends"  # the name of such a thread
 
 
 def in_thread(work: Callable[[], Any], seconds: float | None = None) -> Any:
@@ -5796,7 +5803,7 @@ def in_thread(work: Callable[[], Any], seconds: float | None = None) -> Any:
         except Exception as error:
             done.set_exception(error)
 
-    threading.Thread(target=run, daemon=True, name=LEFT).start()
+    threading.Thread(target=run, daemon=True, name=CUT_OFF).start()
     return done.result(seconds)
 
 
@@ -6061,7 +6068,7 @@ def main(arguments: Iterable[str] = ()) -> int:
         first_line = str(error).partition("\n")[0]
         failed = f"{type(error).__name__}: {first_line}"
         say(sys.stderr, traceback.format_exc())
-    if dist.is_initialized() or any(thread.name == LEFT for thread in threading.enumerate()):
+    if dist.is_initialized() or any(thread.name == CUT_OFF for thread in threading.enumerate()):
         if world and world.watchdog:
             world.watchdog.leave(failed)
         # No teardown: it waits for ranks that failed, and gloo's can abort a run that went well, as

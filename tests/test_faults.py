@@ -906,7 +906,7 @@ def test_a_signal_does_not_wait_for_a_codec() -> None:
         tg.in_thread(work)
     signal.signal(signal.SIGALRM, before)
     assert not finished
-    assert tg.LEFT in {thread.name for thread in threading.enumerate()}
+    assert tg.CUT_OFF in {thread.name for thread in threading.enumerate()}
     with pytest.raises(TimeoutError):
         tg.in_thread(release.wait, 0.01)
     release.set()
@@ -926,7 +926,7 @@ def test_an_exit_does_not_wait_for_what_was_left_to_itself(
     release, codes = threading.Event(), list[int]()
 
     def run(*_: Any) -> None:
-        threading.Thread(target=release.wait, args=(HANG,), daemon=True, name=tg.LEFT).start()
+        threading.Thread(target=release.wait, args=(HANG,), daemon=True, name=tg.CUT_OFF).start()
         raise tg.Ended(tg.EXIT_STOPPED, "export: stopped")
 
     monkeypatch.setattr(tg, "run", run)
