@@ -106,9 +106,9 @@ def option(
 
     Numbers are at least 0 unless `low` says otherwise. `needs` lists what must hold for the option
     to act, as in "num_shared !tie_embeddings num_loops>1 average=ema !core_skips=none"; of "a|b",
-    one is enough. `neutral` is the value that switches a technique off, given where the default
-    does not, or is none of 0, "" and none: these count as off, too, but 0 does not with
-    `zero_acts`. `group` opens a group of --help.
+    one is enough. `neutral` is the value that switches a technique off; it is given where the
+    default does not, or where it is none of 0, "" and none. These count as off everywhere, but 0
+    does not with `zero_acts`. `group` opens a group of --help.
     """
     return field(
         default=default,
@@ -366,9 +366,10 @@ class Architecture:
         )
         loops = max(self.num_loops, self.eval_passes)
         layers = self.num_prelude + self.num_shared * loops + self.num_coda
+        require(layers <= 1024, f"{layers} effective layers are more than 1024")
         require(
-            layers <= 1024 and T * D // H <= 1 << 24,
-            f"{layers} effective layers with TRAIN_SEQ_LEN={T} are too many",
+            T * D // H <= 1 << 24,
+            f"TRAIN_SEQ_LEN={T} with heads of {D // H} channels is too long for tables of RoPE",
         )
         pool, core = self.mlp_pool, self.num_shared
         require(
@@ -392,13 +393,14 @@ class Architecture:
         text: str = getattr(self, name)
         span = "[0-9]{1,3}(-[0-9]{1,3})?"
         layers: list[int] = []
-        if re.fullmatch(f"{span}(,{span}){{0,255}}", text):
-            for part in text.split(","):
-                first, _, last = part.partition("-")
-                layers.extend(range(int(first), int(last or first) + 1))
-        rising = layers == sorted(set(layers))
+        rising = re.fullmatch(f"{span}(,{span}){{0,255}}", text) is not None
+        for part in text.split(",") if rising else ():
+            first, _, last = part.partition("-")
+            rising = rising and int(first) <= int(last or first)
+            layers.extend(range(int(first), int(last or first) + 1))
+        rising = rising and layers == sorted(set(layers))
         require(
-            not text or (layers and rising and layers[-1] < self.stored_layers),
+            not text or (rising and layers[-1] < self.stored_layers),
             f"{name.upper()}={text:.80} does not list layers from 0 to {self.stored_layers - 1} in "
             "rising order, as 0-2,4 would",
         )
@@ -644,7 +646,9 @@ class Config(Architecture):
     )
     beta1: float = option(0.9, "Adam's decay of the first moment.", low=0, high=1 - 1e-9)
     beta2: float = option(0.95, "Adam's decay of the second moment.", low=0, high=1 - 1e-9)
-    adam_eps: float = option(1e-8, "Added to the root of Adam's second moment.")
+    adam_eps: float = option(
+        1e-8, "Added to the root of Adam's second moment, which may be 0.", low=1e-30
+    )
     grad_clip_norm: float = option(0.0, "Largest L2 norm of the averaged gradient; 0: no clipping.")
     average: Literal["none", "ema", "swa"] = option(
         "none", "Average of the weights over steps; it is what is exported."
@@ -902,7 +906,8 @@ class Config(Architecture):
             core_alone = name == "MATRIX_BITS" and self.qat_core_only and self.core_bits
             require(
                 not chosen_late or not self.qat or core_alone,
-                f"{name}=0, chosen after training, rules out QAT_FRACTION and QAT_LR_FACTOR",
+                f"{name}=0, chosen after training, rules out QAT_FRACTION and QAT_LR_FACTOR"
+                + (" but for QAT_CORE_ONLY=1 with CORE_BITS" if name == "MATRIX_BITS" else ""),
             )
             require(
                 not chosen_late or not self.refit_steps,
@@ -946,9 +951,7 @@ class Config(Architecture):
         # With NUM_LOOPS=1 the option itself is refused, by its `needs`.
         require(
             not self.truncate_fraction or n == 1 or self.truncated_passes(),
-            f"TRUNCATE_FRACTION={self.truncate_fraction} cannot act: PASSES_SCHEDULE="
-            f"{self.passes_schedule} has one pass until then, or until QAT_FRACTION="
-            f"{self.qat_fraction} of the run is left",
+            f"TRUNCATE_FRACTION={self.truncate_fraction} cannot act: {self.before_truncation()}",
         )
 
     def schedule(self) -> list[tuple[float, int]]:
@@ -966,12 +969,29 @@ class Config(Architecture):
             schedule.append((parse(name, when, float), parse(name, passes, int)))
         return schedule
 
-    def truncated_passes(self) -> list[int]:
-        """The numbers of passes, above 1, that begin within TRUNCATE_FRACTION."""
+    def passes_before(self, end: float) -> list[int]:
+        """The numbers of passes, above 1, that begin before `end`, a fraction of the run."""
         span = max(self.iterations, 1)
         starts = [(when if when < 1 else when / span, n) for when, n in self.schedule()]
-        end = min(self.truncate_fraction, 1 - self.qat_fraction)
         return [n for start, n in starts if n > 1 and start < end]
+
+    def truncated_passes(self) -> list[int]:
+        """Those that begin within TRUNCATE_FRACTION and before QAT, which ends it."""
+        return self.passes_before(min(self.truncate_fraction, self.rounding_begins))
+
+    def before_truncation(self) -> str:
+        """Why no pass is left for TRUNCATE_FRACTION."""
+        if not self.passes_before(self.truncate_fraction):
+            return f"PASSES_SCHEDULE={self.passes_schedule} has one pass until then"
+        return (
+            f"training rounds matrices from {self.rounding_begins:g} of the run on, by "
+            f"QAT_FRACTION={self.qat_fraction} or QAT_LR_FACTOR={self.qat_lr_factor}"
+        )
+
+    @property
+    def rounding_begins(self) -> float:
+        """The fraction of the run from which QAT rounds; WARMDOWN_ITERS tells none beforehand."""
+        return 1 - max(self.qat_fraction, self.qat_lr_factor * self.warmdown_fraction)
 
     @property
     def training_seconds(self) -> float:
@@ -1104,8 +1124,8 @@ class Layer(NamedTuple):
     mlp: int  # index of the stored MLP
     gain: int = NONE  # row of the unique norm gains
     core: bool = False  # part of the core, so its attention is used in every pass
-    opens: int = NONE  # here begins a pass over the core with the parameters of this number
-    closes: int = NONE  # the same of a pass that ends here; passes beyond NUM_LOOPS repeat the last
+    opens: int = NONE  # the pass that begins here, by its number; beyond NUM_LOOPS, by the last
+    closes: int = NONE  # the pass that ends here, likewise
     push: bool = False  # U-Net: its output is kept for a later layer
     skip: int = NONE  # U-Net: index of the weight of the kept output that is added to its input
     value: int = NONE  # row of the value embedding's scales
@@ -1121,37 +1141,34 @@ def make_plan(a: Architecture, passes: int = 0) -> tuple[Layer, ...]:
     the last one. Without a core, the prelude and coda are the two halves of a flat U-Net.
     """
     prelude, core, _ = sections(a)
-    last = a.num_loops - 1
-    pool = core_mlps(a)
+    pool, last = core_mlps(a), a.num_loops - 1
     value_rows = {index: row for row, index in enumerate(a.listed("ve_layers"))}
     parallel = a.listed("parallel_layers")
-
-    def layer(index: int, row: int, mlp: int) -> Layer:
-        return Layer(
-            row,
-            attn=index,
-            mlp=mlp,
-            value=value_rows.get(index, NONE),
-            xsa=index >= a.stored_layers - a.xsa_last_n,
-            parallel=index in parallel,
-        )
-
-    layers = [layer(i, i, i) for i in range(prelude)]
-    for number in range((passes or a.num_loops) if core else 0):
-        visit = min(number, last)
-        for i in range(prelude, prelude + core):
-            row = i + core * visit
-            layers.append(
-                layer(i, row, prelude + (row - prelude) % pool)._replace(
-                    gain=row - prelude if a.use_unique_norms else NONE,
-                    core=True,
-                    opens=visit if i == prelude else NONE,
-                    closes=visit if i == prelude + core - 1 else NONE,
-                    mix=i == prelude or not a.mix_once_a_pass,
-                )
+    layers = []
+    for index, before, _ in visits(a, passes or a.num_loops):
+        inside, behind = prelude <= index < prelude + core, index >= prelude + core
+        visit = min(before, last)
+        row = index + core * (last if behind else visit)
+        mlp = index
+        if inside:
+            mlp = prelude + (row - prelude) % pool
+        elif behind:
+            mlp = index - core + pool
+        layers.append(
+            Layer(
+                row,
+                attn=index,
+                mlp=mlp,
+                gain=row - prelude if inside and a.use_unique_norms else NONE,
+                core=inside,
+                opens=visit if inside and index == prelude else NONE,
+                closes=visit if inside and index == prelude + core - 1 else NONE,
+                value=value_rows.get(index, NONE),
+                xsa=index >= a.stored_layers - a.xsa_last_n,
+                parallel=index in parallel,
+                mix=index == prelude or not inside or not a.mix_once_a_pass,
             )
-    coda = range(prelude + core, a.stored_layers)
-    layers += [layer(i, i + core * last, i + pool - core) for i in coda]
+        )
     for source, target, row in skip_pairs(a, passes):
         layers[source] = layers[source]._replace(push=True)
         layers[target] = layers[target]._replace(skip=row)
@@ -1176,7 +1193,7 @@ def sections(a: Architecture) -> tuple[int, int, int]:
 
 
 class Skip(NamedTuple):
-    """A U-Net skip. Of those of a plan, any two are nested or apart."""
+    """A U-Net skip. Any two of a plan are nested or apart, so that kept outputs are a stack."""
 
     source: int  # the effective layer whose output is kept
     target: int  # the effective layer that takes it
@@ -1340,7 +1357,8 @@ def round_to_steps(w: Tensor, step: Tensor, bits: int) -> Tensor:
 def training_clip(w: Tensor, rounding: Rounding) -> Tensor:
     """Where the rows of w [r, c] saturate in training, [r, 1]: as in export where that is cheap.
 
-    For QUANT_CLIP=row and sdclip the two grids are one. The rules of the reference differ: rows end
+    For QUANT_CLIP=row and sdclip the two grids are one, but for the float16 of export's steps. The
+    rules of the reference differ: rows end
     at their largest weight, and export alone looks for quantiles (PR 1230). Training on the clips
     that export searches was .0037 bpb better (six seeds, five of them better, standard error .0021;
     4 bits, D 64, 120 steps: records/qat_grid).
@@ -1679,15 +1697,15 @@ class PassEntry(NamedTuple):
     """What a pass over the core begins with."""
 
     x: Tensor  # the state [B, T, D]
-    past: Sequence[Tensor] = ()  # of each lane, what goes past the pass
-    writes: Sequence[Tensor] = ()  # the weight with which each lane takes what the pass comes to
+    bypass: Sequence[Tensor] = ()  # of each lane, what does not go through the pass
+    write: Sequence[Tensor] = ()  # of each lane, the weight of what the pass comes to
 
 
 class LaneWeights(NamedTuple):
-    """The weights of a pass for lanes j (and i): numbers [1], or [D], or of tokens [B, T, D]."""
+    """The weights of one pass, by lane: [1], [D] or, for each token, [B, T, D]."""
 
     read: Sequence[Tensor]  # [j]
-    mix: Sequence[Sequence[Tensor]]  # [i][j]
+    mix: Sequence[Sequence[Tensor]]  # [i][j], from lane j to lane i
     write: Sequence[Tensor]  # [j]
 
 
@@ -1740,22 +1758,22 @@ class Lanes(nn.Module):
         )
 
     def take(self, lanes: Sequence[Tensor], number: int) -> PassEntry:
-        """What pass `number` takes of the lanes, and what of each lane goes past it.
+        """What pass `number` takes of the lanes, and what of each lane does not go through it.
 
         The latter is sum_j mix[i, j] h_j - write[i] x, so that `put` adds only write[i] y: at first
         it is 0, and no rounding of y - x is left in the lanes.
         """
         weights = self.of_pass(lanes, number)
         x = weighted_sum(lanes, weights.read)
-        past = [
+        bypass = [
             torch.addcmul(weighted_sum(lanes, mix), x, write, value=-1)
             for mix, write in zip(weights.mix, weights.write)
         ]
-        return PassEntry(x, past, weights.write)
+        return PassEntry(x, bypass, weights.write)
 
     def put(self, entry: PassEntry, y: Tensor) -> list[Tensor]:
         """The lanes after the pass that began with `entry` and came to y."""
-        return [torch.addcmul(past, y, write) for past, write in zip(entry.past, entry.writes)]
+        return [torch.addcmul(h, y, write) for h, write in zip(entry.bypass, entry.write)]
 
 
 class PassBoundary(nn.Module):
@@ -1795,7 +1813,7 @@ class PassBoundary(nn.Module):
         if self.norm:
             x = rms_norm(x)
         if self.feedback:
-            back = (self.u.T * self.diagonal).T.to(x.dtype)
+            back = (self.u * self.diagonal[:, None]).to(x.dtype)
             x = x + F.linear(x @ self.v.to(x.dtype), back)
         return x
 
@@ -1817,17 +1835,13 @@ class PassBoundary(nn.Module):
         return self.scale[number - 1].item() if self.scaled and number > 0 else 1.0
 
 
-def around_passes(states: Iterable[Tensor], begun: Tensor) -> list[Tensor]:
-    """The states [B, T, D] after some passes, whose gradients go to `begun`, that before them.
-
-    Blocks add to the stream, so the best guess at what a pass does to a gradient is nothing. Merely
-    detached, the states would leave the prelude without a gradient.
-    """
-    return [state.detach() + (begun - begun.detach()) for state in states]
+def with_gradient_of(value: Tensor, path: Tensor) -> Tensor:
+    """`value`, whose gradient goes to `path`."""
+    return value.detach() + (path - path.detach())
 
 
 def growth_penalty(before: Tensor, after: Tensor) -> Tensor:
-    """relu(|after - before| / |before| - 1)^2, Frobenius norms over the whole batch (PR 1230)."""
+    """relu(|after - before| / |before| - 1)^2, Frobenius norms over a micro-batch (PR 1230)."""
     change = after.float() - before.float()
     return F.relu(change.norm() / (before.float().norm() + 1e-6) - 1).square()
 
@@ -2005,18 +2019,20 @@ class GPT(nn.Module):
         starts: list[Tensor] = []  # of passes over the core
         ends: list[Tensor] = []
         lanes: Sequence[Tensor] = ()  # between passes, with LOOP_LANES=2
-        begun, outside = x0, 0  # the state before the first pass; the outputs kept until then
-        for layer, cond in zip(plan, conditions):
+        begun, kept_before = x0, 0  # the state before the first pass; the outputs kept until then
+        for i, (layer, cond) in enumerate(zip(plan, conditions)):
             if layer.skip != NONE:
                 taken = kept.pop()
                 x = self.with_skip(x, taken, layer.skip)
                 if layer.opens > 0:  # with lanes, a further pass reads these and not x
                     lanes = [self.with_skip(lane, taken, layer.skip) for lane in lanes]
             if layer.opens == 0:
-                begun, outside = x, len(kept)
+                begun, kept_before = x, len(kept)
             if mode.truncated and layer.opens == mode.passes - 1:
-                x, *lanes = around_passes([x, *lanes], begun)
-                kept[outside:] = around_passes(kept[outside:], begun)
+                path = self.mixed_alone(begun, x0, plan[:i])
+                x = with_gradient_of(x, path)
+                lanes = [with_gradient_of(lane, path) for lane in lanes]
+                kept[kept_before:] = [with_gradient_of(y, path) for y in kept[kept_before:]]
             if layer.opens != NONE:
                 entry = self.core.enter(x, lanes, layer.opens)
                 x = entry.x
@@ -2039,6 +2055,20 @@ class GPT(nn.Module):
                 kept.append(x)
         return rms_norm(x), self.penalty(mode, starts, ends)
 
+    def mixed_alone(self, begun: Tensor, x0: Tensor, layers: Iterable[Layer]) -> Tensor:
+        """What the core's among `layers` make of the state `begun` if no branch adds to it.
+
+        That is the best guess at what passes do to a gradient, and at the start it is what they do:
+        over eight layers, a mix of halves leaves 1 / 256 of it. Without this path the prelude would
+        have no gradient.
+        """
+        carried, anchor = torch.ones_like(x0[0, 0]), torch.zeros_like(x0[0, 0])  # [D]
+        for layer in layers:
+            if layer.core and layer.mix:
+                of_x, of_x0 = (w.detach().to(x0.dtype) for w in self.mix[layer.attn].weights())
+                carried, anchor = of_x * carried, of_x * anchor + of_x0
+        return torch.addcmul(begun * carried, x0, anchor)
+
     def with_skip(self, x: Tensor, kept: Tensor, row: int) -> Tensor:
         """x with an earlier layer's output, added or mixed in, by the weights of `row`."""
         weight = self.skip[row].to(x.dtype)
@@ -2048,15 +2078,13 @@ class GPT(nn.Module):
 
     def idle(self, mode: Mode) -> list[nn.Parameter]:
         """Parameters that have no gradient in this mode, and in others do."""
-        acting = taking = self.plans[mode.passes]
-        if mode.truncated:  # the gradient goes around all from one pass's begin to another's
-            first, last = (
-                next(i for i, layer in enumerate(acting) if layer.opens == number)
-                for number in (0, mode.passes - 1)
-            )
-            acting = acting[:first] + acting[last:]
-            taking = taking[: first + 1] + taking[last + 1 :]  # skips are added before a pass
-        used = {layer.mlp for layer in acting}
+        running = taking = plan = self.plans[mode.passes]
+        if mode.truncated:  # the gradient goes around all passes but the last
+            opens = [layer.opens for layer in plan]
+            first, last = opens.index(0), opens.index(mode.passes - 1)
+            running = plan[:first] + plan[last:]
+            taking = plan[: first + 1] + plan[last + 1 :]  # skips are added before a pass
+        used = {layer.mlp for layer in running}
         mlps = [p for i, mlp in enumerate(self.mlp) if i not in used for p in mlp.parameters()]
         taken = {layer.skip for layer in taking}
         rows = [row for row in range(len(self.skip)) if row not in taken]
@@ -2315,8 +2343,8 @@ class Muon(torch.optim.Optimizer):
 class Adam(torch.optim.AdamW):
     """AdamW whose scalars and tables decay only where they have a gradient.
 
-    The rows of a later pass have one of 0 until that pass is trained. In `frontier` plain decay
-    would by then have halved gains of 1: .02 x .02 a step, some 2,000 steps.
+    The rows of a later pass have a gradient of 0 until that pass is trained. In `frontier` plain
+    decay would by then have halved gains of 1: .02 x .02 a step, some 2,000 steps.
     """
 
     @torch.no_grad()
@@ -2381,7 +2409,7 @@ def quantize_rows(w: Tensor, clip: Tensor, bits: int, floor: float) -> tuple[Ten
     """Integers as int8 [r, c] and float16 steps [r] of w [r, c]; rows saturate at `clip` [r]."""
     step = row_steps(clip, bits, floor)
     stored = step.half()
-    # As PR 855 and PR 1230 do: at 8 bits the rounding of a step is too small to matter.
+    # At 8 bits PR 855 and PR 1230 divide by the step before it is rounded, and so does this.
     if bits < 8:
         step = stored.float()
     clipped = w.clamp(-clip[:, None], clip[:, None])
@@ -2392,15 +2420,17 @@ def dequantize_rows(q: Tensor, step: Tensor) -> Tensor:
     return q.float() * step.float()[:, None]
 
 
-def row_clip(w: Tensor, bits: int, config: Config, sigmas: float = 0.0) -> Tensor:
+def row_clip(w: Tensor, bits: int, config: Config, role: Role = ROLES["matrix"]) -> Tensor:
     """Where the rows of w [r, c] saturate, [r], as QUANT_CLIP says."""
-    if config.quant_clip == "sdclip":  # sigmas of each row's own standard deviations (PR 1394)
+    rule = config.quant_clip
+    if rule == "sdclip" and role.clip:  # by each row's own standard deviation (PR 1394)
+        sigmas = getattr(config, role.clip)
         assert sigmas > 0, "MATRIX_CLIP_SIGMAS=0 stands for a number that pack_to_fit finds"
         return sigmas * w.std(1)
     size, floor = w.abs(), config.quant_scale_floor
-    if config.quant_clip == "percentile":
+    if rule == "percentile" or role.optimizer != "muon":  # the searches are for matrices
         return torch.quantile(size, config.quant_clip_percentile / 100, dim=1)
-    if config.quant_clip == "matrix":  # one of five quantiles for all rows (PR 1230)
+    if rule == "matrix":  # one of five quantiles for all rows (PR 1230)
         quantiles = size.new_tensor([0.999, 0.9995, 0.9999, 0.99999, 1.0])
         clips = torch.quantile(size, quantiles, dim=1)
         return clips[rounding_errors(w, clips, bits, floor).sum(1).argmin()]
@@ -2522,12 +2552,7 @@ def store(p: nn.Parameter, config: Config, hessian: Tensor | None) -> Stored:
         exact_enough = (half.float() - w).norm() <= 1e-3 * w.norm()  # and does not overflow
         return Stored("float16", [half]) if exact_enough else Stored("float32", [w])
     bits = config.bits(role.bits)
-    sigmas = 0.0
-    if config.quant_clip == "sdclip" and role.clip:
-        sigmas = getattr(config, role.clip)
-    elif role.optimizer != "muon":  # the searches are for matrices
-        config = replace(config, quant_clip="percentile")
-    q, step = quantize_rows(w, row_clip(w, bits, config, sigmas), bits, config.quant_scale_floor)
+    q, step = quantize_rows(w, row_clip(w, bits, config, role), bits, config.quant_scale_floor)
     if hessian is not None:
         q = gptq_rows(w, step.float(), bits, hessian, config.gptq_damping)
     return Stored(f"int{bits}", [q, step])
@@ -2797,6 +2822,10 @@ class Scorer:
             not config.eval_stride or T % config.eval_stride == 0,
             f"EVAL_STRIDE={config.eval_stride} does not divide TRAIN_SEQ_LEN={T}",
         )
+        require(
+            config.eval_stride != T,
+            f"EVAL_STRIDE={T} is TRAIN_SEQ_LEN: windows do not overlap, as with EVAL_STRIDE=0",
+        )
         fits = chunk % T == 0 and chunk <= config.micro_batch_tokens * world.size
         require(
             not config.ttt_lr or fits,
@@ -2814,13 +2843,13 @@ class Scorer:
         bounds = [0, *(1 + math.ceil((end - self.length) / stride) for end in ends)]
         return [range(a, b) for a, b in itertools.pairwise(bounds)]
 
-    def windows(self, windows: range, stride: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def windows(self, chunk: range, stride: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's ids and targets [batch, T]; what is not to be scored has targets of -100."""
         world, length = self.world, self.length
-        first = len(windows) * world.rank // world.size
-        end = len(windows) * (world.rank + 1) // world.size
+        first = len(chunk) * world.rank // world.size
+        end = len(chunk) * (world.rank + 1) // world.size
         for i in range(first, end, self.batch):
-            part = windows[i : min(i + self.batch, end)]
+            part = chunk[i : min(i + self.batch, end)]
             start = part[0] * stride
             count = min((len(part) - 1) * stride + length, self.targets - start)
             span = self.tokens.read(start, count + 1).to(world.device).long()
@@ -2828,8 +2857,8 @@ class Scorer:
             ids = F.pad(span[:-1], fill).unfold(0, length, stride)
             targets = F.pad(span[1:], fill, value=-100).unfold(0, length, stride).clone()
             targets[len(part) :] = -100
-            overlapping = 1 if part[0] == 0 else 0  # the first window of all scores all its targets
-            targets[overlapping:, : length - stride] = -100
+            whole = 1 if part[0] == 0 else 0  # the first window of all scores all its targets
+            targets[whole:, : length - stride] = -100
             yield ids.contiguous(), targets
 
     def score(self, model: Scored, stride: int = 0, learner: Learner | None = None) -> Score:

@@ -249,7 +249,22 @@ def test_lists_of_layers() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["11", "9,9", "10,9", "9-8", "9,", ",9", "-1", "a", "9 10", "9--10", "0-9,9", " ", "1e1"],
+    [
+        "11",
+        "9,9",
+        "10,9",
+        "9-8",
+        "9,",
+        ",9",
+        "-1",
+        "a",
+        "9 10",
+        "9--10",
+        "0-9,9",
+        "1,5-3",
+        " ",
+        "1e1",
+    ],
 )
 @pytest.mark.parametrize("name", ["PARALLEL_LAYERS", "VE_LAYERS"])
 def test_malformed_lists_are_named(name: str, text: str) -> None:

@@ -122,11 +122,15 @@ class Written:
         self.kept: dict[int, Tensor] = {}  # outputs by row
         self.w = {name: p.detach().double() for name, p in model.named_parameters()}
 
+    def mixed(self, x: Tensor, x0: Tensor, stored: int) -> Tensor:
+        """The stream before a layer, from itself and the embedding."""
+        share = torch.sigmoid(self.w[f"mix.{stored}.weight"])
+        return share * x + (1 - share) * x0
+
     def layer(self, x: Tensor, x0: Tensor, stored: int, row: int) -> Tensor:
         w, D = self.w, self.a.model_dim
-        share = torch.sigmoid(w[f"mix.{stored}.weight"])
         code = torch.tensor([math.sin(row / 10000 ** (i / D)) for i in range(D)])
-        x = share * x + (1 - share) * x0 + code.double()
+        x = self.mixed(x, x0, stored) + code.double()
         gamma, beta = w["cond.gamma"][row].clamp(-4, 4), w["cond.beta"][row]
         scale = w[f"attn.{stored}.scale"] * gamma[0]
         x = x + scale * self.attention(norm(x), stored) + beta[0]
@@ -207,9 +211,15 @@ class Written:
         for number in range(passes):
             lanes = [self.with_skip(lane, first + a.num_shared * number) for lane in lanes]
             if truncated and number == passes - 1:
-                lanes = [begun + (lane - begun).detach() for lane in lanes]
+                path = begun  # through all passes but the last, if only their mixes act
+                for stored in [*range(first, first + a.num_shared)] * number:
+                    with torch.no_grad():
+                        of_x = self.mixed(torch.ones_like(x0), 0 * x0, stored)
+                        of_x0 = self.mixed(0 * x0, torch.ones_like(x0), stored)
+                    path = of_x * path + of_x0 * x0
+                lanes = [path + (lane - path).detach() for lane in lanes]
                 for row in range(first, first + a.num_shared * number):
-                    self.kept[row] = begun + (self.kept[row] - begun).detach()
+                    self.kept[row] = path + (self.kept[row] - path).detach()
             lanes = self.lanes_pass(lanes, x0, number)
             x = lanes[0]
             if a.loop_lanes > 1:

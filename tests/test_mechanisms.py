@@ -21,7 +21,7 @@ from helpers import (
     score_of,
 )
 from test_components import reached
-from test_lanes import BETWEEN, SMALL, Written, norm, tokens, trainer_of
+from test_lanes import BETWEEN, SMALL, Written, gradient, norm, tokens, trainer_of
 from test_lanes import env as env  # a fixture
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -224,6 +224,8 @@ SKIPS: dict[tuple[str, int], dict[int, tuple[int, int]]] = {
         (2, {}),
         (3, BETWEEN),
         (3, dict(num_prelude=0)),
+        (3, dict(use_birkhoff_mix=False)),
+        (2, dict(mix_once_a_pass=True)),
         (3, dict(mlp_pool=5)),
         (2, dict(loop_lanes=2)),
         (3, dict(loop_lanes=2) | BETWEEN),
@@ -253,6 +255,21 @@ def test_a_truncated_gradient_goes_through_the_last_pass_alone(
         grad = model.get_parameter(name).grad
         found = torch.zeros_like(expected) if grad is None else grad.double()
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize("convex", [True, False])
+def test_a_truncated_gradient_begins_as_the_whole_one(convex: bool, lanes: int) -> None:
+    """While no branch adds anything, the mixes are all that a pass does to a gradient."""
+    model = fresh_model(architecture(use_birkhoff_mix=convex, loop_lanes=lanes))
+    found = []
+    for truncated in (True, False):
+        model.zero_grad()
+        model(tokens(), tokens().roll(-1, 1), tg.Mode(3, truncated=truncated)).backward()
+        found.append((gradient(model.tok_emb), gradient(model.cond.beta)[0]))
+    for truncated_grad, whole in zip(*found):
+        assert whole.abs().max() > 0
+        torch.testing.assert_close(truncated_grad, whole, rtol=1e-4, atol=1e-9)
 
 
 def test_truncation_ends_by_steps_or_time_and_where_rounding_begins() -> None:
@@ -670,7 +687,16 @@ def test_an_mlp_that_waits_for_the_loop_does_not_decay(
         (dict(MIX_ONCE_A_PASS="1", NUM_SHARED="1"), "MIX_ONCE_A_PASS=1 cannot act here"),
         (
             dict(TRUNCATE_FRACTION="0.5", PASSES_SCHEDULE="0:1,0.2:3", QAT_FRACTION="0.9"),
-            "TRUNCATE_FRACTION=0.5 cannot act: .* until QAT_FRACTION=0.9 of the run is left",
+            "TRUNCATE_FRACTION=0.5 cannot act: .* from 0.1 of the run on, by QAT_FRACTION=0.9",
+        ),
+        (
+            dict(
+                TRUNCATE_FRACTION="0.5",
+                PASSES_SCHEDULE="0:1,0.3:3",
+                WARMDOWN_FRACTION="1",
+                QAT_LR_FACTOR="0.75",
+            ),
+            "TRUNCATE_FRACTION=0.5 cannot act: .* from 0.25 of the run on, .* QAT_LR_FACTOR=0.75",
         ),
     ],
 )
