@@ -2822,10 +2822,6 @@ class Scorer:
             not config.eval_stride or T % config.eval_stride == 0,
             f"EVAL_STRIDE={config.eval_stride} does not divide TRAIN_SEQ_LEN={T}",
         )
-        require(
-            config.eval_stride != T,
-            f"EVAL_STRIDE={T} is TRAIN_SEQ_LEN: windows do not overlap, as with EVAL_STRIDE=0",
-        )
         fits = chunk % T == 0 and chunk <= config.micro_batch_tokens * world.size
         require(
             not config.ttt_lr or fits,
@@ -2937,10 +2933,14 @@ def recurrence_health(model: GPT, ids: Tensor, mode: Mode) -> list[dict[str, flo
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 
 
-ADVICE = (
-    f"for the sample corpus run `{shlex.quote(sys.executable)} data/sample.py` and set "
-    f"PRESET=tiny, for FineWeb run `{shlex.quote(sys.executable)} data/fineweb.py` (data/README.md)"
-)
+def advice(vocab_size: int) -> str:
+    """How data for a tokenizer of so many pieces comes here."""
+    python = shlex.quote(sys.executable)
+    variant = "" if vocab_size == 1024 else f" --variant sp{vocab_size}"
+    return (
+        f"for the sample corpus run `{python} data/sample.py` and set PRESET=tiny, for FineWeb run "
+        f"`{python} data/fineweb.py{variant}` (data/README.md)"
+    )
 
 
 def find_file(name: str) -> Path:
@@ -3025,7 +3025,10 @@ class Tokens:
         folder, T = find_file(config.data_path), config.train_seq_len
         self.vocab_size, self.split = config.vocab_size, split
         self.paths = sorted(folder.glob(f"fineweb_{split}_*.bin"))
-        require(self.paths, f"{ADVICE}: DATA_PATH={folder} holds no fineweb_{split}_*.bin")
+        require(
+            self.paths,
+            f"{advice(config.vocab_size)}: DATA_PATH={folder} holds no fineweb_{split}_*.bin",
+        )
         check_names(self.paths)
         sizes = [len(open_shard(path)) for path in self.paths]
         self.starts = np.cumsum([0, *sizes])
@@ -3209,7 +3212,7 @@ class ByteCounter:
     @classmethod
     def from_sentencepiece(cls, path: Path, vocab_size: int) -> ByteCounter:
         """A byte piece is one byte; a control piece none, nor is the space that follows one."""
-        require(path.exists(), f"{ADVICE}: TOKENIZER_PATH={path} is not there")
+        require(path.exists(), f"{advice(vocab_size)}: TOKENIZER_PATH={path} is not there")
         try:
             sp = spm.SentencePieceProcessor(model_file=str(path))
             require(len(sp) == vocab_size, f"it has {len(sp)} pieces, VOCAB_SIZE={vocab_size}")
@@ -3651,6 +3654,11 @@ class Trainer:
         if reporter.wants(self.step) or self.step >= self.clock.due:
             reporter.step(self)
 
+    @property
+    def epochs(self) -> float:
+        """How often the training split has been read."""
+        return self.step * self.config.train_batch_tokens / self.batches.tokens.total
+
     def mode(self) -> Mode:
         """That of the next step."""
         return training_mode(self.config, self.step, self.clock.furthest(self.step))
@@ -3791,6 +3799,7 @@ class Reporter:
     def __init__(self, config: Config, log: Log) -> None:
         self.config, self.log = config, log
         self.last_mode: Mode | None = None
+        self.repeats = False  # whether it was said that training data come again
 
     def at(self, step: int) -> str:
         return f"step:{step}/{self.config.iterations}"
@@ -3811,7 +3820,7 @@ class Reporter:
         """Of the step that was made last."""
         step, loss = trainer.step, trainer.check_finite()
         seconds = trainer.clock.read(step, now=True)
-        speed = step * self.config.train_batch_tokens / seconds
+        rate = step * self.config.train_batch_tokens / seconds
         if self.wants(step):
             skipped = trainer.skipped.count
             tail = f" skipped_steps:{skipped}" if skipped else ""
@@ -3819,6 +3828,9 @@ class Reporter:
                 f"{self.at(step)} train_loss:{loss:.4f} train_time:{1e3 * seconds:.0f}ms "
                 f"step_avg:{1e3 * seconds / step:.2f}ms{tail}"
             )
+            self.warn_of_repetition(trainer)
+            if step == self.config.train_log_every:
+                self.log(speed(trainer))  # while there is time to give a slow machine back
             norm = trainer.grad_norm
             if norm is None:
                 norm = trainer.gradients.of_params.norm()
@@ -3826,14 +3838,20 @@ class Reporter:
                 step=step,
                 train_loss=loss if math.isfinite(loss) else None,
                 train_seconds=seconds,
-                tokens_per_second=speed,
+                tokens_per_second=rate,
                 step_ms=1e3 * trainer.clock.per_step,
                 lr_factor=trainer.lr_factor,
                 grad_norm=norm.item() if norm.isfinite() else None,
             )
-        self.log.progress(self.bar(trainer, loss, seconds, speed))
+        self.log.progress(self.bar(trainer, loss, seconds, rate))
 
-    def bar(self, trainer: Trainer, loss: float, seconds: float, speed: float) -> str:
+    def warn_of_repetition(self, trainer: Trainer) -> None:
+        if not self.repeats and trainer.epochs > 1:
+            total = trainer.batches.tokens.total
+            self.log(f"warning: all {total:,} training tokens were read, and are read again")
+            self.repeats = True
+
+    def bar(self, trainer: Trainer, loss: float, seconds: float, rate: float) -> str:
         """A bar of steps or of time, whichever ends first, and what is left."""
         step, iterations, clock = trainer.step, self.config.iterations, trainer.clock
         left = min((iterations - step) * clock.per_step, clock.cap - seconds)
@@ -3842,7 +3860,7 @@ class Reporter:
         bar = ("=" * round(8 * done)).ljust(8)
         return (
             f"[{bar}] {done:4.0%}  step {step:,}/{iterations:,}  loss {loss:.3f}  "
-            f"{rest}  {speed:,.0f} tokens/s"
+            f"{rest}  {rate:,.0f} tokens/s"
         )
 
     def end(self, trainer: Trainer, seconds: float, why: str) -> None:
@@ -3944,7 +3962,7 @@ class HostCopier:
 
 
 class Checkpoints:
-    """Writes a run's checkpoints beside training and keeps two."""
+    """Writes a run's checkpoints beside training and keeps two, and of a finished run the last."""
 
     def __init__(self, config: Config, world: World, tokens: int, log: Log) -> None:
         self.config, self.world, self.tokens, self.log = config, world, tokens, log
@@ -3954,11 +3972,13 @@ class Checkpoints:
         self.copier = HostCopier(world)
         self.writer = ThreadPoolExecutor(1)
         self.pending: list[Future] = []
+        self.keep = 2
         self.metrics_bytes = 0  # when training ended; a run that goes on from there scores again
 
     def end(self, trainer: Trainer) -> None:
         """Of a training that is complete."""
         self.metrics_bytes = self.log.size()
+        self.keep = 1
         if self.every:
             # No step any more: other ranks wait for a slow disk as long as it takes.
             self.world.enter(f"checkpoint after step {trainer.step}, the last")
@@ -3999,7 +4019,7 @@ class Checkpoints:
         path = self.log.folder / f"step_{step:08d}.ckpt"
         try:
             write_atomically(path, *seal("checkpoint", "none", header, values().data))
-            for old in sorted(self.log.folder.glob("step_*.ckpt"))[:-2]:
+            for old in sorted(self.log.folder.glob("step_*.ckpt"))[: -self.keep]:
                 old.unlink()
         except Exception as error:  # whatever it is, the run is worth more than its checkpoint
             self.log(f"warning: no checkpoint of step {step}: {error}")
@@ -5027,6 +5047,7 @@ SYSTEMS: dict[str, Preset] = {
         FRONTIER,
         "PR 1720: 3+3x(1, 3)+5, U-Net over the loop, parallel residual, XSA, 8192 pieces",
         1.0818,
+        128,
     ),
 }
 SCALES: dict[str, Preset] = {
@@ -5089,7 +5110,7 @@ INSTEAD = {
     name: ours
     for ours, names in {
         "TRAIN_SEQ_LEN": "EVAL_SEQ_LEN TTT_EVAL_SEQ_LEN ROPE_TRAIN_SEQ_LEN",
-        "EVAL_STRIDE": "STRIDE SLIDING_WINDOW_ENABLED EVAL_OVERLAP",
+        "EVAL_STRIDE": "STRIDE SLIDING_WINDOW_ENABLED EVAL_OVERLAP SLIDING_STRIDE",
         "EVAL_ONLY": "EVAL_ONLY_PATH EVAL_ONLY_QUANTIZED_PATH TTT_EVAL_ONLY TTT_ONLY TTT_ONLY_EVAL",
         "VAL_BATCH_SIZE": "VAL_BATCH_TOKENS EVAL_BATCH_SIZE EVAL_BATCH_SEQS SW_EVAL_BATCH",
         "TTT_LR": "TTT_ENABLED GLOBAL_TTT_LR",
@@ -5102,7 +5123,7 @@ INSTEAD = {
         "PASSES_SCHEDULE": "ENABLE_LOOPING_AT",
         "NUM_PRELUDE, NUM_SHARED and NUM_CODA": "LOOP_START LOOP_END OUTER_LAYERS "
         "NUM_UNIQUE_BLOCKS",
-        "NUM_LOOPS": "EFFECTIVE_DEPTH NUM_VIRTUAL_LAYERS",
+        "NUM_LOOPS": "EFFECTIVE_DEPTH NUM_VIRTUAL_LAYERS NUM_PASSES",
         "MATRIX_LR, SCALAR_LR and TIED_EMBED_LR": "LEARNING_RATE LR",
         "MUON_WD": "MUON_WEIGHT_DECAY",
         "ADAM_WD": "ADAM_WEIGHT_DECAY EMBED_WD",
@@ -5138,7 +5159,9 @@ INSTEAD = {
         "MLP_MULT": "MLP_HIDDEN",
         "MODEL_DIM": "EMBEDDING_DIM",
         "COMPILE": "COMPILE_MODEL USE_COMPILE",
-        "RESUME": "RESUME_FROM",
+        "ITERATIONS": "MAX_STEPS",
+        "VAL_LOSS_EVERY": "VAL_EVERY",
+        "RESUME": "RESUME_FROM RESUME_PATH",
         "SAVE_EVERY": "CHECKPOINT_EVERY",
         "LOG_DIR": "ARTIFACT_DIR CHECKPOINT_DIR MODEL_SAVE_PATH TTT_OUTPUT_DIR",
         "DATA_PATH": "DATA_DIR DATASETS_DIR DATA_PATH_BASE DATASET_PATH",
@@ -5176,22 +5199,26 @@ UNSUPPORTED = frozenset(
 )
 # Names that shells, schedulers and other tools are known to set: a warning, not an error.
 ORDINARY = frozenset(
-    """ARTIFACT_DIR CHECKPOINT_DIR COMPILER DATASETS_DIR DATASET_PATH DATA_DIR LIB_DIR LOGDIR
-    LOG_LEVEL MODE MODEL_DIR MODEL_ID MODEL_SAVE_PATH RUN_DIR SEEDS STRIDE""".split()
+    """ARTIFACT_DIR CHECKPOINT_DIR CODE COMPILER DATASETS_DIR DATASET_PATH DATA_DIR DEVICES
+    DEVICE_ID LIB_DIR LOGDIR LOG_LEVEL MODE MODEL_DIR MODEL_ID MODEL_SAVE_PATH RUN_DIR SEEDS
+    STRIDE""".split()
 )
 
 
 def looks_like(name: str, ours: list[str]) -> str:
     """The option that `name` may be meant for; "" if it looks like none.
 
-    It does in other letters, as the beginning of an option, by a typing error, or as a rate.
+    It does in other letters, as the beginning or the end of an option, as one with more behind it,
+    by a typing error, or as a rate.
     """
     if name.upper() in ours:
         return name.upper()
     begins = [option for option in ours if "_" in name and option.startswith(f"{name}_")]
+    ends = [option for option in ours if "_" in name and option.endswith(f"_{name}")]
+    longer = [option for option in ours if "_" in option and name.startswith(f"{option}_")]
     close = difflib.get_close_matches(name, ours, 1, 0.8)
     rates = [option for option in ours if name.endswith("_LR") and option.endswith("_LR")]
-    return next(iter([*begins, *close, *rates]), "")
+    return next(iter([*begins, *close, *ends, *longer, *rates]), "")
 
 
 def questionable_names(env: Mapping[str, str]) -> tuple[list[str], list[str]]:
@@ -5382,18 +5409,19 @@ def lock_folder(folder: Path) -> TextIO:
     return file
 
 
-def make_folder(folder: Path, config: Config, world: World) -> bool:
-    """Makes and locks a run's folder; whether it was there. InputError if it is another run's."""
+def make_folder(folder: Path, config: Config, world: World) -> None:
+    """Makes and locks a run's folder. InputError if it is another run's."""
     known = folder.exists()
     checkpoints = any(folder.glob("*.ckpt"))
     saved = f", with RESUME={folder} to go on from it" if checkpoints else ""
     resume = ", or RESUME=auto"
     if config.eval_only:
         saved = resume = ""
-    require(
-        not (folder / "result.json").exists(),
-        f"{folder} holds a finished run: choose another RUN_ID{saved}",
-    )
+    result = result_beside(folder)
+    if result is not None:
+        verdict = " and ".join(result.get("not_a_submission", []))
+        which = f"a finished run (not a submission: {verdict})" if verdict else "a finished run"
+        raise InputError(f"{folder} holds {which}: choose another RUN_ID{saved}")
     if (folder / "run.lock").exists():
         lock_folder(folder).close()  # says so if another run is alive there
     require(
@@ -5407,7 +5435,16 @@ def make_folder(folder: Path, config: Config, world: World) -> bool:
     )
     folder.mkdir(parents=True, exist_ok=known)
     world.lock = lock_folder(folder)
-    return known
+
+
+def begin_log(path: Path) -> None:
+    """Begins a run's log with the script, unless it has one: a folder may be older than its run.
+
+    The script's bytes are delimited by their number: it may hold any line.
+    """
+    head = f"script_bytes:{len(source())} script_sha256:{source_hash()}\n".encode()
+    if not path.exists() or not path.stat().st_size:
+        write_atomically(path, head, source(), b"\n")
 
 
 def open_log(config: Config, world: World) -> Log:
@@ -5415,11 +5452,8 @@ def open_log(config: Config, world: World) -> Log:
     name = config.run_id or time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:6]
     folder = Path(config.log_dir) / world.on_main(lambda: name)
     log = Log(folder, world.is_main, config.tracker)
-    known = world.on_main(lambda: make_folder(folder, config, world))
-    if world.is_main and not known:
-        # The script's bytes, delimited by their number: it may hold any line.
-        head = f"script_bytes:{len(source())} script_sha256:{source_hash()}\n".encode()
-        (folder / "train.log").write_bytes(head + source() + b"\n")
+    world.on_main(lambda: make_folder(folder, config, world))
+    world.on_main(lambda: begin_log(folder / "train.log"))
     for fact, value in versions(world, config.codec).items():
         log(f"{fact}:{value}")
     log.to_file(f"config:{json.dumps(asdict(config))}")
@@ -5452,9 +5486,13 @@ def command_to_resume(world: World, folder: Path) -> str:
 
 
 def command_to_score(config: Config, world: World, folder: Path) -> str:
-    """The command that scores a run's artifact, with the variables of this one that do so."""
-    names = [name.upper() for name in EVAL_OPTIONS - {"preset", "run_id", "log_dir"}]
-    ours = {name: os.environ[name] for name in sorted(names) if name in os.environ}
+    """The command that scores a run's artifact as the run would have, by its preset, too."""
+    ours = {}
+    for f in fields(Config):
+        value, needs = getattr(config, f.name), f.metadata["needs"].split()
+        acts = value != f.default and not any(map(config.unmet_need, needs))
+        if acts and f.name in EVAL_OPTIONS - {"preset", "run_id", "log_dir"}:
+            ours[f.name.upper()] = show(value)
     data = dict(DATA_PATH=config.data_path, TOKENIZER_PATH=config.tokenizer_path)
     return command(ours | data | dict(EVAL_ONLY=str(folder)), world)
 
@@ -5488,17 +5526,29 @@ def data_beside(artifact: Path, env: Mapping[str, str]) -> dict[str, Any]:
 
     InputError if that file does not either.
     """
-    path = (artifact if artifact.is_dir() else artifact.parent) / "result.json"
     wanted = {"data_path", "tokenizer_path"} - {name.lower() for name in env}
-    if not wanted or not path.is_file():
+    result = result_beside(artifact)
+    if not wanted or result is None:
         return {}
-    try:
-        told = json.loads(path.read_text(encoding="utf-8"))["config"]
-        return {name: str(told[name]) for name in wanted}
-    except (KeyError, OSError, TypeError, ValueError):
+    told = result.get("config")
+    if not isinstance(told, dict) or not wanted <= told.keys():
         raise InputError(
-            f"{path} does not say what the artifact was trained on: set DATA_PATH, TOKENIZER_PATH"
-        ) from None
+            f"{artifact}: its result.json does not say what it was trained on: set DATA_PATH, "
+            "TOKENIZER_PATH"
+        )
+    return {name: str(told[name]) for name in wanted}
+
+
+def result_beside(artifact: Path) -> dict[str, Any] | None:
+    """The result.json beside an artifact, or in a run's folder; None without one, {} if damaged."""
+    path = (artifact if artifact.is_dir() else artifact.parent) / "result.json"
+    if not path.is_file():
+        return None
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return result if isinstance(result, dict) else {}
 
 
 def read_artifact(path: Path, config: Config, world: World) -> Artifact:
@@ -5522,9 +5572,13 @@ def read_artifact(path: Path, config: Config, world: World) -> Artifact:
 def round_trip(scorer: Scorer, artifact: Artifact, compiler: Compiler, log: Log) -> dict[str, Any]:
     """Size and scores of a reloaded artifact; the first as the trained model was scored."""
     config, data, model, kind = artifact
-    script, total = len(script_file()), len(script_file()) + len(data)
+    digest = hashlib.sha256(data).hexdigest()
+    before = scorer.world.on_main(lambda: scored_before(config, digest))
+    script = before.get("bytes_code", len(script_file()))
+    total = script + len(data)
     raw = sum(4 * p.numel() for p in model.parameters())
-    log(f"Code size: {script} bytes")
+    whose = "" if script == len(script_file()) else " (of its run; this script has others)"
+    log(f"Code size: {script} bytes{whose}")
     ratio = raw / len(data)
     log(f"Serialized model {kind}: {len(data)} bytes (float32:{raw} ratio:{ratio:.2f}x)")
     log(f"Total submission size {kind}: {total} bytes")
@@ -5534,10 +5588,9 @@ def round_trip(scorer: Scorer, artifact: Artifact, compiler: Compiler, log: Log)
         log.object(f"{spent:.1f} s exceed EVAL_LIMIT_SECONDS={config.eval_limit_seconds}")
     read = [*scorer.tokens.paths, find_file(config.tokenizer_path)]
     text = b"".join(path.read_bytes() for path in read)
-    hashes = dict(
-        artifact_sha256=hashlib.sha256(data).hexdigest(),
-        data_sha256=hashlib.sha256(text).hexdigest(),
-    )
+    hashes = dict(artifact_sha256=digest, data_sha256=hashlib.sha256(text).hexdigest())
+    for name in {"sliding", "ttt"} & before.keys() - scores.keys():
+        log(f"warning: its run was scored with {before['scored_with']}, too ({name})")
     first = scores["roundtrip"]
     tail = " ".join(f"{name}:{value}" for name, value in hashes.items())
     log(f"val_tokens:{first.val_tokens} val_bytes:{first.val_bytes} {tail}")
@@ -5549,6 +5602,20 @@ def round_trip(scorer: Scorer, artifact: Artifact, compiler: Compiler, log: Log)
             log(f"RESUME={log.folder} with another RUN_ID and fewer MATRIX_BITS packs it again")
     sizes = dict(bytes_code=script, bytes_model=len(data), bytes_total=total, fits=over <= 0)
     return {name: score._asdict() for name, score in scores.items()} | hashes | sizes
+
+
+def scored_before(config: Config, digest: str) -> dict[str, Any]:
+    """Of the run that made an EVAL_ONLY artifact, by result.json beside it: bytes and scores.
+
+    Empty if there is none, or of another artifact.
+    """
+    result = result_beside(Path(config.eval_only)) if config.eval_only else None
+    if result is None or result.get("artifact_sha256") != digest:
+        return {}
+    told = result.get("config", {})
+    learning = ["ttt_lr", "ttt_epochs", "ttt_chunk_tokens"] if told.get("ttt_lr") else []
+    names = [name for name in ["eval_stride", *learning] if told.get(name)]
+    return result | dict(scored_with=" ".join(f"{n.upper()}={told[n]}" for n in names))
 
 
 def score_artifact(
@@ -5652,7 +5719,7 @@ def flops_per_token(model: GPT, length: int, passes: int) -> float:
 
 
 def speed(trainer: Trainer) -> str:
-    """Tokens/s at the end of training, beside those published with the preset, and MFU."""
+    """Tokens/s of the last steps, MFU, and what was published with the preset."""
     config, world = trainer.config, trainer.world
     rate = config.train_batch_tokens / max(trainer.clock.per_step, 1e-9)
     flops = flops_per_token(trainer.model, config.train_seq_len, trainer.mode().passes)
@@ -5661,12 +5728,19 @@ def speed(trainer: Trainer) -> str:
     peak = next((peak for chip, peak in PEAK_FLOPS.items() if chip in name), 0.0)
     if peak:
         text += f" mfu:{rate * flops / peak / world.size:.3f}"
-    for system in config.preset.split(","):
-        step_ms = SYSTEMS[system].step_ms if system in SYSTEMS else None
-        if step_ms and world.on_cuda:
-            published = 524288e3 / step_ms
-            text += f" published:{published:,.0f} tokens/s (its own hardware: see README)"
+    published = published_speed(config)
+    if published and world.on_cuda:
+        text += f" published:{published:,.0f} tokens/s (its own hardware: see README)"
     return text
+
+
+def published_speed(config: Config) -> float:
+    """Tokens/s of the preset's authors; 0 without them, or if model or batch are not theirs."""
+    system = next((name for name in config.preset.split(",") if name in SYSTEMS), "T")
+    usual = Config(**preset_values(system))
+    tokens, step_ms = usual.train_batch_tokens, SYSTEMS[system].step_ms
+    same = (config.architecture(), config.train_batch_tokens) == (usual.architecture(), tokens)
+    return 1e3 * tokens / step_ms if step_ms and same else 0.0
 
 
 # Of a parameter, with int8 and zlib. The contest's baseline: 15,863,489 bytes in all, published,
@@ -5946,6 +6020,7 @@ def export(trainer: Trainer, trained: Trained, validation: Validation, log: Log)
         last_weights=trained.score._asdict(),
         skipped_steps=trainer.skipped.count,
         tokens_per_second=trainer.step * config.train_batch_tokens / max(seconds, 1e-9),
+        epochs=trainer.epochs,
     )
 
 
@@ -6013,7 +6088,9 @@ def told(config: Config, world: World, log: Log) -> Iterator[None]:
     except (Exception, Ended) as end:
         log.to_file(f"ended: {str(end) or type(end).__name__}")
         if not config.eval_only:
-            log(f"to score it: {command_to_score(config, world, log.folder)}")
+            saved = any(log.folder.glob("step_*.ckpt"))
+            again = command_to_resume(world, log.folder)
+            log(f"to score it: {again if saved else command_to_score(config, world, log.folder)}")
         raise
 
 

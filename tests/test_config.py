@@ -607,6 +607,19 @@ def test_names_of_other_scripts_are_refused_with_what_to_set() -> None:
     assert not FOREIGN & KINDS.keys()
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("NUM_SHARED_LAYERS", "NUM_SHARED"),
+        ("EMA_DECAY_RATE", "EMA_DECAY"),
+        ("SEQ_LEN", "TRAIN_SEQ_LEN"),
+        ("LOG_EVERY", "TRAIN_LOG_EVERY"),
+    ],
+)
+def test_a_part_of_a_name_and_more_than_a_name_are_refused(name: str, meant: str) -> None:
+    assert f"{name} is not an option; did you mean {meant}?" in refused(**{name: "8"})
+
+
 def test_ordinary_names_are_a_warning() -> None:
     env = dict.fromkeys([*tg.ORDINARY, *REALISTIC.split()], "1")
     errors, warnings = tg.questionable_names(env)
@@ -616,6 +629,30 @@ def test_ordinary_names_are_a_warning() -> None:
 
 def test_public_depth_switch_is_guarded_too() -> None:
     assert "DEPTH_EMBED" in refused(USE_DEPTH_EMBD=1)
+
+
+def test_a_speed_is_compared_with_that_of_the_same_work() -> None:
+    """Of the default, too; not of another size or batch."""
+    published = {
+        name: tg.published_speed(config(PRESET=name)) for name in ("", "T", "frontier", "growing")
+    }
+    assert published == {
+        "": 524288e3 / 58.86,
+        "T": 524288e3 / 58.86,
+        "frontier": 786432e3 / 128,
+        "growing": 0.0,
+    }
+    for other in (dict(PRESET="T,tiny"), dict(MODEL_DIM=256), dict(TRAIN_BATCH_TOKENS=65536)):
+        assert tg.published_speed(config(**other)) == 0
+
+
+def test_who_lacks_data_is_told_how_to_fetch_those_of_his_tokenizer(tmp_path: Path) -> None:
+    for preset, variant in (("T", ""), ("frontier", " --variant sp8192")):
+        given = config(PRESET=preset, DATA_PATH=tmp_path)
+        with pytest.raises(tg.InputError, match=f"data/fineweb.py{variant}` .* holds no fineweb_"):
+            tg.Tokens(given, "train")
+        with pytest.raises(tg.InputError, match=f"data/fineweb.py{variant}` .* is not there"):
+            tg.ByteCounter.from_sentencepiece(tmp_path / "none", given.vocab_size)
 
 
 # ---- Round trips and documents

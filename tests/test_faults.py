@@ -245,8 +245,12 @@ def get_sigterm_in_export() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         return then(*args)
 
-    for name in ("pack_to_fit", "write_atomically"):
-        PATCH.setattr(tg, name, partial(terminated, getattr(tg, name)))
+    def pack(*args: Any) -> bytes:
+        PATCH.setattr(tg, "write_atomically", partial(terminated, write))
+        return terminated(packing, *args)
+
+    packing, write = tg.pack_to_fit, tg.write_atomically
+    PATCH.setattr(tg, "pack_to_fit", pack)
 
 
 def linger_on_rank_0(seconds: float) -> None:
@@ -676,7 +680,7 @@ def test_a_slow_disk_at_the_end_of_training_ends_no_run(env: Env) -> None:
     codes, texts = suffer(names, 2, partial(write_slowly, STEPS - 2, rounds=14))
     assert codes == [0, 0], texts
     folder = folder_of(names)
-    assert checkpoints(folder) == [name_of(STEPS - 2), name_of(STEPS)]
+    assert checkpoints(folder) == [name_of(STEPS)]  # no more of a training that is complete
     said = rf"^warning: the checkpoint of step {STEPS} waited \d+\.\d s .* SAVE_EVERY=2$"
     assert re.search(said, log_of(folder), re.MULTILINE), log_of(folder)
 
@@ -1018,17 +1022,19 @@ def test_an_end_in_scoring_is_told_and_so_is_how_to_score(
     env: Env, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Training is not repeated for it: neither by hand nor by a launcher that starts it again."""
-    names = env | {"RUN_ID": "unscored", "SAVE_EVERY": "0"}
+    names = env | {"RUN_ID": "unscored", "SAVE_EVERY": "0", "EVAL_STRIDE": "4", "SEED": "1337"}
 
     def stopped(*_: Any) -> None:
         raise tg.Ended(tg.EXIT_STOPPED, "scoring: stopped by SIGTERM")
 
     with monkeypatch.context() as patch:
         patch.setattr(tg, "round_trip", stopped)
-        patch.setenv("EVAL_STRIDE", "4")
-        patch.setenv("SEED", "7")
         with pytest.raises(tg.Ended):
             run_to_its_end(names)
+        saved = names | {"RUN_ID": "saved", "SAVE_EVERY": "2"}
+        with pytest.raises(tg.Ended):
+            run_to_its_end(saved)
+    assert " RESUME=auto " in log_of(folder_of(saved)).partition("\nto score it: ")[2]
     folder = folder_of(names)
     assert "\nended: scoring: stopped by SIGTERM\n" in log_of(folder)
     told = log_of(folder).partition("\nto score it: ")[2].splitlines()[0]
@@ -1043,6 +1049,47 @@ def test_an_end_in_scoring_is_told_and_so_is_how_to_score(
     assert scored["roundtrip"]["val_loss"] == result_of(whole)["roundtrip"]["val_loss"]
     with pytest.raises(tg.InputError, match="choose another RUN_ID$"):
         run_to_its_end(again)
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        (dict(PRESET="frontier"), {"EVAL_STRIDE": "64"}),
+        (dict(PRESET="growing", TTT_LR="0"), {"EVAL_STRIDE": "64"}),
+        (dict(PRESET="growing", EVAL_STRIDE="0"), {"TTT_LR": "0.002"}),
+        (dict(SEED="7", DEVICE="cpu"), {"DEVICE": "cpu"}),
+    ],
+)
+def test_the_command_that_scores_has_what_the_preset_said(
+    env: dict[str, str], expected: dict[str, str]
+) -> None:
+    config = tg.Config.from_env(env)
+    told = tg.command_to_score(config, one_rank(), Path("logs/a"))
+    given = dict(word.split("=", 1) for word in shlex.split(told) if "=" in word)
+    mode = {n: given.get(n) for n in ("EVAL_STRIDE", "TTT_LR", "DEVICE", "SEED") if n in given}
+    assert mode == expected
+    again = tg.Config.from_env(given)
+    assert all(getattr(again, n.lower()) == getattr(config, n.lower()) for n in mode)
+
+
+def test_a_finished_run_says_why_it_is_no_submission(tmp_path: Path) -> None:
+    """To whom a launcher has started again, and so hidden what was said first."""
+    (tmp_path / "result.json").write_text('{"not_a_submission": ["9 bytes exceed"]}')
+    with pytest.raises(tg.InputError, match=r"a finished run \(not a submission: 9 bytes exceed\)"):
+        tg.make_folder(tmp_path, tg.Config(resume="auto", run_id="a"), one_rank())
+
+
+def test_a_folder_that_was_there_first_gets_the_script(env: Env, whole: Path) -> None:
+    """As of a shell that puts a console's output there."""
+    names = env | {"RUN_ID": "there first", "RESUME": "auto"}
+    folder = folder_of(names)
+    folder.mkdir()
+    (folder / "console.txt").write_text("")
+    run_to_its_end(names)
+    check_same(folder, whole)
+    head, script = (folder / "train.log").read_bytes().split(b"\n", 1)
+    assert head == f"script_bytes:{len(tg.source())} script_sha256:{tg.source_hash()}".encode()
+    assert script.startswith(tg.source())
 
 
 @pytest.mark.parametrize(

@@ -469,6 +469,17 @@ def test_one_mistake_is_told_once(
     assert len(lines) == 2 and "NUM_HEADS" in lines[0], lines
 
 
+def test_a_full_disk_is_the_cause_of_no_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console = tmp_path / "seed1.console"
+    console.write_text("")
+    for free, told in ((9, "exit code 2: no output, as the disk is full"), (1 << 30, "no output")):
+        usage = SimpleNamespace(free=free)
+        monkeypatch.setattr(ablate.shutil, "disk_usage", lambda _, usage=usage: usage)
+        assert ablate.cause(console, 2).endswith(told)
+
+
 def test_a_cause_that_runs_share_is_told_in_full_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -911,7 +922,7 @@ def test_a_terminal_tells_what_follows_the_last_step(step: int, rest: str) -> No
     clock = SimpleNamespace(per_step=1.0, cap=math.inf)
     trainer = cast(tg.Trainer, SimpleNamespace(step=step, clock=clock))
     reporter = tg.Reporter(config, cast(tg.Log, None))
-    shown = reporter.bar(trainer, loss=3.0, seconds=float(step), speed=8e6)
+    shown = reporter.bar(trainer, loss=3.0, seconds=float(step), rate=8e6)
     assert shown.endswith(f"loss 3.000  {rest}  8,000,000 tokens/s")
     assert len(shown) < 80, "a line that a terminal breaks is not replaced as a whole"
 

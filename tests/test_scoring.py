@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from helpers import (
     GROWING,
     GROWTH,
     HANG,
+    ON_CPU,
     ManualTime,
     data_config,
     fork_ranks,
@@ -573,6 +575,28 @@ def test_eval_only_scores_an_artifact_again(
         check_modes(deeper, "roundtrip", "ttt" if "TTT_LR" in more else "sliding")
         assert deeper["config"]["eval_passes"] == 4
         assert deeper["roundtrip"]["val_loss"] == pytest.approx(expected[4], abs=1e-9)
+
+
+def test_an_artifact_counts_with_the_script_of_its_run(
+    trained: tuple[Path, dict[str, Any]], corpus: dict[str, str], tmp_path: Path
+) -> None:
+    """A packed one, say; and a score that its run had and this one has not is named."""
+    path, before = trained
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    shutil.copy(path, beside)
+    small = ON_CPU | {"VAL_BATCH_SIZE": "4096", "MICRO_BATCH_TOKENS": "2048"}
+    limit = str(before["bytes_model"] + 5)
+    env = corpus | small | {"EVAL_ONLY": str(beside), "SIZE_LIMIT_BYTES": limit}
+    for digest, counted in ((before["artifact_sha256"], True), ("another's", False)):
+        told = before | {"bytes_code": 5, "artifact_sha256": digest}
+        (beside / "result.json").write_text(json.dumps(told))
+        config = tg.Config.from_env(env | {"LOG_DIR": str(tmp_path), "RUN_ID": digest})
+        assert tg.run(config, one_rank()) == (0 if counted else tg.EXIT_SIZE)
+        log = log_of(tmp_path / digest)
+        assert ("\nCode size: 5 bytes (of its run; " in log) == counted
+        scored_with = "scored with EVAL_STRIDE=16 TTT_LR=0.01 TTT_EPOCHS=1 TTT_CHUNK_TOKENS="
+        assert (f"warning: its run was {scored_with}" in log) == counted
 
 
 def test_passes_over_a_core_that_an_artifact_lacks_are_refused(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from helpers import (
     real_trainer,
     result_of,
     run_here,
+    shard_bytes,
     start,
     train_only,
     write_manifest,
@@ -245,6 +246,28 @@ def test_what_the_end_of_the_time_cut_off_is_told(preset: str, step: int, told: 
     reporter.end(cast(tg.Trainer, SimpleNamespace(step=step)), 600.0, "wallclock_cap")
     warnings = [line for line in lines if "warning" in line.lower()]
     assert len(warnings) == bool(told) and told in "".join(warnings)
+
+
+def test_training_tokens_that_come_again_are_told_once(
+    corpus: dict[str, str], tmp_path: Path
+) -> None:
+    """And how often they came is in the result; a speed is said when it is early, too."""
+    env = corpus | SMALL | NARROW | SHALLOW | {"PRESET": "Bp,tiny", "TRAIN_LOG_EVERY": "2"}
+    data = tmp_path / "data"
+    shutil.copytree(env["DATA_PATH"], data)
+    for path in data.glob("fineweb_train_*"):
+        path.unlink()
+    for steps in (5, 3):
+        shard = shard_bytes([1] * (512 * steps))
+        (data / "fineweb_train_000000.bin").write_bytes(shard)
+        name = f"{steps} of 5"
+        given = {"ITERATIONS": "5", "RUN_ID": name, "DATA_PATH": str(data)}
+        result = run_here(env | given, tmp_path)
+        log = log_of(tmp_path / name)
+        told = f"\nwarning: all {512 * steps:,} training tokens were read, and are read again\n"
+        assert log.count(told) == (steps < 5)
+        assert result["epochs"] == 5 / steps
+        assert log.count("\nspeed:") == 2
 
 
 def test_a_warm_down_of_more_steps_than_a_run_has_is_told(

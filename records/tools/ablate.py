@@ -33,6 +33,7 @@ import fcntl
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -533,8 +534,11 @@ def cause(console: Path, code: int) -> str:
     ours = [line for line in told if line.startswith("[rank ")]
     if ours:
         reason = ours[0]
-    else:
-        reason = told[-1] if told else "no output"
+    elif told:
+        reason = told[-1]
+    else:  # nor can a full disk take what the run says
+        full = shutil.disk_usage(console.parent).free < 1 << 20
+        reason = "no output, as the disk is full" if full else "no output"
     return f"exit code {code}: {reason}"
 
 
