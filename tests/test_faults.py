@@ -501,9 +501,16 @@ def test_a_trained_model_is_rounded_in_another_way(env: Env, whole: Path) -> Non
 
 
 def test_a_run_that_ended_by_its_time_is_packed_again_without_a_further_step(
-    env: Env, monkeypatch: pytest.MonkeyPatch
+    env: Env, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Even if GPTQ no longer takes a part of it; before its end, that would move the warm-down."""
+    write = tg.write_atomically
+
+    def write_twice(path: Path, *pieces: Any) -> None:
+        write(path, *pieces)
+        shutil.copy(path, tmp_path)  # a finished run keeps its last checkpoint alone
+
+    monkeypatch.setattr(tg, "write_atomically", write_twice)
     let_steps_take(0.25, monkeypatch)
     capped = env | {"MAX_WALLCLOCK_SECONDS": "3"}
     reserving = {"GPTQ_BATCHES": "1", "GPTQ_SECONDS": "1"}
@@ -516,7 +523,7 @@ def test_a_run_that_ended_by_its_time_is_packed_again_without_a_further_step(
     assert after["steps"] == steps and after["ended_by"] == "wallclock_cap"
     for score in ("last_weights", "pre_quant"):
         assert after[score]["val_loss"] == before[score]["val_loss"]
-    earlier = min(first.glob("step_*.ckpt"))
+    earlier = min(tmp_path.glob("step_*.ckpt"))
     with pytest.raises(tg.InputError, match="GPTQ_BATCHES was 1, is 0"):
         run_to_its_end(capped | {"RESUME": str(earlier), "RUN_ID": "cut off"})
 
