@@ -10,8 +10,8 @@ row a layer uses, and everything that walks the depth walks the plan. Options ar
 variables; `--help` lists them.
 
 Contents: 1 options, 2 plan, 3 model, 4 optimizers, 5 rounding and artifact, 6 scoring, 7 data and
-bytes, 8 training, 9 compiling, averages, reports and checkpoints, 10 ranks, logs and files,
-11 presets, names and help, 12 the run.
+bytes, 8 training, calibration and refit, 9 compiling, averages, reports and checkpoints, 10 ranks,
+logs and files, 11 presets, names and help, 12 the run.
 
 Shapes: B sequences, T tokens, D model width, H query heads, K key/value heads, E head width,
 V vocabulary, R effective layers. Parameters, tables and optimizer states are float32; matmul
@@ -3237,7 +3237,7 @@ class ByteCounter:
         return self.size[token] + (self.space[token] & ~self.boundary[previous])
 
 
-# ---- 8. Training -------------------------------------------------------------------------------
+# ---- 8. Training, calibration and refit ----------------------------------------------------------
 # No DistributedDataParallel: gradients of shared weights are complete only when backward ends, and
 # its hooks would cut the compiled graph.
 
@@ -3683,6 +3683,174 @@ class Trainer:
         self.step, self.average.count = progress.step, progress.averaged
         self.capped = progress.capped
         self.clock = Clock(self.world, self.config.training_seconds, progress)
+
+
+def calibrate(trainer: Trainer, log: Log) -> tuple[dict[str, Tensor], float]:
+    """GPTQ's Hessians, summed over ranks, on training data that comes next; the seconds it took."""
+    config = trainer.config
+    if not config.gptq_batches:
+        return {}, 0.0
+    trainer.world.enter("calibration of GPTQ")
+    limit = config.gptq_seconds if config.max_wallclock_seconds else math.inf
+    hessians, used, seconds = sum_moments(trainer, config.gptq_batches, limit)
+    log(f"gptq_calibration batches:{used} time:{1e3 * seconds:.0f}ms")
+    if used < config.gptq_batches:
+        log(
+            f"warning: calibration ended with its time, {limit:.1f} s, after {used} of "
+            f"GPTQ_BATCHES={config.gptq_batches}"
+        )
+    return hessians, seconds
+
+
+def sum_moments(
+    trainer: Trainer, count: int, limit: float = math.inf
+) -> tuple[dict[str, Tensor], int, float]:
+    """GPTQ's Hessians of `count` micro-batches a rank, or of those that end within `limit` seconds.
+
+    Then how many these are, at least one, and the seconds it took.
+    """
+    world, used = trainer.world, 0
+    began = time.perf_counter()
+
+    def on_time() -> bool:
+        world.synchronize()
+        return (time.perf_counter() - began) * (used + 1) / used < limit
+
+    def unseen() -> Iterator[tuple[Tensor, Tensor]]:
+        nonlocal used
+        steps = map(trainer.batches.micro, itertools.count(trainer.step))
+        batches = itertools.chain.from_iterable(steps)
+        while used < count and (not used or world.on_main(on_time)):
+            used += 1
+            yield next(batches)
+
+    moments = input_moments(trainer.model, unseen(), trainer.config.gptq_embed)
+    hessians = {name: world.all_reduce(moment) for name, moment in moments.items()}
+    world.synchronize()
+    return hessians, used, world.on_main(lambda: time.perf_counter() - began)
+
+
+RESERVE_TRIAL = 4  # micro-batches a rank
+
+
+def measure_reserve(trainer: Trainer, log: Log) -> float:
+    """For GPTQ_SECONDS=-1, puts the seconds that GPTQ will take into the trainer's options.
+
+    That is by a trial, off the clock, whose sums are not kept: of calibration, and of rounding if a
+    refit follows. Returns the seconds reserved.
+    """
+    config = trainer.config
+    if not config.gptq_batches or not config.max_wallclock_seconds:
+        return 0.0
+    if config.gptq_seconds < 0:
+        trainer.world.enter("trial of GPTQ's calibration")
+        sums, *_ = sum_moments(trainer, 1)  # the first one loads and tunes kernels
+        count = min(config.gptq_batches, RESERVE_TRIAL)
+        *_, seconds = sum_moments(trainer, count)
+        seconds *= config.gptq_batches / count
+        if config.refit_steps:
+            time_to_round(trainer, dict(itertools.islice(sums.items(), 1)))  # likewise
+            seconds += time_to_round(trainer, sums)
+        seconds *= 1.1
+        log(f"gptq_reserve batches:{config.gptq_batches} time:{1e3 * seconds:.0f}ms")
+        trainer.config = replace(config, gptq_seconds=seconds)
+        trainer.clock = Clock(trainer.world, trainer.config.training_seconds)
+    return trainer.config.gptq_seconds
+
+
+def time_to_round(trainer: Trainer, hessians: Mapping[str, Tensor]) -> float:
+    """Seconds in which all parameters are rounded, by GPTQ those that have a Hessian."""
+    began = time.perf_counter()
+    with as_stored(dict(trainer.model.named_parameters()), trainer.config, hessians):
+        trainer.world.synchronize()
+    return trainer.world.on_main(lambda: time.perf_counter() - began)
+
+
+CUT_OFF = "cut off when the process ends"  # the name of such a thread
+
+
+@contextlib.contextmanager
+def put_back(params: Iterable[nn.Parameter]) -> Iterator[None]:
+    """The parameters have their values again afterwards."""
+    params = [*params]
+    exact = [p.detach().clone() for p in params]
+    try:
+        yield
+    finally:
+        torch._foreach_copy_([p.data for p in params], exact)
+
+
+@contextlib.contextmanager
+def as_stored(
+    params: Mapping[str, nn.Parameter], config: Config, hessians: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """The values that an artifact gives back in place of those of the parameters it rounds."""
+    rounded = {name: p for name, p in params.items() if role_of(p).bits}
+    with put_back(rounded.values()):
+        for name, p in rounded.items():
+            p.data.copy_(dequantize_rows(*store(p, config, hessians.get(name)).tensors))
+        yield
+
+
+def not_rounded(trainer: Trainer) -> list[nn.Parameter]:
+    """What an artifact has in float16."""
+    return [p for p in trainer.params if not role_of(p).bits]
+
+
+def end_of_refit(config: Config, rounded: float, before: float) -> float:
+    """When a refit ends, in seconds since it began, of which rounding took the first.
+
+    Those are of the time reserved for GPTQ. Where that was not enough, the steps have less than
+    REFIT_SECONDS: with what came `before`, nothing is to pass MAX_WALLCLOCK_SECONDS.
+    """
+    cap = config.max_wallclock_seconds
+    return min(rounded + config.refit_seconds, cap - before) if cap else math.inf
+
+
+def refit(trainer: Trainer, hessians: Mapping[str, Tensor], log: Log, before: float = 0.0) -> float:
+    """Tunes `not_rounded` parameters to the rounded matrices, on training data that comes next.
+
+    The matrices themselves are as before afterwards, and so are rounded to the same integers
+    again. Training and calibration took the seconds `before`; it returns those it took itself.
+    """
+    config, world = trainer.config, trainer.world
+    if not config.refit_steps:
+        return 0.0
+    world.enter("refit")
+    began = time.perf_counter()
+
+    def seconds() -> float:
+        world.synchronize()
+        return world.on_main(lambda: time.perf_counter() - began)
+
+    betas = config.beta1, config.beta2
+    adam = torch.optim.Adam(not_rounded(trainer), betas=betas, eps=config.adam_eps)
+    calibrated = math.ceil(config.gptq_batches / trainer.batches.accumulation)
+    first = trainer.step + calibrated  # rounding has not seen these batches either
+    step, loss = 0, math.nan
+    with as_stored(dict(trainer.model.named_parameters()), config, hessians):
+        rounded = spent = seconds()
+        limit = end_of_refit(config, rounded, before)
+        per_step = trainer.clock.per_step  # of training, whose steps do more
+        while step < config.refit_steps and spent + per_step < limit:
+            trainer.sum_gradients(trainer.batches.micro(first + step), trainer.model.scoring)
+            trainer.skipped.mask(trainer.gradients, first + step)
+            done = max(step / config.refit_steps, (spent - rounded) / (limit - rounded))
+            adam.param_groups[0]["lr"] = config.refit_lr * (1 - done)
+            adam.step()
+            loss = trainer.gradients.loss.item()
+            step += 1
+            now = seconds()
+            spent, per_step = now, now - spent
+    if step < config.refit_steps:
+        log(
+            f"REFIT_SECONDS={config.refit_seconds} of MAX_WALLCLOCK_SECONDS="
+            f"{config.max_wallclock_seconds} have no time for more of REFIT_STEPS="
+            f"{config.refit_steps}"
+        )
+    times = f"rounding:{1e3 * rounded:.0f}ms time:{1e3 * spent:.0f}ms"
+    log(f"refit steps:{step} train_loss:{loss:.4f} {times}")
+    return spent
 
 
 # ---- 9. Compiling, averages, reports and checkpoints -------------------------------------------
@@ -5804,90 +5972,6 @@ class Validation:
         return score
 
 
-def calibrate(trainer: Trainer, log: Log) -> tuple[dict[str, Tensor], float]:
-    """GPTQ's Hessians, summed over ranks, on training data that comes next; the seconds it took."""
-    config = trainer.config
-    if not config.gptq_batches:
-        return {}, 0.0
-    trainer.world.enter("calibration of GPTQ")
-    limit = config.gptq_seconds if config.max_wallclock_seconds else math.inf
-    hessians, used, seconds = sum_moments(trainer, config.gptq_batches, limit)
-    log(f"gptq_calibration batches:{used} time:{1e3 * seconds:.0f}ms")
-    if used < config.gptq_batches:
-        log(
-            f"warning: calibration ended with its time, {limit:.1f} s, after {used} of "
-            f"GPTQ_BATCHES={config.gptq_batches}"
-        )
-    return hessians, seconds
-
-
-def sum_moments(
-    trainer: Trainer, count: int, limit: float = math.inf
-) -> tuple[dict[str, Tensor], int, float]:
-    """GPTQ's Hessians of `count` micro-batches a rank, or of those that end within `limit` seconds.
-
-    Then how many these are, at least one, and the seconds it took.
-    """
-    world, used = trainer.world, 0
-    began = time.perf_counter()
-
-    def on_time() -> bool:
-        world.synchronize()
-        return (time.perf_counter() - began) * (used + 1) / used < limit
-
-    def unseen() -> Iterator[tuple[Tensor, Tensor]]:
-        nonlocal used
-        steps = map(trainer.batches.micro, itertools.count(trainer.step))
-        batches = itertools.chain.from_iterable(steps)
-        while used < count and (not used or world.on_main(on_time)):
-            used += 1
-            yield next(batches)
-
-    moments = input_moments(trainer.model, unseen(), trainer.config.gptq_embed)
-    hessians = {name: world.all_reduce(moment) for name, moment in moments.items()}
-    world.synchronize()
-    return hessians, used, world.on_main(lambda: time.perf_counter() - began)
-
-
-RESERVE_TRIAL = 4  # micro-batches a rank
-
-
-def measure_reserve(trainer: Trainer, log: Log) -> float:
-    """For GPTQ_SECONDS=-1, puts the seconds that GPTQ will take into the trainer's options.
-
-    That is by a trial, off the clock, whose sums are not kept: of calibration, and of rounding if a
-    refit follows. Returns the seconds reserved.
-    """
-    config = trainer.config
-    if not config.gptq_batches or not config.max_wallclock_seconds:
-        return 0.0
-    if config.gptq_seconds < 0:
-        trainer.world.enter("trial of GPTQ's calibration")
-        sums, *_ = sum_moments(trainer, 1)  # the first one loads and tunes kernels
-        count = min(config.gptq_batches, RESERVE_TRIAL)
-        *_, seconds = sum_moments(trainer, count)
-        seconds *= config.gptq_batches / count
-        if config.refit_steps:
-            time_to_round(trainer, dict(itertools.islice(sums.items(), 1)))  # likewise
-            seconds += time_to_round(trainer, sums)
-        seconds *= 1.1
-        log(f"gptq_reserve batches:{config.gptq_batches} time:{1e3 * seconds:.0f}ms")
-        trainer.config = replace(config, gptq_seconds=seconds)
-        trainer.clock = Clock(trainer.world, trainer.config.training_seconds)
-    return trainer.config.gptq_seconds
-
-
-def time_to_round(trainer: Trainer, hessians: Mapping[str, Tensor]) -> float:
-    """Seconds in which all parameters are rounded, by GPTQ those that have a Hessian."""
-    began = time.perf_counter()
-    with as_stored(dict(trainer.model.named_parameters()), trainer.config, hessians):
-        trainer.world.synchronize()
-    return trainer.world.on_main(lambda: time.perf_counter() - began)
-
-
-CUT_OFF = "cut off when the process ends"  # the name of such a thread
-
-
 def in_thread(work: Callable[[], Any], seconds: float | None = None) -> Any:
     """What `work` returns, while this thread can be interrupted; TimeoutError after `seconds`.
 
@@ -5904,90 +5988,6 @@ def in_thread(work: Callable[[], Any], seconds: float | None = None) -> Any:
 
     threading.Thread(target=run, daemon=True, name=CUT_OFF).start()
     return done.result(seconds)
-
-
-@contextlib.contextmanager
-def put_back(params: Iterable[nn.Parameter]) -> Iterator[None]:
-    """The parameters have their values again afterwards."""
-    params = [*params]
-    exact = [p.detach().clone() for p in params]
-    try:
-        yield
-    finally:
-        torch._foreach_copy_([p.data for p in params], exact)
-
-
-@contextlib.contextmanager
-def as_stored(
-    params: Mapping[str, nn.Parameter], config: Config, hessians: Mapping[str, Tensor]
-) -> Iterator[None]:
-    """The values that an artifact gives back in place of those of the parameters it rounds."""
-    rounded = {name: p for name, p in params.items() if role_of(p).bits}
-    with put_back(rounded.values()):
-        for name, p in rounded.items():
-            p.data.copy_(dequantize_rows(*store(p, config, hessians.get(name)).tensors))
-        yield
-
-
-def not_rounded(trainer: Trainer) -> list[nn.Parameter]:
-    """What an artifact has in float16."""
-    return [p for p in trainer.params if not role_of(p).bits]
-
-
-def end_of_refit(config: Config, rounded: float, before: float) -> float:
-    """When a refit ends, in seconds since it began, of which rounding took the first.
-
-    Those are of the time reserved for GPTQ. Where that was not enough, the steps have less than
-    REFIT_SECONDS: with what came `before`, nothing is to pass MAX_WALLCLOCK_SECONDS.
-    """
-    cap = config.max_wallclock_seconds
-    return min(rounded + config.refit_seconds, cap - before) if cap else math.inf
-
-
-def refit(trainer: Trainer, hessians: Mapping[str, Tensor], log: Log, before: float = 0.0) -> float:
-    """Tunes `not_rounded` parameters to the rounded matrices, on training data that comes next.
-
-    The matrices themselves are as before afterwards, and so are rounded to the same integers
-    again. Training and calibration took the seconds `before`; it returns those it took itself.
-    """
-    config, world = trainer.config, trainer.world
-    if not config.refit_steps:
-        return 0.0
-    world.enter("refit")
-    began = time.perf_counter()
-
-    def seconds() -> float:
-        world.synchronize()
-        return world.on_main(lambda: time.perf_counter() - began)
-
-    betas = config.beta1, config.beta2
-    adam = torch.optim.Adam(not_rounded(trainer), betas=betas, eps=config.adam_eps)
-    calibrated = math.ceil(config.gptq_batches / trainer.batches.accumulation)
-    first = trainer.step + calibrated  # rounding has not seen these batches either
-    step, loss = 0, math.nan
-    with as_stored(dict(trainer.model.named_parameters()), config, hessians):
-        rounded = spent = seconds()
-        limit = end_of_refit(config, rounded, before)
-        per_step = trainer.clock.per_step  # of training, whose steps do more
-        while step < config.refit_steps and spent + per_step < limit:
-            trainer.sum_gradients(trainer.batches.micro(first + step), trainer.model.scoring)
-            trainer.skipped.mask(trainer.gradients, first + step)
-            done = max(step / config.refit_steps, (spent - rounded) / (limit - rounded))
-            adam.param_groups[0]["lr"] = config.refit_lr * (1 - done)
-            adam.step()
-            loss = trainer.gradients.loss.item()
-            step += 1
-            now = seconds()
-            spent, per_step = now, now - spent
-    if step < config.refit_steps:
-        log(
-            f"REFIT_SECONDS={config.refit_seconds} of MAX_WALLCLOCK_SECONDS="
-            f"{config.max_wallclock_seconds} have no time for more of REFIT_STEPS="
-            f"{config.refit_steps}"
-        )
-    times = f"rounding:{1e3 * rounded:.0f}ms time:{1e3 * spent:.0f}ms"
-    log(f"refit steps:{step} train_loss:{loss:.4f} {times}")
-    return spent
 
 
 def export(trainer: Trainer, trained: Trained, validation: Validation, log: Log) -> dict[str, Any]:
