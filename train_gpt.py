@@ -2052,11 +2052,11 @@ class GPT(nn.Module):
         return rms_norm(x), self.penalty(mode, starts, ends)
 
     def mixed_alone(self, begun: Tensor, x0: Tensor, layers: Iterable[Layer]) -> Tensor:
-        """What the core's among `layers` make of the state `begun` if no branch adds to it.
+        """What the core's among `layers` make of the state `begun` if nothing else acts on it.
 
-        That is the best guess at what passes do to a gradient, and at the start it is what they do:
-        over eight layers, a mix of halves leaves 1 / 256 of it. Without this path the prelude would
-        have no gradient.
+        That is the guess at what passes do to a gradient. At the start, where no branch adds
+        anything, it is what they do, but for skips into them and norms between them. Over eight
+        layers a mix of halves leaves 1 / 256. Without this path the prelude would have no gradient.
         """
         carried, anchor = torch.ones_like(x0[0, 0]), torch.zeros_like(x0[0, 0])  # [D]
         for layer in layers:
@@ -3337,7 +3337,7 @@ def training_mode(config: Config, step: int, seconds: float) -> Mode:
         begun[-1],
         growth_weight=config.jacobian_weight,
         per_pass=config.jacobian_per_pass,
-        truncated=begun[-1] > 1 and done < config.truncate_fraction,
+        truncated=begun[-1] > 1 and done < min(config.truncate_fraction, config.rounding_begins),
     )
     near_end = config.qat_fraction > 0 and 1 - done <= config.qat_fraction
     if near_end or lr_factor(config, step, seconds) < config.qat_lr_factor:
@@ -3992,7 +3992,6 @@ class Reporter:
                 f"{self.at(step)} train_loss:{loss:.4f} train_time:{1e3 * seconds:.0f}ms "
                 f"step_avg:{1e3 * seconds / step:.2f}ms{tail}"
             )
-            self.warn_of_repetition(trainer)
             if step == self.config.train_log_every:
                 self.log(speed(trainer))  # while there is time to give a slow machine back
             norm = trainer.grad_norm
@@ -4007,6 +4006,7 @@ class Reporter:
                 lr_factor=trainer.lr_factor,
                 grad_norm=norm.item() if norm.isfinite() else None,
             )
+        self.warn_of_repetition(trainer)
         self.log.progress(self.bar(trainer, loss, seconds, rate))
 
     def warn_of_repetition(self, trainer: Trainer) -> None:
@@ -4029,6 +4029,7 @@ class Reporter:
 
     def end(self, trainer: Trainer, seconds: float, why: str) -> None:
         step, planned = trainer.step, self.config.iterations
+        self.warn_of_repetition(trainer)
         if why == "wallclock_cap":
             self.log(f"stopping_early: {why} train_time:{1e3 * seconds:.0f}ms {self.at(step)}")
             warmup = self.config.muon_momentum_warmup_steps
@@ -4125,6 +4126,10 @@ class HostCopier:
         return wait_for_copy
 
 
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:08d}.ckpt"
+
+
 class Checkpoints:
     """Writes a run's checkpoints beside training and keeps two, and of a finished run the last."""
 
@@ -4180,10 +4185,12 @@ class Checkpoints:
         self.pending = [self.writer.submit(self.write, step, header, values)]
 
     def write(self, step: int, header: dict[str, Any], values: Callable[[], np.ndarray]) -> None:
-        path = self.log.folder / f"step_{step:08d}.ckpt"
+        path = checkpoint_path(self.log.folder, step)
         try:
             write_atomically(path, *seal("checkpoint", "none", header, values().data))
-            for old in sorted(self.log.folder.glob("step_*.ckpt"))[: -self.keep]:
+            # After a damaged one, from before which a run went on, the newest may not be the last.
+            others = sorted({*self.log.folder.glob("step_*.ckpt")} - {path})
+            for old in others[: len(others) - (self.keep - 1)]:
                 old.unlink()
         except Exception as error:  # whatever it is, the run is worth more than its checkpoint
             self.log(f"warning: no checkpoint of step {step}: {error}")
@@ -5211,7 +5218,6 @@ SYSTEMS: dict[str, Preset] = {
         FRONTIER,
         "PR 1720: 3+3x(1, 3)+5, U-Net over the loop, parallel residual, XSA, 8192 pieces",
         1.0818,
-        128,
     ),
 }
 SCALES: dict[str, Preset] = {
@@ -5364,8 +5370,8 @@ UNSUPPORTED = frozenset(
 # Names that shells, schedulers and other tools are known to set: a warning, not an error.
 ORDINARY = frozenset(
     """ARTIFACT_DIR CHECKPOINT_DIR CODE COMPILER DATASETS_DIR DATASET_PATH DATA_DIR DEVICES
-    DEVICE_ID LIB_DIR LOGDIR LOG_LEVEL MODE MODEL_DIR MODEL_ID MODEL_SAVE_PATH RUN_DIR SEEDS
-    STRIDE""".split()
+    DEVICE_ID LIB_DIR LMOD_DIR LOGDIR LOG_LEVEL MODE MODEL_DIR MODEL_ID MODEL_SAVE_PATH RUN_DIR
+    SEEDS STRIDE""".split()
 )
 
 
@@ -5583,7 +5589,7 @@ def make_folder(folder: Path, config: Config, world: World) -> None:
         saved = resume = ""
     result = result_beside(folder)
     if result is not None:
-        verdict = " and ".join(result.get("not_a_submission", []))
+        verdict = " and ".join(result.get("not_a_submission") or [])
         which = f"a finished run (not a submission: {verdict})" if verdict else "a finished run"
         raise InputError(f"{folder} holds {which}: choose another RUN_ID{saved}")
     if (folder / "run.lock").exists():
@@ -5738,10 +5744,11 @@ def round_trip(scorer: Scorer, artifact: Artifact, compiler: Compiler, log: Log)
     config, data, model, kind = artifact
     digest = hashlib.sha256(data).hexdigest()
     before = scorer.world.on_main(lambda: scored_before(config, digest))
-    script = before.get("bytes_code", len(script_file()))
+    mine = len(script_file())
+    script = min(mine, before.get("bytes_code", mine))  # one of the two may be packed
     total = script + len(data)
     raw = sum(4 * p.numel() for p in model.parameters())
-    whose = "" if script == len(script_file()) else " (of its run; this script has others)"
+    whose = "" if script == mine else f" (of its run's script; this one has {mine})"
     log(f"Code size: {script} bytes{whose}")
     ratio = raw / len(data)
     log(f"Serialized model {kind}: {len(data)} bytes (float32:{raw} ratio:{ratio:.2f}x)")
@@ -5754,7 +5761,9 @@ def round_trip(scorer: Scorer, artifact: Artifact, compiler: Compiler, log: Log)
     text = b"".join(path.read_bytes() for path in read)
     hashes = dict(artifact_sha256=digest, data_sha256=hashlib.sha256(text).hexdigest())
     for name in {"sliding", "ttt"} & before.keys() - scores.keys():
-        log(f"warning: its run was scored with {before['scored_with']}, too ({name})")
+        log(
+            f"warning: its run also has a {name} score, with {before['scored_with']}; this has none"
+        )
     first = scores["roundtrip"]
     tail = " ".join(f"{name}:{value}" for name, value in hashes.items())
     log(f"val_tokens:{first.val_tokens} val_bytes:{first.val_bytes} {tail}")
@@ -5899,12 +5908,15 @@ def speed(trainer: Trainer) -> str:
 
 
 def published_speed(config: Config) -> float:
-    """Tokens/s of the preset's authors; 0 without them, or if model or batch are not theirs."""
+    """Tokens/s of the preset's authors; 0 without them, or if model or batch are not theirs.
+
+    Nor is the speed of a whole run that of a step whose passes change.
+    """
     system = next((name for name in config.preset.split(",") if name in SYSTEMS), "T")
     usual = Config(**preset_values(system))
     tokens, step_ms = usual.train_batch_tokens, SYSTEMS[system].step_ms
     same = (config.architecture(), config.train_batch_tokens) == (usual.architecture(), tokens)
-    return 1e3 * tokens / step_ms if step_ms and same else 0.0
+    return 1e3 * tokens / step_ms if step_ms and same and len(config.schedule()) == 1 else 0.0
 
 
 # Of a parameter, with int8 and zlib. The contest's baseline: 15,863,489 bytes in all, published,
@@ -6077,16 +6089,17 @@ def train_and_export(
 
 
 @contextlib.contextmanager
-def told(config: Config, world: World, log: Log) -> Iterator[None]:
-    """Says in the log why scoring ended early, and how to score the artifact once more."""
+def told(config: Config, world: World, log: Log, steps: int) -> Iterator[None]:
+    """Says in the log why scoring ended early, and how to score what `steps` steps have made."""
     try:
         yield
     except (Exception, Ended) as end:
         log.to_file(f"ended: {str(end) or type(end).__name__}")
         if not config.eval_only:
-            saved = any(log.folder.glob("step_*.ckpt"))
-            again = command_to_resume(world, log.folder)
-            log(f"to score it: {again if saved else command_to_score(config, world, log.folder)}")
+            again = command_to_score(config, world, log.folder)
+            if checkpoint_path(log.folder, steps).exists():  # then nothing is trained again
+                again = command_to_resume(world, log.folder)
+            log(f"to score it: {again}")
         raise
 
 
@@ -6120,7 +6133,7 @@ def do_run(config: Config, world: World) -> int:
         trainer, log, result = train_and_export(config, world, scorer)
         compiler = trainer.compiler
         artifact = read_artifact(log.folder / ARTIFACT, config, world)
-    with told(artifact.config, world, log):
+    with told(artifact.config, world, log, result.get("steps", 0)):
         world.enter("scoring of the artifact")
         result |= round_trip(scorer, artifact, compiler, log)
     used = versions(world, artifact.config.codec)

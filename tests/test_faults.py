@@ -16,6 +16,7 @@ import types
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -1041,7 +1042,12 @@ def test_an_end_in_scoring_is_told_and_so_is_how_to_score(
         saved = names | {"RUN_ID": "saved", "SAVE_EVERY": "2"}
         with pytest.raises(tg.Ended):
             run_to_its_end(saved)
+        no_last = names | {"RUN_ID": "no last", "SAVE_EVERY": "2"}
+        patch.setattr(tg.Checkpoints, "end", lambda *_: None)
+        with pytest.raises(tg.Ended):
+            run_to_its_end(no_last)
     assert " RESUME=auto " in log_of(folder_of(saved)).partition("\nto score it: ")[2]
+    assert checkpoints(folder_of(no_last)) and "RESUME" not in log_of(folder_of(no_last))[-600:]
     folder = folder_of(names)
     assert "\nended: scoring: stopped by SIGTERM\n" in log_of(folder)
     told = log_of(folder).partition("\nto score it: ")[2].splitlines()[0]
@@ -1077,6 +1083,18 @@ def test_the_command_that_scores_has_what_the_preset_said(
     assert mode == expected
     again = tg.Config.from_env(given)
     assert all(getattr(again, n.lower()) == getattr(config, n.lower()) for n in mode)
+
+
+@pytest.mark.parametrize(("keep", "kept"), [(1, [480]), (2, [480, 500])])
+def test_a_checkpoint_that_was_just_written_stays(
+    keep: int, kept: list[int], tmp_path: Path
+) -> None:
+    """Of a run that went on from step 400, as its checkpoint of step 500 is damaged."""
+    for step in (400, 500):
+        tg.checkpoint_path(tmp_path, step).write_bytes(b"")
+    mine: Any = SimpleNamespace(log=SimpleNamespace(folder=tmp_path), keep=keep)
+    tg.Checkpoints.write(mine, 480, {}, lambda: np.zeros(1))
+    assert checkpoints(tmp_path) == [name_of(step) for step in kept]
 
 
 def test_a_finished_run_says_why_it_is_no_submission(tmp_path: Path) -> None:

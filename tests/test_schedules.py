@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from helpers import one_rank
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from stack_written_out import STACK
 
@@ -94,7 +94,19 @@ CONFIGS = st.builds(
 )
 
 
+AT_ONCE = with_schedule(  # a pass begins exactly where rounding does, and ends the truncation
+    passes_schedule="0:1,0.1:2,0.25:3",
+    iterations=100,
+    warmdown_fraction=1.0,
+    max_wallclock_seconds=0.0,
+    qat_lr_factor=0.75,
+    qat_core_only=False,
+    truncate_fraction=0.5,
+)
+
+
 @settings(max_examples=200)
+@example(AT_ONCE, [0.01])
 @given(CONFIGS, st.lists(st.floats(0.01, 2.0), min_size=1, max_size=41))
 def test_modes_of_any_run_are_warmed_up_and_only_grow(
     config: tg.Config, per_step: list[float]

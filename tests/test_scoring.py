@@ -594,9 +594,9 @@ def test_an_artifact_counts_with_the_script_of_its_run(
         config = tg.Config.from_env(env | {"LOG_DIR": str(tmp_path), "RUN_ID": digest})
         assert tg.run(config, one_rank()) == (0 if counted else tg.EXIT_SIZE)
         log = log_of(tmp_path / digest)
-        assert ("\nCode size: 5 bytes (of its run; " in log) == counted
-        scored_with = "scored with EVAL_STRIDE=16 TTT_LR=0.01 TTT_EPOCHS=1 TTT_CHUNK_TOKENS="
-        assert (f"warning: its run was {scored_with}" in log) == counted
+        assert ("\nCode size: 5 bytes (of its run's script; this one has " in log) == counted
+        scored_with = "a ttt score, with EVAL_STRIDE=16 TTT_LR=0.01 TTT_EPOCHS=1 TTT_CHUNK_TOKENS="
+        assert (f"warning: its run also has {scored_with}" in log) == counted
 
 
 def test_passes_over_a_core_that_an_artifact_lacks_are_refused(tmp_path: Path) -> None:

@@ -251,7 +251,7 @@ def test_what_the_end_of_the_time_cut_off_is_told(preset: str, step: int, told: 
 def test_training_tokens_that_come_again_are_told_once(
     corpus: dict[str, str], tmp_path: Path
 ) -> None:
-    """And how often they came is in the result; a speed is said when it is early, too."""
+    """And how often they came is in the result; the speed is also logged early."""
     env = corpus | SMALL | NARROW | SHALLOW | {"PRESET": "Bp,tiny", "TRAIN_LOG_EVERY": "2"}
     data = tmp_path / "data"
     shutil.copytree(env["DATA_PATH"], data)
