@@ -328,7 +328,7 @@ def test_milliseconds_are_those_of_the_dry_run() -> None:
                 found[case(preset, given)] = [round(mode["ms"], 2) for mode in modes]
     for name, costs in TABLE.milliseconds.items():
         row = TABLE.rows[name]
-        if name in WIDER_WITH_LANES:
+        if name in WITH_LANES:
             continue
         assert found[case(row.set["PRESET"], at_equal_steps(row))] == costs, name
     for row in TABLE.rows.values():
@@ -340,23 +340,27 @@ def test_milliseconds_are_those_of_the_dry_run() -> None:
             assert 0 < span < config.iterations
 
 
-WIDER_WITH_LANES = {
-    "stack_3_wider_lanes_token": "token",
-    "stack_3_wider_two_50_lanes": "channel",
-    "stack_3_wider_two_50_lanes_token": "token",
+WITH_LANES = {  # the row without them
+    "stack_3_wide_two_lanes": "stack_3_wide_two",
+    "stack_3_wider_lanes_token": "stack_3_wider_two_50_by_position",
+    "stack_3_wider_two_50_lanes": "stack_3_wider_two_50_by_position",
+    "stack_3_wider_two_50_lanes_token": "stack_3_wider_two_50_by_position",
 }
 
 
-@pytest.mark.parametrize("name", WIDER_WITH_LANES)
+@pytest.mark.parametrize("name", WITH_LANES)
 def test_milliseconds_of_lanes_are_added_to_those_without(name: str) -> None:
     """As estimated where the model is compiled as a whole; by block they would be too few."""
     found = {}
     path = common.ROOT / "records/dryrun/lanes_model.json"
     for title, modes in json.loads(path.read_text()).items():
-        lanes = title.partition("LANE_WEIGHTS=")[2].partition(" ")[0]
-        found[lanes] = [round(mode["ms"], 2) for mode in modes]
-    without = TABLE.milliseconds["stack_3_wider_two_50_by_position"]
-    times = zip(without, found[WIDER_WITH_LANES[name]], found[""])
+        given = dict(word.split("=", 1) for word in title.split() if "=" in word)
+        lanes = given.get("LANE_WEIGHTS", "none")
+        found[given["MODEL_DIM"], lanes] = [round(mode["ms"], 2) for mode in modes]
+    row = TABLE.rows[name].set
+    width = str(row["MODEL_DIM"])
+    with_lanes = found[width, str(row.get("LANE_WEIGHTS", "channel"))]
+    times = zip(TABLE.milliseconds[WITH_LANES[name]], with_lanes, found[width, "none"])
     wanted = [pytest.approx(base + lanes - plain) for base, lanes, plain in times]
     costs = TABLE.milliseconds[name]
     assert costs == wanted[: len(costs)]
