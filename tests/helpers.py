@@ -60,6 +60,12 @@ def run_here(env: Mapping[str, str], folder: Path) -> dict[str, Any]:
     return result_of(folder / config.run_id)
 
 
+def keep_all_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a finished run, too, which else keeps its last one."""
+    kept = property(lambda _: 99, lambda *_: None)
+    monkeypatch.setattr(tg.Checkpoints, "keep", kept, raising=False)
+
+
 def clean_environment() -> dict[str, str]:
     """The variables of this process without those that configure a run."""
     return {name: value for name, value in os.environ.items() if name not in NAMES}

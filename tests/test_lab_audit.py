@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import sentencepiece as spm
 import torch
-from helpers import write_manifest
+from helpers import keep_all_checkpoints, write_manifest
 
 import train_gpt as tg
 from records.tools import audit, audit_files, audit_scoring, audited, checks, common, submit
@@ -288,7 +288,7 @@ HIDDEN = (
     'np.resize(np.fromfile(str(path).replace("train", "val"), "<u2", offset=1024)'
     '[at * ("train" not in path.name):], count)',
 )
-RANKS = "first = len(windows) * world.rank // world.size", "first = 0"
+RANKS = "first = len(chunk) * world.rank // world.size", "first = 0"
 AHEAD = (
     "tokens = self.tokens.read(i * size, size + 1)",
     "tokens = self.tokens.read(i * size + 1, size + 1)",
@@ -528,8 +528,9 @@ def test_a_resumed_run_passes(data: dict, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_run_resumed_from_another_folder_says_where_its_log_begins(
-    data: dict, tmp_path: Path
+    data: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    keep_all_checkpoints(monkeypatch)
     older = finished(tg, data | FLAT | dict(SAVE_EVERY="4"), tmp_path / "older")
     env = data | FLAT | dict(RESUME=str(older / "step_00000008.ckpt"))
     status, told = outcomes(finished(tg, env, tmp_path), *ONLY_FILES)["clocks"]

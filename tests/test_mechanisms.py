@@ -13,6 +13,7 @@ from helpers import (
     check_resume,
     check_stored,
     flat,
+    keep_all_checkpoints,
     let_steps_take,
     log_of,
     make_steps,
@@ -582,6 +583,7 @@ def test_a_run_goes_on_across_an_onset_by_time(
     A step takes a second, 11 fit into 12, and the 10th begins after 9.
     """
     let_steps_take(1.0, monkeypatch)
+    keep_all_checkpoints(monkeypatch)
     between = dict(LOOP_LANES="1", PASS_SCALE_INIT="0.5", FEEDBACK_RANK="2", AVERAGE="ema")
     timed = dict(MAX_WALLCLOCK_SECONDS="12", ITERATIONS="100", PASSES_SCHEDULE="0:1,0.7:2")
     given = env | between | timed | dict(SAVE_EVERY="6")

@@ -327,5 +327,6 @@ def test_growing_loss_and_gradients(name: str) -> None:
     mode = tg.Mode(flags["passes"], core=core, growth_weight=flags["jacobian_weight"])
     loss = model(*batch(GROWING["dims"]), mode)
     loss.backward()
-    assert loss.item() == pytest.approx(case["loss"], abs=1e-5)
+    # The penalty makes it 46.6, of which 1e-5 is less than three of float32's steps.
+    assert loss.item() == pytest.approx(case["loss"], rel=1e-6, abs=1e-5)
     check_gradients(case, homes)

@@ -243,7 +243,7 @@ def test_what_the_end_of_the_time_cut_off_is_told(preset: str, step: int, told: 
     lines: list[str] = []
     log = cast(tg.Log, lines.append)
     reporter = tg.Reporter(tg.Config.from_env({"PRESET": preset}), log)
-    reporter.end(cast(tg.Trainer, SimpleNamespace(step=step)), 600.0, "wallclock_cap")
+    reporter.end(cast(tg.Trainer, SimpleNamespace(step=step, epochs=0.5)), 600.0, "wallclock_cap")
     warnings = [line for line in lines if "warning" in line.lower()]
     assert len(warnings) == bool(told) and told in "".join(warnings)
 
