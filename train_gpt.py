@@ -1831,8 +1831,8 @@ class PassBoundary(nn.Module):
         return self.scale[number - 1].item() if self.scaled and number > 0 else 1.0
 
 
-def with_gradient_of(value: Tensor, path: Tensor) -> Tensor:
-    """`value`, whose gradient goes to `path`."""
+def straight_through(value: Tensor, path: Tensor) -> Tensor:
+    """`value`, whose gradient goes to `path` instead (arXiv 1308.3432)."""
     return value.detach() + (path - path.detach())
 
 
@@ -2026,9 +2026,9 @@ class GPT(nn.Module):
                 begun, kept_before = x, len(kept)
             if mode.truncated and layer.opens == mode.passes - 1:
                 path = self.mixed_alone(begun, x0, plan[:i])
-                x = with_gradient_of(x, path)
-                lanes = [with_gradient_of(lane, path) for lane in lanes]
-                kept[kept_before:] = [with_gradient_of(y, path) for y in kept[kept_before:]]
+                x = straight_through(x, path)
+                lanes = [straight_through(lane, path) for lane in lanes]
+                kept[kept_before:] = [straight_through(y, path) for y in kept[kept_before:]]
             if layer.opens != NONE:
                 entry = self.core.enter(x, lanes, layer.opens)
                 x = entry.x
@@ -5760,10 +5760,7 @@ def round_trip(scorer: Scorer, artifact: Artifact, compiler: Compiler, log: Log)
     read = [*scorer.tokens.paths, find_file(config.tokenizer_path)]
     text = b"".join(path.read_bytes() for path in read)
     hashes = dict(artifact_sha256=digest, data_sha256=hashlib.sha256(text).hexdigest())
-    for name in {"sliding", "ttt"} & before.keys() - scores.keys():
-        log(
-            f"warning: its run also has a {name} score, with {before['scored_with']}; this has none"
-        )
+    warn_of_missing_scores(before, scores, log)
     first = scores["roundtrip"]
     tail = " ".join(f"{name}:{value}" for name, value in hashes.items())
     log(f"val_tokens:{first.val_tokens} val_bytes:{first.val_bytes} {tail}")
@@ -5778,17 +5775,19 @@ def round_trip(scorer: Scorer, artifact: Artifact, compiler: Compiler, log: Log)
 
 
 def scored_before(config: Config, digest: str) -> dict[str, Any]:
-    """Of the run that made an EVAL_ONLY artifact, by result.json beside it: bytes and scores.
-
-    Empty if there is none, or of another artifact.
-    """
+    """The result.json beside an EVAL_ONLY artifact; empty without one, or if it is another's."""
     result = result_beside(Path(config.eval_only)) if config.eval_only else None
-    if result is None or result.get("artifact_sha256") != digest:
-        return {}
-    told = result.get("config", {})
-    learning = ["ttt_lr", "ttt_epochs", "ttt_chunk_tokens"] if told.get("ttt_lr") else []
-    names = [name for name in ["eval_stride", *learning] if told.get(name)]
-    return result | dict(scored_with=" ".join(f"{n.upper()}={told[n]}" for n in names))
+    return result if result and result.get("artifact_sha256") == digest else {}
+
+
+def warn_of_missing_scores(before: dict[str, Any], scores: Mapping[str, Score], log: Log) -> None:
+    """Names a score that the artifact's run has and this one has not, and what asks for it."""
+    for name in {"sliding", "ttt"} & before.keys() - scores.keys():
+        asked = ["eval_stride"]
+        if name == "ttt":
+            asked += ["ttt_lr", "ttt_epochs", "ttt_chunk_tokens"]
+        told = " ".join(f"{option.upper()}={before['config'][option]}" for option in asked)
+        log(f"warning: its run also has a {name} score, with {told}; this has none")
 
 
 def score_artifact(
